@@ -1,0 +1,246 @@
+// The only file that knows pybind11 and Python objects: unpacks tensors into pointers, checks them, releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdlib>
+
+#include "blas_torch.h"
+#include "cpu/simd.h"
+#include "cpu/solve.h"
+#include "plan/blas.h"
+
+namespace py = pybind11;
+
+namespace pgdfast {
+namespace {
+
+template <class T>
+constexpr at::ScalarType scalar_type = std::is_same_v<T, float> ? at::kFloat : at::kDouble;
+
+const char* blas_name = "none";
+
+// A contiguous CPU tensor of T with exactly `count` elements, as a pointer.
+template <class T>
+T* pointer(py::handle object, index count, const char* name) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error(std::string(name) + " must be a tensor");
+  const at::Tensor& t = THPVariable_Unpack(object.ptr());
+  if (t.scalar_type() != scalar_type<T> || !t.device().is_cpu() || !t.is_contiguous() || t.numel() != count)
+    throw py::value_error(std::string(name) + " must be a contiguous CPU tensor of the plan's dtype with " +
+                          std::to_string(count) + " elements, got " + std::to_string(t.numel()) + " of " +
+                          c10::toString(t.scalar_type()));
+  return t.data_ptr<T>();
+}
+
+template <class T>
+T* optional_pointer(py::handle object, index count, const char* name) {
+  return object.is_none() ? nullptr : pointer<T>(object, count, name);
+}
+
+struct ConstantLayout {
+  bool scalar;
+  std::vector<index> sizes, strides;
+};
+
+template <class T>
+class Plan {
+ public:
+  Plan(const std::vector<std::pair<int, index>>& buffers, const py::list& instructions, const py::list& constants) {
+    auto& s = solver_.structure;
+    for (const auto& [role, size] : buffers) s.buffers.push_back({static_cast<Role>(role), size});
+    for (py::handle item : instructions) s.instructions.push_back(read_instruction(py::cast<py::tuple>(item)));
+    for (py::handle item : constants) {
+      if (item.is_none()) layouts_.push_back({true, {}, {}});
+      else {
+        auto [sizes, strides] = py::cast<std::pair<std::vector<index>, std::vector<index>>>(item);
+        layouts_.push_back({false, sizes, strides});
+      }
+    }
+    s.num_constants = int(layouts_.size());
+    s.finalize();
+    solver_.program.constants.resize(layouts_.size());
+  }
+
+  // Points the constants at this step's tensors. False if one differs in layout from those the plan was built for.
+  bool bind(const py::list& constants) {
+    if (constants.size() != layouts_.size()) return false;
+    solver_.invalidate();
+    for (std::size_t i = 0; i < layouts_.size(); ++i) {
+      PyObject* object = PyList_GET_ITEM(constants.ptr(), Py_ssize_t(i));
+      auto& target = solver_.program.constants[i];
+      if (layouts_[i].scalar) {
+        if (!PyFloat_Check(object)) return false;
+        target = {nullptr, T(PyFloat_AS_DOUBLE(object))};
+        continue;
+      }
+      if (!THPVariable_Check(object)) return false;
+      const at::Tensor& t = THPVariable_Unpack(object);
+      if (t.scalar_type() != scalar_type<T> || !t.device().is_cpu() || t.sizes() != at::IntArrayRef(layouts_[i].sizes) ||
+          t.strides() != at::IntArrayRef(layouts_[i].strides))
+        return false;
+      target = {t.const_data_ptr<T>(), T(0)};
+    }
+    return true;
+  }
+
+  void set_rows(index num_rows, index max_sections, std::vector<index> section_of, std::vector<index> k_of,
+                const std::vector<std::array<index, 4>>& tiles, const std::vector<std::array<index, 6>>& uses,
+                const py::dict& labels) {
+    auto& layout = solver_.layout;
+    layout = {};
+    layout.num_rows = num_rows;
+    layout.max_sections = max_sections;
+    layout.section_of = std::move(section_of);
+    layout.k_of = std::move(k_of);
+    for (const auto& t : tiles) layout.tiles.push_back({t[0], t[1], t[2], t[3]});
+    for (const auto& u : uses)
+      layout.uses.push_back({int(u[0]), int(u[1]), u[2] != 0, u[3], u[4] != 0, u[5] != 0});
+    layout.labels.resize(solver_.structure.buffers.size());
+    for (auto item : labels)
+      layout.labels[py::cast<std::size_t>(item.first)] = py::cast<std::vector<std::int32_t>>(item.second);
+    layout.local = true;
+    solver_.invalidate();
+  }
+
+  void jvp(py::handle v, py::handle u) {
+    const T* from = pointer<T>(v, P(), "v");
+    T* to = pointer<T>(u, M(), "u");
+    py::gil_scoped_release release;
+    pgdfast::jvp(solver_.program, from, to, solver_.arena_data());
+  }
+  void vjp(py::handle u, py::handle v) {
+    const T* from = pointer<T>(u, M(), "u");
+    T* to = pointer<T>(v, P(), "v");
+    py::gil_scoped_release release;
+    pgdfast::vjp(solver_.program, from, to, solver_.arena_data());
+  }
+  void dense(py::handle J) {
+    T* to = pointer<T>(J, M() * P(), "J");
+    py::gil_scoped_release release;
+    pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
+  }
+  void gram(py::handle K) {
+    require_rows("gram");
+    T* to = pointer<T>(K, M() * M(), "K");
+    py::gil_scoped_release release;
+    solver_.gram_matrix(to);
+  }
+  void diagonal(py::handle d) {
+    T* to = pointer<T>(d, P(), "d");
+    py::gil_scoped_release release;
+    pgdfast::diagonal(solver_.program, solver_.layout, solver_.work, to);
+  }
+  py::tuple dual(py::handle r, py::handle weights, double shift, py::handle q, py::handle delta) {
+    require_rows("dual");
+    const T* r_ = pointer<T>(r, M(), "r");
+    const T* w_ = pointer<T>(weights, solver_.structure.num_parameter_buffers, "weights");
+    const T* q_ = optional_pointer<T>(q, P(), "q");
+    T* delta_ = pointer<T>(delta, P(), "delta");
+    return solved([&] { return solver_.dual(r_, w_, shift, q_, delta_); });
+  }
+  py::tuple primal(py::handle r, py::handle d, py::handle q, py::handle delta) {
+    const T* r_ = pointer<T>(r, M(), "r");
+    const T* d_ = pointer<T>(d, P(), "d");
+    const T* q_ = optional_pointer<T>(q, P(), "q");
+    T* delta_ = pointer<T>(delta, P(), "delta");
+    return solved([&] { return solver_.primal(r_, d_, q_, delta_); });
+  }
+  py::tuple cg(py::handle r, py::handle d, py::handle q, py::handle inverse_preconditioner, int max_iterations,
+               double tolerance, py::handle delta) {
+    const T* r_ = pointer<T>(r, M(), "r");
+    const T* d_ = pointer<T>(d, P(), "d");
+    const T* q_ = optional_pointer<T>(q, P(), "q");
+    const T* m_ = optional_pointer<T>(inverse_preconditioner, P(), "inverse_preconditioner");
+    T* delta_ = pointer<T>(delta, P(), "delta");
+    return solved([&] { return solver_.cg(r_, d_, q_, m_, max_iterations, tolerance, delta_); });
+  }
+
+  index M() const { return solver_.structure.num_residuals; }
+  index P() const { return solver_.structure.num_parameters; }
+  double flops() const { return solver_.structure.flops; }
+  index arena_size() const { return solver_.structure.arena_size; }
+
+ private:
+  template <class F>
+  py::tuple solved(F&& run) {
+    Outcome outcome;
+    {
+      py::gil_scoped_release release;
+      outcome = run();
+    }
+    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain);
+  }
+  void require_rows(const char* what) const {
+    if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");
+  }
+  static Instruction read_instruction(const py::tuple& t) {
+    // (kind, y, y_offset, x, x_offset, constant, c_offset, alpha, extents...)
+    Instruction op{};
+    op.kind = static_cast<Kind>(py::cast<int>(t[0]));
+    op.y = py::cast<int>(t[1]);
+    op.y_offset = py::cast<index>(t[2]);
+    op.x = py::cast<int>(t[3]);
+    op.x_offset = py::cast<index>(t[4]);
+    op.constant = py::cast<int>(t[5]);
+    op.c_offset = py::cast<index>(t[6]);
+    op.alpha = py::cast<double>(t[7]);
+    const auto list = py::cast<std::vector<std::vector<index>>>(t[8]);
+    if (op.kind == Kind::matmul) {
+      const auto& g = list.at(0);
+      op.matmul = {g.at(0), g.at(1), g.at(2),  g.at(3),  g.at(4),  g.at(5), g.at(6),
+                   g.at(7), g.at(8), g.at(9), g.at(10), g.at(11), g.at(12)};
+    } else {
+      op.muladd.ndim = int(list.at(0).size());
+      if (op.muladd.ndim > kMaxDims) throw py::value_error("more than 6 dimensions in one instruction");
+      for (std::size_t d = 0; d < list[0].size(); ++d) {
+        op.muladd.shape[d] = list[0][d];
+        op.muladd.ys[d] = list.at(1).at(d);
+        op.muladd.xs[d] = list.at(2).at(d);
+        op.muladd.cs[d] = list.at(3).at(d);
+      }
+    }
+    return op;
+  }
+
+  Solver<T> solver_;
+  std::vector<ConstantLayout> layouts_;
+};
+
+template <class T>
+void bind_plan(py::module_& m, const char* name) {
+  using P = Plan<T>;
+  py::class_<P>(m, name)
+      .def(py::init<const std::vector<std::pair<int, index>>&, const py::list&, const py::list&>(), py::arg("buffers"),
+           py::arg("instructions"), py::arg("constants"))
+      .def("bind", &P::bind)
+      .def("set_rows", &P::set_rows)
+      .def("jvp", &P::jvp)
+      .def("vjp", &P::vjp)
+      .def("dense", &P::dense)
+      .def("gram", &P::gram)
+      .def("diagonal", &P::diagonal)
+      .def("dual", &P::dual)
+      .def("primal", &P::primal)
+      .def("cg", &P::cg)
+      .def_property_readonly("num_residuals", &P::M)
+      .def_property_readonly("num_parameters", &P::P)
+      .def_property_readonly("arena_size", &P::arena_size)
+      .def_property_readonly("flops", &P::flops);
+}
+
+}  // namespace
+}  // namespace pgdfast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of pgdfast: plans, sweeps, Gram matrices and solves on the CPU.";
+  using namespace pgdfast;
+  blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
+  bind_plan<float>(m, "PlanFloat");
+  bind_plan<double>(m, "PlanDouble");
+  m.attr("torch_version") = PGDFAST_TORCH_VERSION;
+  m.def("set_max_threads", [](int count) { max_threads = count; });
+  m.def("instruction_set", [] { return std::string(simd_name()); });
+  m.def("select_instruction_set", [](const std::string& name) { return simd_select(name.c_str()); });
+  m.def("blas", [] { return std::string(blas_name); });
+  m.def("select_blas", [](const std::string& name) { return std::string(blas_name = fill_blas(name.c_str())); });
+}

@@ -1,0 +1,8 @@
+#pragma once
+
+namespace pgdfast {
+
+// Fills blas<float>() and blas<double>(); `wanted` is "mkl", "aten" or null for the best. Returns what was taken.
+const char* fill_blas(const char* wanted);
+
+}  // namespace pgdfast

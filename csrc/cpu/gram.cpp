@@ -1,0 +1,336 @@
+#include "gram.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "../plan/blas.h"
+#include "simd.h"
+
+namespace pgdfast {
+namespace {
+
+template <class T>
+void ensure(std::vector<T>& buffer, std::size_t size) {
+  if (buffer.size() < size) buffer.resize(size);
+}
+
+// Fills one arena per section with the cotangents that unit residuals produce.
+template <class T>
+void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
+  const Structure& s = *program.structure;
+  ensure(work.arenas, std::size_t(s.arena_size * layout.max_sections));
+  ensure(work.unit, std::size_t(s.num_residuals));
+  for (index o = 0; o < layout.max_sections; ++o) {
+    for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.section_of[std::size_t(e)] == o;
+    adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
+  }
+}
+
+// A factor of a weight's Jacobian rows: `rows` x `size`, element (i, j) at data[i * row + j * column].
+template <class T>
+struct Factor {
+  const T* data;
+  index row, column, size;
+  bool by_section;   // lives in the arenas: add section * arena_size
+};
+
+template <class T>
+struct FactoredUse {
+  index row0, rows;
+  Factor<T> high, low;
+};
+
+// Where the cotangent of an instruction's result lies: in the arena of a section, or, for an instruction that writes
+// the residual itself, in the unit vector (whose sections are not stored; Python keeps such uses explicit).
+template <class T>
+const T* cotangent(const Structure& s, const Instruction& op, const T* arena) {
+  return arena + s.buffers[std::size_t(op.y)].offset + op.y_offset;
+}
+
+template <class T>
+FactoredUse<T> factors(const Bound<T>& program, const Use& use, const T* arena) {
+  const Instruction& op = program.structure->instructions[std::size_t(use.instruction)];
+  const MatMul& g = op.matmul;
+  const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
+  const Factor<T> over_k{c, g.cn, g.ck, g.k, false};
+  const Factor<T> over_m{cotangent(*program.structure, op, arena), g.yn, g.ym, g.m, true};
+  FactoredUse<T> result{use.row0, g.n, over_m, over_k};
+  if (!use.m_is_high) std::swap(result.high, result.low);
+  return result;
+}
+
+// Adds alpha-weighted Jacobian rows of one explicit use and section to J (leading dimension ld, column origin 0).
+template <class T>
+void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
+              const std::vector<index>& k_index, index section, T* J, index ld) {
+  const Structure& s = *program.structure;
+  const Instruction& op = s.instructions[std::size_t(use.instruction)];
+  const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
+  const T* y = cotangent(s, op, arena);
+  const index O = layout.max_sections;
+  auto row_of = [&](index y_position) -> T* {
+    const std::int32_t row = label[y_position];
+    if (row < 0) return nullptr;
+    const index k = k_index[std::size_t(row * O + section)];
+    return k < 0 ? nullptr : J + k * ld + op.x_offset;
+  };
+  const T* c = nullptr;
+  T alpha = T(op.alpha);
+  if (op.constant >= 0) {
+    const Constant<T>& constant = program.constants[std::size_t(op.constant)];
+    if (constant.data) c = constant.data + op.c_offset;
+    else alpha *= constant.value;
+  }
+  if (op.kind == Kind::matmul) {
+    const MatMul& g = op.matmul;
+    const Simd<T>& body = simd<T>();
+    for (index b = 0; b < g.b; ++b)
+      for (index n = 0; n < g.n; ++n)
+        for (index m = 0; m < g.m; ++m) {
+          const index at = b * g.yb + m * g.ym + n * g.yn;
+          T* row = row_of(at);
+          if (!row) continue;
+          row += b * g.xb + m * g.xm;
+          // J[x(b, m, k)] += y * c[b, k, n] over k
+          body.muladd(g.k, alpha * y[at], nullptr, 0, c + b * g.cb + n * g.cn, g.ck, row, g.xk, false);
+        }
+    return;
+  }
+  const MulAdd& f = op.muladd;
+  index total = 1;
+  for (int d = 0; d < f.ndim; ++d) total *= f.shape[std::size_t(d)];
+  for (index i = 0; i < total; ++i) {
+    index rest = i, yo = 0, xo = 0, co = 0;
+    for (int d = f.ndim - 1; d >= 0; --d) {
+      const std::size_t k = std::size_t(d);
+      const index id = rest % f.shape[k];
+      rest /= f.shape[k];
+      yo += id * f.ys[k];
+      xo += id * f.xs[k];
+      co += id * f.cs[k];
+    }
+    T* row = row_of(yo);
+    if (row) row[xo] += alpha * (c ? c[co] : T(1)) * y[yo];
+  }
+}
+
+// K index of (row, section), -1 where a row has fewer sections.
+std::vector<index> k_indices(const RowLayout& layout) {
+  std::vector<index> result(std::size_t(layout.num_rows * layout.max_sections), -1);
+  for (const Tile& tile : layout.tiles)
+    for (index o = 0; o < tile.sections; ++o)
+      for (index i = 0; i < tile.rows; ++i)
+        result[std::size_t((tile.r0 + i) * layout.max_sections + o)] = tile.base + o * tile.rows + i;
+  return result;
+}
+
+// One tile pair's scratch: two products and their accumulator.
+template <class T, class Acc>
+struct Scratch {
+  std::vector<T> high, low;
+  std::vector<Acc> acc;
+};
+
+template <class T>
+void product(const Factor<T>& f, index i0, index rows, index section_i, const Factor<T>& g, index j0, index cols,
+             index section_j, index arena_size, T* out) {
+  const T* a = f.data + i0 * f.row + (f.by_section ? section_i * arena_size : 0);
+  const T* b = g.data + j0 * g.row + (g.by_section ? section_j * arena_size : 0);
+  gemm<T>(rows, cols, f.size, T(1), a, f.row, f.column, b, g.column, g.row, T(0), out, cols, 1);
+}
+
+void accumulate(const Simd<float>& body, index r, index c, float w, const float* s, const float* t, index ld,
+                double* acc, index ld_acc) {
+  body.hadamard_wide(r, c, w, s, t, ld, acc, ld_acc);
+}
+template <class T>
+void accumulate(const Simd<T>& body, index r, index c, T w, const T* s, const T* t, index ld, T* acc, index ld_acc) {
+  body.hadamard_same(r, c, w, s, t, ld, acc, ld_acc);
+}
+
+// Adds one pair of uses to the block of K that starts at (row tile ti, row tile tj).
+template <class T, class Acc>
+void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, T weight, const Tile& ti, const Tile& tj, bool diagonal,
+              index arena_size, Scratch<T, Acc>& scratch, Acc* K, index M) {
+  const index i0 = std::max(ti.r0, p.row0), i1 = std::min(ti.r0 + ti.rows, p.row0 + p.rows);
+  const index j0 = std::max(tj.r0, q.row0), j1 = std::min(tj.r0 + tj.rows, q.row0 + q.rows);
+  if (i0 >= i1 || j0 >= j1) return;
+  const index rows = i1 - i0, cols = j1 - j0;
+  auto changes = [](const Factor<T>& f, const Factor<T>& g, bool first, bool first_inner) {
+    return first || (g.by_section) || (first_inner && f.by_section);
+  };
+  for (index o = 0; o < ti.sections; ++o)
+    for (index o2 = 0; o2 < (diagonal ? o + 1 : tj.sections); ++o2) {
+      const bool first = o == 0 && o2 == 0, inner = o2 == 0;
+      if (changes(p.high, q.high, first, inner))
+        product(p.high, i0 - p.row0, rows, o, q.high, j0 - q.row0, cols, o2, arena_size, scratch.high.data());
+      if (changes(p.low, q.low, first, inner))
+        product(p.low, i0 - p.row0, rows, o, q.low, j0 - q.row0, cols, o2, arena_size, scratch.low.data());
+      Acc* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
+      accumulate(simd<T>(), rows, cols, weight, scratch.high.data(), scratch.low.data(), cols, block, M);
+    }
+}
+
+// Columns of the explicit part: each parameter whose uses are not factored, at its own offset.
+struct ExplicitColumns {
+  std::vector<index> start;   // per parameter buffer, -1 if factored or unused
+  index total = 0;
+};
+
+ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
+  ExplicitColumns columns;
+  columns.start.assign(std::size_t(s.num_parameter_buffers), -1);
+  for (const Use& use : layout.uses) {
+    index& start = columns.start[std::size_t(use.parameter)];
+    if (use.factored || start >= 0) continue;
+    start = columns.total;
+    columns.total += s.buffers[std::size_t(use.parameter)].size;
+  }
+  return columns;
+}
+
+}  // namespace
+
+template <class T, class Acc>
+void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, Acc* K) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals;
+  unit_sweeps(program, layout, work);
+  const T* arenas = work.arenas.data();
+
+  const ExplicitColumns columns = explicit_columns(s, layout);
+  if (columns.total > 0) {
+    ensure(work.rows, std::size_t(M * columns.total));
+    std::memset(work.rows.data(), 0, sizeof(T) * std::size_t(M * columns.total));
+    const std::vector<index> k_index = k_indices(layout);
+    for (const Use& use : layout.uses) {
+      if (use.factored) continue;
+      T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
+      for (index o = 0; o < layout.max_sections; ++o)
+        add_rows(program, layout, use, arenas + o * s.arena_size, k_index, o, origin, columns.total);
+    }
+    for (int l = 0; l < s.num_parameter_buffers; ++l) {
+      const index start = columns.start[std::size_t(l)];
+      if (start < 0 || weights[l] == T(1)) continue;
+      const T root = std::sqrt(weights[l]);
+      for (index i = 0; i < M; ++i)
+        for (index j = 0; j < s.buffers[std::size_t(l)].size; ++j) work.rows[std::size_t(i * columns.total + start + j)] *= root;
+    }
+  }
+
+  std::vector<FactoredUse<T>> uses;
+  std::vector<int> parameter;
+  double flops = double(M) * double(M) * double(columns.total);
+  index widest = 1;
+  for (const Tile& tile : layout.tiles) widest = std::max(widest, tile.rows * tile.sections);
+  for (const Use& use : layout.uses) {
+    if (!use.factored) continue;
+    uses.push_back(factors(program, use, arenas));
+    parameter.push_back(use.parameter);
+    flops += double(M) * double(M) * double(uses.back().high.size + uses.back().low.size);
+  }
+
+  const std::size_t tiles = layout.tiles.size();
+  std::vector<std::pair<std::size_t, std::size_t>> pairs;
+  for (std::size_t i = tiles; i-- > 0;)
+    for (std::size_t j = 0; j <= i; ++j) pairs.emplace_back(i, j);
+
+  auto block = [&](std::size_t ti, std::size_t tj, Scratch<T, Acc>& scratch) {
+    const Tile &a = layout.tiles[ti], &b = layout.tiles[tj];
+    const index rows = a.rows * a.sections, cols = b.rows * b.sections;
+    Acc* corner = K + a.base * M + b.base;
+    if (columns.total > 0) {
+      // The explicit part: one product into scratch, then into K (which may be wider than T).
+      ensure(scratch.high, std::size_t(rows * cols));
+      gemm<T>(rows, cols, columns.total, T(1), work.rows.data() + a.base * columns.total, columns.total, 1,
+              work.rows.data() + b.base * columns.total, 1, columns.total, T(0), scratch.high.data(), cols, 1);
+      for (index i = 0; i < rows; ++i)
+        for (index j = 0; j < cols; ++j) corner[i * M + j] = Acc(scratch.high[std::size_t(i * cols + j)]);
+    } else {
+      for (index i = 0; i < rows; ++i) std::memset(corner + i * M, 0, sizeof(Acc) * std::size_t(cols));
+    }
+    ensure(scratch.high, std::size_t(a.rows * b.rows));
+    ensure(scratch.low, std::size_t(a.rows * b.rows));
+    for (std::size_t p = 0; p < uses.size(); ++p)
+      for (std::size_t q = 0; q < uses.size(); ++q)
+        if (parameter[p] == parameter[q])
+          add_pair(uses[p], uses[q], weights[parameter[p]], a, b, ti == tj, s.arena_size, scratch, K, M);
+  };
+
+  const int threads = pairs.size() > 1 ? threads_for(flops) : 1;
+  const int previous = set_blas_threads ? set_blas_threads(pairs.size() > 1 ? 1 : threads_for(flops)) : 0;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int before = set_blas_threads ? set_blas_threads(1) : 0;
+      Scratch<T, Acc> scratch;
+#pragma omp for schedule(dynamic, 1)
+      for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(pairs.size()); ++i)
+        block(pairs[std::size_t(i)].first, pairs[std::size_t(i)].second, scratch);
+      if (set_blas_threads) set_blas_threads(before);
+    }
+    if (set_blas_threads) set_blas_threads(previous);
+    return;
+  }
+#endif
+  (void)threads;
+  Scratch<T, Acc> scratch;
+  for (const auto& [i, j] : pairs) block(i, j, scratch);
+  if (set_blas_threads) set_blas_threads(previous);
+}
+
+template <class T>
+void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters;
+  if (!layout.local) {
+    ensure(work.arenas, std::size_t(s.arena_size));
+    ensure(work.unit, std::size_t(M));
+    std::fill(work.unit.begin(), work.unit.begin() + M, T(0));
+    for (index i = 0; i < M; ++i) {
+      work.unit[std::size_t(i)] = 1;
+      vjp(program, work.unit.data(), J + i * P, work.arenas.data());
+      work.unit[std::size_t(i)] = 0;
+    }
+    return;
+  }
+  unit_sweeps(program, layout, work);
+  std::memset(J, 0, sizeof(T) * std::size_t(M * P));
+  // Rows straight into residual order: the K index of (row, section) replaced by the residual's own number.
+  std::vector<index> element(std::size_t(layout.num_rows * layout.max_sections), -1);
+  const std::vector<index> k_index = k_indices(layout);
+  std::vector<index> residual_of(std::size_t(M), -1);
+  for (index e = 0; e < M; ++e) residual_of[std::size_t(layout.k_of[std::size_t(e)])] = e;
+  for (std::size_t i = 0; i < element.size(); ++i)
+    if (k_index[i] >= 0) element[i] = residual_of[std::size_t(k_index[i])];
+  for (const Use& use : layout.uses)
+    for (index o = 0; o < layout.max_sections; ++o)
+      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, element, o,
+               J + s.buffers[std::size_t(use.parameter)].offset, P);
+}
+
+template <class T>
+void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* d) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters;
+  std::vector<T> J(std::size_t(M * P));
+  dense(program, layout, work, J.data());
+  std::vector<double> sum(std::size_t(P), 0.0);
+  for (index i = 0; i < M; ++i)
+    for (index j = 0; j < P; ++j) sum[std::size_t(j)] += double(J[std::size_t(i * P + j)]) * double(J[std::size_t(i * P + j)]);
+  for (index j = 0; j < P; ++j) d[j] = T(sum[std::size_t(j)]);
+}
+
+#define PGDFAST_INSTANTIATE(T)                                                                   \
+  template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
+  template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);
+PGDFAST_INSTANTIATE(float)
+PGDFAST_INSTANTIATE(double)
+template void gram<float, float>(const Bound<float>&, const RowLayout&, const float*, Workspace<float>&, float*);
+template void gram<float, double>(const Bound<float>&, const RowLayout&, const float*, Workspace<float>&, double*);
+template void gram<double, double>(const Bound<double>&, const RowLayout&, const double*, Workspace<double>&, double*);
+
+}  // namespace pgdfast

@@ -1,0 +1,32 @@
+// K = J W J^T without the Jacobian, and explicit Jacobian rows where those are wanted.
+//
+// One adjoint sweep with unit cotangents per section o gives, at every use of a weight, its constant rows C (N x k)
+// and its cotangent rows Y_o (N x m); the rows of J for that use are the outer products C_i (x) Y_oi, hence
+//     K[(i,o),(j,o')] += sum over pairs of uses (C C'^T)_ij * (Y_o Y'_o'^T)_ij.
+#pragma once
+
+#include "sweep.h"
+
+namespace pgdfast {
+
+// Buffers that persist between steps; grown when first needed.
+template <class T>
+struct Workspace {
+  std::vector<T> arenas;            // one arena per section
+  std::vector<T> unit;              // M: a unit cotangent
+  std::vector<T> rows;              // M x P_explicit: Jacobian of the parameters whose uses are explicit
+};
+
+// K index order (see Tile) lower triangle, row-major, M x M. `weights` has one factor per parameter buffer.
+template <class T, class Factor>
+void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, Factor* K);
+
+// J, row-major M x P, rows in residual order.
+template <class T>
+void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J);
+
+// diag(J^T J), P entries.
+template <class T>
+void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* d);
+
+}  // namespace pgdfast

@@ -1,0 +1,29 @@
+// Vector bodies written once (simd_body.inl), compiled per instruction set, picked at run time.
+#pragma once
+
+#include "../plan/plan.h"
+
+namespace pgdfast {
+
+template <class T>
+struct Simd {
+  // y[i*iy] (+)= alpha * c[i*ic] * x[i*ix], i < n; c may be null. iy == 0 reduces into y[0] (never overwrites).
+  void (*muladd)(index n, T alpha, const T* c, index ic, const T* x, index ix, T* y, index iy, bool overwrite);
+  // sum_i x[i] * y[i], accumulated in double.
+  double (*dot)(index n, const T* x, const T* y);
+  // y = alpha * x + beta * y.
+  void (*axpby)(index n, T alpha, const T* x, T beta, T* y);
+  // acc[i, j] += weight * s[i, j] * t[i, j]; float factors may accumulate in double.
+  void (*hadamard_same)(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc);
+  void (*hadamard_wide)(index rows, index cols, T weight, const T* s, const T* t, index ld, double* acc, index ld_acc);
+};
+
+template <class T>
+const Simd<T>& simd();
+
+// "avx512", "avx2" or "baseline"; the best this processor runs unless PGDFAST_ISA names another it can run.
+const char* simd_name();
+// Forces one of the built variants, for tests. False if this processor cannot run it or it was not built.
+bool simd_select(const char* name);
+
+}  // namespace pgdfast

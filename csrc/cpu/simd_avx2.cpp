@@ -1,0 +1,2 @@
+#define PGDFAST_ISA avx2
+#include "simd_body.inl"

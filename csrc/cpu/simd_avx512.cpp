@@ -1,0 +1,2 @@
+#define PGDFAST_ISA avx512
+#include "simd_body.inl"

@@ -1,0 +1,2 @@
+#define PGDFAST_ISA baseline
+#include "simd_body.inl"

@@ -1,0 +1,275 @@
+#include "solve.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../plan/blas.h"
+#include "simd.h"
+
+namespace pgdfast {
+namespace {
+
+template <class T>
+void ensure(std::vector<T>& buffer, index size) {
+  if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
+}
+
+struct BlasThreads {
+  int previous = 0;
+  explicit BlasThreads(double flops) {
+    if (set_blas_threads) previous = set_blas_threads(threads_for(flops));
+  }
+  ~BlasThreads() {
+    if (set_blas_threads) set_blas_threads(previous);
+  }
+};
+
+double cholesky_flops(index n) { return double(n) * double(n) * double(n) / 3.0; }
+
+// Copies the lower triangle (row-major) plus a diagonal and factors it. LAPACK reads it as an upper triangle.
+template <class F, class D>
+int factor(const F* matrix, index n, D diagonal, std::vector<F>& out) {
+  ensure(out, n * n);
+  for (index i = 0; i < n; ++i) {
+    std::memcpy(out.data() + i * n, matrix + i * n, sizeof(F) * std::size_t(i + 1));
+    out[std::size_t(i * n + i)] += F(diagonal(i));
+  }
+  BlasThreads threads(cholesky_flops(n));
+  return blas<F>().potrf('U', int(n), out.data(), int(n));
+}
+
+// Solves with the factor a right-hand side given as T.
+template <class F, class T>
+void solve_with(const std::vector<F>& factored, index n, const T* b, T* x) {
+  if constexpr (std::is_same_v<F, T>) {
+    std::copy(b, b + n, x);
+    blas<F>().potrs('U', int(n), 1, factored.data(), int(n), x, int(n));
+  } else {
+    std::vector<F> y(b, b + n);
+    blas<F>().potrs('U', int(n), 1, factored.data(), int(n), y.data(), int(n));
+    for (index i = 0; i < n; ++i) x[i] = T(y[std::size_t(i)]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+T* Solver<T>::arena_data() {
+  ensure(arena, std::max<index>(structure.arena_size, 1));
+  return arena.data();
+}
+
+template <class T>
+Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, T* delta) {
+  const index M = structure.num_residuals, P = structure.num_parameters;
+  const int buffers = structure.num_parameter_buffers;
+  const bool use_wide = std::is_same_v<T, double> || M <= kWideFactor;
+  const bool fresh = held != Held::gram || !std::equal(weights, weights + buffers, weights_used.begin());
+  if (fresh) {
+    held = Held::nothing;
+    if (use_wide) {
+      ensure(wide, M * M);
+      gram(program, layout, weights, work, wide.data());
+    } else {
+      if constexpr (std::is_same_v<T, float>) {
+        ensure(narrow, M * M);
+        gram(program, layout, weights, work, narrow.data());
+      }
+    }
+    weights_used.assign(weights, weights + buffers);
+    held = Held::gram;
+  }
+  Outcome outcome;
+  ensure(rhs, M);
+  ensure(scratch_u, M);
+  T* arena_ = arena_data();
+  const auto each_parameter = [&](auto&& body) {
+    for (int l = 0; l < buffers; ++l) {
+      const Buffer& buffer = structure.buffers[std::size_t(l)];
+      for (index i = 0; i < buffer.size; ++i) body(weights[l], buffer.offset + i);
+    }
+  };
+  // Right-hand side in residual order, then in K order.
+  if (q) {
+    each_parameter([&](T w, index i) { delta[i] = w * q[i] / T(shift); });
+    jvp(program, delta, scratch_u.data(), arena_);
+    for (index e = 0; e < M; ++e) scratch_u[std::size_t(e)] = r[e] - scratch_u[std::size_t(e)];
+  } else {
+    std::copy(r, r + M, scratch_u.begin());
+  }
+  for (index e = 0; e < M; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = scratch_u[std::size_t(e)];
+  int info;
+  const auto diagonal = [&](index) { return shift; };
+  if (use_wide) {
+    info = factor(wide.data(), M, diagonal, wide_factor);
+    if (info == 0) solve_with(wide_factor, M, rhs.data(), rhs.data());
+  } else {
+    info = factor(narrow.data(), M, diagonal, narrow_factor);
+    if (info == 0) solve_with(narrow_factor, M, rhs.data(), rhs.data());
+  }
+  if (info != 0) {
+    std::fill(delta, delta + P, T(0));
+    outcome.status = Status::not_positive_definite;
+    return outcome;
+  }
+  // J delta = r - s y: the predicted reduction needs no further product.
+  for (index e = 0; e < M; ++e) {
+    const T y = rhs[std::size_t(layout.k_of[std::size_t(e)])];
+    scratch_u[std::size_t(e)] = y;
+    outcome.gain += double(r[e]) * (double(r[e]) - shift * double(y));
+  }
+  vjp(program, scratch_u.data(), delta, arena_);
+  if (q) {
+    each_parameter([&](T w, index i) {
+      delta[i] = w * (delta[i] + q[i] / T(shift));
+      outcome.gain += double(q[i]) * double(delta[i]);
+    });
+  } else {
+    each_parameter([&](T w, index i) { delta[i] *= w; });
+  }
+  return outcome;
+}
+
+template <class T>
+Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
+  const index M = structure.num_residuals, P = structure.num_parameters;
+  const bool use_wide = std::is_same_v<T, double> || P <= kWideFactor;
+  if (held != Held::normal) {
+    held = Held::nothing;
+    ensure(J, M * P);
+    dense(program, layout, work, J.data());
+    BlasThreads threads(double(M) * double(P) * double(P));
+    // Lower triangle of J^T J by column panels; float rows are widened a chunk at a time where the factor is wide.
+    const auto panels = [&](auto* H, const auto* rows, index count, bool first) {
+      using F = std::remove_const_t<std::remove_reference_t<decltype(*H)>>;
+      constexpr index width = 256;
+      for (index j = 0; j < P; j += width) {
+        const index w = std::min(width, P - j);
+        gemm<F>(P - j, w, count, F(1), rows + j, 1, P, rows + j, P, 1, F(first ? 0 : 1), H + j * P + j, P, 1);
+      }
+    };
+    if constexpr (std::is_same_v<T, double>) {
+      ensure(wide, P * P);
+      panels(wide.data(), J.data(), M, true);
+    } else if (use_wide) {
+      ensure(wide, P * P);
+      constexpr index chunk = 512;
+      std::vector<double> rows(std::size_t(std::min(chunk, M) * P));
+      for (index i = 0; i < M; i += chunk) {
+        const index count = std::min(chunk, M - i);
+        std::copy(J.begin() + i * P, J.begin() + (i + count) * P, rows.begin());
+        panels(wide.data(), rows.data(), count, i == 0);
+      }
+    } else {
+      ensure(narrow, P * P);
+      panels(narrow.data(), J.data(), M, true);
+    }
+    held = Held::normal;
+  }
+  Outcome outcome;
+  ensure(rhs, P);
+  vjp(program, r, rhs.data(), arena_data());
+  if (q)
+    for (index i = 0; i < P; ++i) rhs[std::size_t(i)] += q[i];
+  int info;
+  const auto diagonal = [&](index i) { return d[i]; };
+  if (use_wide) {
+    info = factor(wide.data(), P, diagonal, wide_factor);
+    if (info == 0) solve_with(wide_factor, P, rhs.data(), delta);
+  } else {
+    info = factor(narrow.data(), P, diagonal, narrow_factor);
+    if (info == 0) solve_with(narrow_factor, P, rhs.data(), delta);
+  }
+  if (info != 0) {
+    std::fill(delta, delta + P, T(0));
+    outcome.status = Status::not_positive_definite;
+    return outcome;
+  }
+  outcome.gain = simd<T>().dot(P, rhs.data(), delta);
+  return outcome;
+}
+
+template <class T>
+Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const T* inverse_preconditioner, int max_iterations,
+                      double tolerance, T* delta) {
+  const index M = structure.num_residuals, P = structure.num_parameters;
+  const Simd<T>& body = simd<T>();
+  T* arena_ = arena_data();
+  for (auto* v : {&rhs, &cg_r, &cg_p, &cg_Ap, &cg_z}) ensure(*v, P);
+  ensure(cg_u, M);
+  T *b = rhs.data(), *res = cg_r.data(), *p = cg_p.data(), *Ap = cg_Ap.data(), *z = cg_z.data();
+  const auto apply = [&](const T* x, T* out) {   // out = (diag(d) + J^T J) x
+    jvp(program, x, cg_u.data(), arena_);
+    vjp(program, cg_u.data(), out, arena_);
+    body.muladd(P, T(1), d, 1, x, 1, out, 1, false);
+  };
+  const auto precondition = [&](const T* x, T* out) {
+    if (inverse_preconditioner) body.muladd(P, T(1), inverse_preconditioner, 1, x, 1, out, 1, true);
+    else std::memcpy(out, x, sizeof(T) * std::size_t(P));
+  };
+  const auto true_residual = [&] {
+    apply(delta, res);
+    body.axpby(P, T(1), b, T(-1), res);
+  };
+
+  vjp(program, r, b, arena_);
+  if (q) body.axpby(P, T(1), q, T(1), b);
+  std::memset(delta, 0, sizeof(T) * std::size_t(P));
+  std::memcpy(res, b, sizeof(T) * std::size_t(P));
+  const double b_norm = std::sqrt(body.dot(P, b, b));
+  Outcome outcome;
+  if (b_norm == 0) return outcome;
+  precondition(res, z);
+  std::memcpy(p, z, sizeof(T) * std::size_t(P));
+  double rz = body.dot(P, res, z), norm = b_norm;
+  outcome.status = Status::max_iterations;
+  while (outcome.iterations < max_iterations) {
+    apply(p, Ap);
+    const double curvature = body.dot(P, p, Ap);
+    if (!(curvature > 0)) {   // exact solution in a singular direction, or lost to rounding
+      outcome.status = norm <= tolerance * b_norm ? Status::solved : Status::breakdown;
+      break;
+    }
+    const double step = rz / curvature;
+    body.axpby(P, T(step), p, T(1), delta);
+    ++outcome.iterations;
+    if (outcome.iterations % 50 == 0) true_residual();
+    else body.axpby(P, T(-step), Ap, T(1), res);
+    norm = std::sqrt(body.dot(P, res, res));
+    if (norm <= tolerance * b_norm) {
+      true_residual();   // the recurrence may have drifted below the truth
+      norm = std::sqrt(body.dot(P, res, res));
+      if (norm <= tolerance * b_norm) {
+        outcome.status = Status::solved;
+        break;
+      }
+    }
+    precondition(res, z);
+    const double next = body.dot(P, res, z);
+    body.axpby(P, T(1), z, T(next / rz), p);
+    rz = next;
+  }
+  outcome.residual_norm = norm / b_norm;
+  outcome.gain = body.dot(P, b, delta);
+  return outcome;
+}
+
+template <class T>
+void Solver<T>::gram_matrix(T* K) {
+  const index M = structure.num_residuals;
+  std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
+  std::vector<T> ordered(std::size_t(M * M));
+  gram(program, layout, ones.data(), work, ordered.data());
+  for (index i = 0; i < M; ++i)
+    for (index j = 0; j < M; ++j) {
+      const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];
+      K[i * M + j] = ordered[std::size_t(std::max(a, b) * M + std::min(a, b))];
+    }
+}
+
+template struct Solver<float>;
+template struct Solver<double>;
+
+}  // namespace pgdfast

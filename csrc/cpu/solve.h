@@ -1,0 +1,58 @@
+// Whole solves of (D + J^T J) delta = J^T r + q on a bound program, each one call.
+//
+// D is diagonal: `shift` times the inverse of one weight per parameter buffer (dual), or a full vector (CG, primal).
+#pragma once
+
+#include "gram.h"
+
+namespace pgdfast {
+
+enum class Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3 };
+
+struct Outcome {
+  Status status = Status::solved;
+  int iterations = 0;
+  double residual_norm = 0;   // CG: final ||b - A x|| / ||b||
+  double gain = 0;            // g . delta with g = J^T r + q
+};
+
+// Up to this order the small dense factor is held in double even for float programs.
+constexpr index kWideFactor = 2048;
+
+template <class T>
+struct Solver {
+  Structure structure;
+  RowLayout layout;
+  Bound<T> program{&structure, {}};
+  Workspace<T> work;
+
+  // The Gram matrix or the normal matrix of the current constants, kept for further dampings.
+  std::vector<double> wide, wide_factor;
+  std::vector<T> narrow, narrow_factor;
+  std::vector<T> weights_used;
+  enum class Held { nothing, gram, normal } held = Held::nothing;
+
+  std::vector<T> J, arena, scratch_u, rhs;
+  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z;
+
+  Solver() = default;
+  Solver(const Solver&) = delete;
+  Solver& operator=(const Solver&) = delete;
+
+  T* arena_data();
+  // To be called whenever constants change: what is held belongs to the old ones.
+  void invalidate() { held = Held::nothing; }
+
+  // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null.
+  Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);
+  // (diag(d) + J^T J) delta = J^T r + q by Cholesky of the P x P matrix.
+  Outcome primal(const T* r, const T* d, const T* q, T* delta);
+  // The same by conjugate gradients from zero, preconditioned with `inverse_preconditioner` (null: none); stops at
+  // ||b - A x|| <= tolerance ||b||, with the true residual recomputed every 50 iterations and at the end.
+  Outcome cg(const T* r, const T* d, const T* q, const T* inverse_preconditioner, int max_iterations, double tolerance,
+             T* delta);
+
+  void gram_matrix(T* K);   // full symmetric, residual order
+};
+
+}  // namespace pgdfast

@@ -1,0 +1,26 @@
+// The Jacobian's two products: the program run forward (tangents) and backward (cotangents).
+#pragma once
+
+#include "../plan/plan.h"
+
+namespace pgdfast {
+
+template <class T>
+struct Bound {
+  const Structure* structure;
+  std::vector<Constant<T>> constants;
+};
+
+// u = J v. `arena` holds structure.arena_size elements.
+template <class T>
+void jvp(const Bound<T>& program, const T* v, T* u, T* arena);
+
+// v = J^T u.
+template <class T>
+void vjp(const Bound<T>& program, const T* u, T* v, T* arena);
+
+// The adjoint sweep that stops short of the parameters: leaves in `arena` the cotangent of every workspace buffer.
+template <class T>
+void adjoint_to_uses(const Bound<T>& program, const T* u, T* arena);
+
+}  // namespace pgdfast

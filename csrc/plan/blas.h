@@ -1,0 +1,36 @@
+// Dense linear algebra as a table of function pointers. The binding fills it; kernels never link a BLAS.
+#pragma once
+
+#include "plan.h"
+
+namespace pgdfast {
+
+// Column-major, Fortran conventions, 32-bit sizes as in LP64 BLAS.
+template <class T>
+struct Blas {
+  void (*gemm)(char trans_a, char trans_b, int m, int n, int k, T alpha, const T* a, int lda, const T* b, int ldb,
+               T beta, T* c, int ldc) = nullptr;
+  // Cholesky of the `uplo` triangle in place; returns LAPACK's info (0: success).
+  int (*potrf)(char uplo, int n, T* a, int lda) = nullptr;
+  // Solve with that factor, in place.
+  void (*potrs)(char uplo, int n, int columns, const T* a, int lda, T* b, int ldb) = nullptr;
+};
+
+template <class T>
+Blas<T>& blas();
+
+// Sets the thread count of BLAS calls made by this thread; returns the previous setting. A no-op table entry
+// is allowed: then the BLAS decides by itself.
+extern int (*set_blas_threads)(int);
+
+// Threads that the caller allows at most, and the number worth using for `flops` of work.
+extern int max_threads;
+int threads_for(double flops);
+
+// c[m, n] = beta * c + alpha * a[m, k] b[k, n] for operands given by (row stride, column stride), one of which is
+// 1 wherever both extents exceed 1.
+template <class T>
+void gemm(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
+          index b_col, T beta, T* c, index c_row, index c_col);
+
+}  // namespace pgdfast

@@ -1,0 +1,90 @@
+#include "plan.h"
+
+namespace pgdfast {
+namespace {
+
+// Does the strided operand touch every element of a buffer of `size` exactly once? Views never overlap except
+// through zero strides, so counting suffices.
+bool covers(index size, int ndim, const index* shape, const index* strides) {
+  index count = 1;
+  for (int d = 0; d < ndim; ++d) {
+    if (shape[d] > 1 && strides[d] == 0) return false;
+    count *= shape[d];
+  }
+  return count == size;
+}
+
+bool covers_y(const Instruction& op, index size) {
+  if (op.kind == Kind::muladd) return covers(size, op.muladd.ndim, op.muladd.shape.data(), op.muladd.ys.data());
+  const MatMul& g = op.matmul;
+  const index shape[3] = {g.b, g.m, g.n}, strides[3] = {g.yb, g.ym, g.yn};
+  return covers(size, 3, shape, strides);
+}
+
+bool covers_x(const Instruction& op, index size) {
+  if (op.kind == Kind::muladd) return covers(size, op.muladd.ndim, op.muladd.shape.data(), op.muladd.xs.data());
+  const MatMul& g = op.matmul;
+  const index shape[3] = {g.b, g.m, g.k}, strides[3] = {g.xb, g.xm, g.xk};
+  return covers(size, 3, shape, strides);
+}
+
+double flops_of(const Instruction& op) {
+  if (op.kind == Kind::matmul) {
+    const MatMul& g = op.matmul;
+    return 2.0 * double(g.b) * double(g.m) * double(g.n) * double(g.k);
+  }
+  double count = 2.0;
+  for (int d = 0; d < op.muladd.ndim; ++d) count *= double(op.muladd.shape[d]);
+  return count;
+}
+
+}  // namespace
+
+void Structure::finalize() {
+  num_parameters = num_residuals = arena_size = 0;
+  num_parameter_buffers = 0;
+  for (Buffer& buffer : buffers) {
+    switch (buffer.role) {
+      case Role::parameter:
+        buffer.offset = num_parameters;
+        num_parameters += buffer.size;
+        ++num_parameter_buffers;
+        break;
+      case Role::residual:
+        buffer.offset = num_residuals;
+        num_residuals += buffer.size;
+        break;
+      case Role::workspace:
+        buffer.offset = arena_size;
+        arena_size += (buffer.size + 15) / 16 * 16;   // keep every buffer on a 64-byte line
+        break;
+    }
+  }
+  const std::size_t count = buffers.size();
+  std::vector<char> written(count, 0), read(count, 0);
+  zero_forward.assign(count, 0);
+  zero_adjoint.assign(count, 0);
+  flops = 0;
+  for (Instruction& op : instructions) {
+    flops += flops_of(op);
+    if (!written[op.y]) {
+      op.overwrite_y = covers_y(op, buffers[op.y].size);
+      zero_forward[op.y] = !op.overwrite_y;
+      written[op.y] = 1;
+    }
+  }
+  for (std::size_t i = instructions.size(); i-- > 0;) {
+    Instruction& op = instructions[i];
+    if (!read[op.x]) {
+      op.overwrite_x = covers_x(op, buffers[op.x].size);
+      zero_adjoint[op.x] = !op.overwrite_x;
+      read[op.x] = 1;
+    }
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!written[i] && buffers[i].role != Role::parameter) zero_forward[i] = 1;
+    if (!read[i] && buffers[i].role != Role::residual) zero_adjoint[i] = 1;
+  }
+}
+
+}  // namespace pgdfast

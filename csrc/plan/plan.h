@@ -1,0 +1,104 @@
+// The linear program as the kernels see it: buffers, instructions, constants.
+//
+// Index legend, the same in every file: N rows (samples), O sections (outputs per row), M = residuals,
+// P = parameters, (b, m, n, k) = batch and matrix extents of one product.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pgdfast {
+
+using index = std::int64_t;
+constexpr int kMaxDims = 6;
+
+enum class Role : int { parameter = 0, residual = 1, workspace = 2 };
+
+// Where a tangent (or, in the adjoint sweep, a cotangent) lives. `offset` counts elements from the start of
+// the flat parameter vector, the flat residual vector, or the workspace arena.
+struct Buffer {
+  Role role;
+  index size;
+  index offset = 0;
+};
+
+// y[i.ys] += alpha * c[i.cs] * x[i.xs] over all multi-indices i of `shape`; zero strides broadcast or reduce.
+struct MulAdd {
+  int ndim = 0;
+  std::array<index, kMaxDims> shape{}, ys{}, xs{}, cs{};
+};
+
+// y[b, m, n] += alpha * sum_k x[b, m, k] * c[b, k, n]; a constant on the left is the same form transposed.
+struct MatMul {
+  index b, m, n, k;
+  index yb, ym, yn;
+  index xb, xm, xk;
+  index cb, ck, cn;
+};
+
+enum class Kind : int { muladd = 0, matmul = 1 };
+
+struct Instruction {
+  Kind kind;
+  int y, x;                     // buffer numbers
+  index y_offset, x_offset;     // elements into those buffers
+  int constant;                 // -1: none
+  index c_offset;               // elements into the constant
+  double alpha;
+  MulAdd muladd;
+  MatMul matmul;
+  bool overwrite_y = false;     // first write of y in the forward sweep, and it covers all of y
+  bool overwrite_x = false;     // first write of x in the adjoint sweep, and it covers all of x
+};
+
+// One use of a parameter by the row-local part of the program (see gram.h).
+struct Use {
+  int instruction;
+  int parameter;
+  bool factored;     // contributes (C C'^T) * (Y Y'^T) instead of explicit Jacobian rows
+  index row0;        // factored: rows row0 .. row0 + n - 1 are the n dimension of the product
+  bool m_is_high;    // factored: which dimension of the weight has the larger stride
+  bool rank_one;     // explicit matmul: all y[b, :, n] belong to one row
+};
+
+// Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders them tile, section, row.
+struct Tile {
+  index r0, rows, sections, base;
+};
+
+// How residuals group into rows: filled once per structure, needed for Gram and dense forms only.
+struct RowLayout {
+  index num_rows = 0, max_sections = 0;
+  std::vector<index> section_of;            // per residual element: which unit cotangent reaches it
+  std::vector<index> k_of;                  // per residual element: its row of K
+  std::vector<Tile> tiles;
+  std::vector<Use> uses;
+  std::vector<std::vector<std::int32_t>> labels;   // per buffer: row of each element, or empty
+  bool local = false;                       // false: no row structure, Jacobian rows come one VJP at a time
+};
+
+// A bound constant: a strided tensor or one number.
+template <class T>
+struct Constant {
+  const T* data = nullptr;
+  T value{};
+};
+
+struct Structure {
+  std::vector<Buffer> buffers;
+  std::vector<Instruction> instructions;
+  index num_parameters = 0, num_residuals = 0, arena_size = 0;
+  int num_parameter_buffers = 0;
+  int num_constants = 0;
+  std::vector<char> zero_forward, zero_adjoint;   // buffers to clear before a sweep
+  double flops = 0;                               // of one sweep
+
+  // Lays out the arena and finds which writes may overwrite. Call once after filling the lists.
+  void finalize();
+};
+
+}  // namespace pgdfast

@@ -1,0 +1,60 @@
+"""The two ways to a step: the fast path, and the reference that it is checked against."""
+
+from __future__ import annotations
+
+import torch
+
+from . import kernels, reference
+from .linear import Linearizer
+from .solve import CG, Solution, solve
+
+
+class Fast:
+    """Tape, plans and kernels."""
+
+    def __init__(self, backend: str):
+        self._name = backend
+        self._linearizer = None
+
+    def linearize(self, closure, params: list[torch.Tensor]):
+        """Linearise, keeping plans while the parameters stay the same tensors."""
+        current = self._linearizer
+        if current is None or len(current.params) != len(params) or any(
+            a is not b for a, b in zip(current.params, params, strict=True)
+        ):
+            self._linearizer = current = Linearizer(params, self._name)
+        return current(closure)
+
+    def solve(self, linearization, damping, *, scale, solver, cg, rcond) -> Solution:
+        """One damped solve."""
+        return solve(linearization, damping, scale=scale, solver=solver, cg=cg, rcond=rcond)
+
+
+class Reference:
+    """Explicit float64 Jacobians and dense solves in plain PyTorch (pgdfast.reference)."""
+
+    def linearize(self, closure, params: list[torch.Tensor]):
+        """An explicit Jacobian."""
+        return reference.linearize(closure, params)
+
+    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond) -> Solution:
+        """The reference's solution in the fast path's terms."""
+        found = reference.solve(
+            linearization, damping, scale=None if scale is None else scale.double(), solver=solver,
+            cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond,
+        )
+        gain = float(torch.dot(linearization.vjp(linearization.residual), found.step))
+        curvature = float(linearization.jvp(found.step).square().sum())
+        return Solution(
+            found.step, found.status, found.iterations, found.solver, "reference", gain, gain - curvature,
+            linearization, damping if scale is None else damping * scale, found.residual_norm,
+        )
+
+
+def backend(name: str):
+    """The backend of a name, after PGDFAST_BACKEND.
+
+    Raises ValueError or RuntimeError as pgdfast.kernels.requested does.
+    """
+    name = kernels.requested(name)
+    return Reference() if name == "reference" else Fast(name)

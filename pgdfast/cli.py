@@ -1,0 +1,111 @@
+"""The `pgdfast` command: reads the command line, hands on the work, returns an exit code.
+
+Exit codes: 0 done; 1 the results could not be written; 2 a value on the command line is wrong, or
+something that the command needs is not installed (one line on stderr says which); 130 interrupted.
+"""
+
+import argparse
+import sys
+
+from pgdfast import tasks
+from pgdfast.tasks.options import OneLineParser, UsageError
+from pgdfast.tasks.records import WriteError
+
+
+def main(argv=None):
+    """Run the command line `argv` (default: that of the process) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = _command_parser().parse_args(argv[:1]).command
+    except UsageError as error:
+        return _fail("pgdfast", error, code=2)
+    except SystemExit as stop:  # --help and --version
+        return stop.code or 0
+
+    prog = f"pgdfast {command}"
+    try:
+        return _COMMANDS[command](argv[1:]) or 0
+    except UsageError as error:
+        return _fail(prog, error, code=2)
+    except WriteError as error:
+        return _fail(prog, error, code=1)
+    except SystemExit as stop:
+        return stop.code or 0
+    except KeyboardInterrupt:
+        return _fail(
+            prog,
+            "interrupted; results are written once a run is complete, so none is half written",
+            code=130,
+        )
+
+
+def _run(argv):
+    """`pgdfast run TASK [options]`: the options are the task's own."""
+    known = ", ".join(tasks.TASKS)
+    if argv[:1] in (["-h"], ["--help"]):
+        _run_parser().parse_args(argv[:1])
+    if not argv or argv[0].startswith("-"):
+        got = f"got {argv[0]!r} where the task belongs" if argv else "no task given"
+        raise UsageError(f"{got}; needed: pgdfast run TASK [options], with TASK one of: {known}")
+    name = argv[0]
+    if name not in tasks.TASKS:
+        raise UsageError(f"unknown task {name!r}; the tasks are: {known}")
+
+    task = tasks.load(name)
+    parser = OneLineParser(
+        prog=f"pgdfast run {name}",
+        description=task.SUMMARY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    task.add_options(parser)
+    return task.run(parser.parse_args(argv[1:]))
+
+
+_COMMANDS = {"run": _run}
+
+
+def _command_parser():
+    parser = OneLineParser(
+        prog="pgdfast",
+        usage="pgdfast COMMAND [options]",
+        description="A Levenberg-Marquardt optimizer for PyTorch: its experiments.",
+        epilog="commands:\n"
+        "  run TASK    train on one of the experiments; write a picture, numbers and a record\n\n"
+        "'pgdfast COMMAND --help' says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version)
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_parser():
+    width = max(map(len, tasks.TASKS))
+    listing = "\n".join(f"  {name:{width}}    {line}" for name, (_, line) in tasks.TASKS.items())
+    return OneLineParser(
+        prog="pgdfast run",
+        usage="pgdfast run TASK [options]",
+        description="Train on one of the experiments of arXiv 2601.03162 with several optimizers;\n"
+        "write a picture (PNG), the numbers (CSV) and a record of every setting (JSON).",
+        epilog=f"tasks:\n{listing}\n\n'pgdfast run TASK --help' lists the options of a task.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+class _Version(argparse.Action):
+    """Print the version, looked up only when it is asked for."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, nargs=0, help="print the version and leave")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from pgdfast.tasks.records import versions
+
+        print(f"pgdfast {versions()['pgdfast']}")
+        parser.exit(0)
+
+
+def _fail(prog, message, code):
+    """Print one line `prog: message` on stderr and return `code`."""
+    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,7 @@
+"""From a step of the model to a step that is kept: damping rules, line search, and bit-exact undo."""
+
+from .damping import RULES, Constant, Delayed, GainRatio, damping_rule
+from .line_search import Armijo, line_search
+from .move import Move
+
+__all__ = ["RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Move", "damping_rule", "line_search"]

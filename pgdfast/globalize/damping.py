@@ -1,0 +1,125 @@
+"""Damping rules: how mu follows the gain ratio rho = actual / predicted reduction.
+
+A rule is any object with `tries` (may it reject a step?), `accepted(mu, rho)`, `rejected(mu, rho, curvature)` and
+`invalid(mu, curvature)`, each returning the next mu, and `state_dict()` / `load_state_dict()`. `curvature` is the model's
+curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0.
+"""
+
+from __future__ import annotations
+
+SMALLEST, LARGEST = 1e-20, 1e20
+
+
+def _raised(mu: float, factor: float, curvature: float) -> float:
+    if mu == 0:
+        return min(max(curvature, SMALLEST), LARGEST)
+    return min(mu * factor, LARGEST)
+
+
+class Constant:
+    """mu as given; every finite step is taken (the paper's plain LM). A failed factorisation tries 10 mu, this step only."""
+
+    tries = False
+
+    def accepted(self, mu: float, rho: float | None) -> float:
+        """Unchanged."""
+        return mu
+
+    def rejected(self, mu: float, rho: float, curvature: float) -> float:
+        """Unchanged: a line search that failed does not move mu."""
+        return mu
+
+    def invalid(self, mu: float, curvature: float) -> float:
+        """Ten times mu, for another factorisation of the same step."""
+        return _raised(mu, 10.0, curvature)
+
+    def state_dict(self) -> dict:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
+class GainRatio:
+    """Nielsen's rule (Damping parameter in Marquardt's method, IMM-REP-1999-05, eq. 3.5).
+
+    Accepted: mu * max(1/3, 1 - (2 rho - 1)^3), nu = 2. Rejected: mu * nu, nu doubles.
+    """
+
+    tries = True
+
+    def __init__(self):
+        self.nu = 2.0
+
+    def accepted(self, mu: float, rho: float | None) -> float:
+        """Down by at most 3; up when the model was poor."""
+        self.nu = 2.0
+        if rho is None:
+            return mu
+        return max(mu * max(1 / 3, 1 - (2 * min(rho, 1.0) - 1) ** 3), SMALLEST) if mu > 0 else 0.0
+
+    def rejected(self, mu: float, rho: float, curvature: float) -> float:
+        """Up by 2, 4, 8, ... in a row."""
+        mu = _raised(mu, self.nu, curvature)
+        self.nu = min(2 * self.nu, LARGEST)
+        return mu
+
+    def invalid(self, mu: float, curvature: float) -> float:
+        """As for a rejection."""
+        return self.rejected(mu, 0.0, curvature)
+
+    def state_dict(self) -> dict:
+        """The growth factor nu."""
+        return {"nu": self.nu}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore nu."""
+        self.nu = float(state["nu"])
+
+
+class Delayed:
+    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu."""
+
+    tries = True
+
+    def accepted(self, mu: float, rho: float | None) -> float:
+        """Down by 5."""
+        return max(mu / 5, SMALLEST) if mu > 0 else 0.0
+
+    def rejected(self, mu: float, rho: float, curvature: float) -> float:
+        """Up by 2."""
+        return _raised(mu, 2.0, curvature)
+
+    def invalid(self, mu: float, curvature: float) -> float:
+        """As for a rejection."""
+        return self.rejected(mu, 0.0, curvature)
+
+    def state_dict(self) -> dict:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
+RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed}
+_VERBS = ("tries", "accepted", "rejected", "invalid", "state_dict", "load_state_dict")
+
+
+def damping_rule(rule):
+    """The rule of a name, or the given object if it has a rule's verbs.
+
+    Raises ValueError for an unknown name and TypeError for an object that lacks a verb.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(
+                f"pgdfast.LM: damping_rule {rule!r} is not available; use one of {', '.join(RULES)}, or an object with "
+                f"{', '.join(_VERBS)}."
+            )
+        return RULES[rule]()
+    missing = [verb for verb in _VERBS if not hasattr(rule, verb)]
+    if missing:
+        raise TypeError(f"pgdfast.LM: damping_rule {rule!r} lacks {', '.join(missing)}; see pgdfast.globalize.damping.")
+    return rule

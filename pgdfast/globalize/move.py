@@ -1,0 +1,65 @@
+"""Moving the parameters along a direction, and back bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Move:
+    """theta - t d for parameters theta and a flat direction d, with a copy of theta to return to.
+
+    params: tensors of P entries together. rates: per parameter, the learning rate that scales its part of d.
+    """
+
+    def __init__(self, params: list[torch.Tensor], rates: list[float]):
+        self.params, self.rates = params, rates
+        self._sizes = [p.numel() for p in params]
+        self._one_rate = rates[0] if all(rate == rates[0] for rate in rates) else None
+        self._saved: list[torch.Tensor] | None = None
+        self._moved = False
+
+    @property
+    def one_rate(self) -> float | None:
+        """The common learning rate, or None if groups differ."""
+        return self._one_rate
+
+    def scaled(self, direction: torch.Tensor) -> torch.Tensor:
+        """The direction with each parameter's part times its learning rate, (P,)."""
+        parts = direction.split(self._sizes)
+        return torch.cat([rate * part for rate, part in zip(self.rates, parts, strict=True)])
+
+    def save(self) -> None:
+        """Copy the parameters, so that `undo` can return to them."""
+        if self._saved is None:
+            self._saved = [p.detach().clone() for p in self.params]
+
+    def to(self, direction: torch.Tensor, t: float = 1.0) -> None:
+        """Go to theta - t (rates * d), from wherever an earlier trial went."""
+        if self._moved:
+            self.undo()
+        views = [
+            part.view(p.shape) if part.dtype == p.dtype else part.view(p.shape).to(p.dtype)
+            for p, part in zip(self.params, direction.split(self._sizes), strict=True)
+        ]
+        with torch.no_grad():
+            if self._one_rate is not None:
+                torch._foreach_add_(self.params, views, alpha=-self._one_rate * t)
+            else:
+                for p, view, rate in zip(self.params, views, self.rates, strict=True):
+                    p.add_(view, alpha=-rate * t)
+        self._moved = True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Return to the saved parameters exactly."""
+        if self._moved:
+            for p, saved in zip(self.params, self._saved, strict=True):
+                p.copy_(saved)
+            self._moved = False
+
+    @torch.no_grad()
+    def decay(self, coefficients: list[float]) -> None:
+        """Subtract coefficient * theta of before the move from each parameter (decoupled weight decay)."""
+        for k, (p, c) in enumerate(zip(self.params, coefficients, strict=True)):
+            if c != 0:
+                p.add_(self._saved[k], alpha=-c)

@@ -1,0 +1,53 @@
+"""Which implementation runs where: an ordered list, each saying when it applies."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import native, torch_kernels
+
+NAMES = ("auto", "native", "triton", "torch", "reference")
+
+# Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program)`.
+IMPLEMENTATIONS = {"native": native, "torch": torch_kernels}
+
+
+def backends() -> dict[str, str]:
+    """Every backend name with "available" or the reason why it cannot be used here."""
+    status = {name: module.available() or "available" for name, module in IMPLEMENTATIONS.items()}
+    status["triton"] = "this version has no Triton kernels"
+    status["reference"] = "available"
+    return status
+
+
+def requested(backend: str) -> str:
+    """The backend asked for by argument or by PGDFAST_BACKEND (the argument wins).
+
+    Raises ValueError for an unknown name and RuntimeError for one that cannot be used here.
+    """
+    name = backend if backend != "auto" else os.environ.get("PGDFAST_BACKEND", "auto")
+    if name not in NAMES:
+        raise ValueError(f"pgdfast: unknown backend {name!r}; use one of {', '.join(NAMES)}.")
+    if name != "auto":
+        state = backends()[name]
+        if state != "available":
+            usable = [key for key, value in backends().items() if value == "available"]
+            raise RuntimeError(f"pgdfast: backend {name!r} cannot be used: {state}; use one of {', '.join(usable)}.")
+    return name
+
+
+def kernels_for(program, device: torch.device, backend: str):
+    """Bindable kernels for a program: the requested implementation, or the first that applies."""
+    for name, module in IMPLEMENTATIONS.items():
+        if backend not in ("auto", name) or module.available():
+            continue
+        if module.applies(device, program.dtype):
+            return module.Kernels(program)
+        if backend == name:
+            raise RuntimeError(
+                f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "
+                f"{program.dtype} on {device}."
+            )
+    raise RuntimeError(f"pgdfast: no implementation for {program.dtype} on {device}.")

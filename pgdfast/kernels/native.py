@@ -1,0 +1,106 @@
+"""The C++ core: a program as one plan, whole solves as one call."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from .. import _C
+except ImportError as _error:   # named by available(); pgdfast/__init__.py reports a mismatched build
+    _C = None
+    _reason = str(_error)
+
+LIMITS = "on the CPU in float32 and float64"
+STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown")
+
+
+def available() -> str | None:
+    """None, or why the native core cannot be used."""
+    return None if _C is not None else f"the C++ core is not built ({_reason})"
+
+
+def applies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Runs on the CPU in float32 and float64."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+class Kernels:
+    """A program's plan. Bind constants, then call; results are new tensors of the program's dtype."""
+
+    name = "native"
+    fused = True
+
+    def __init__(self, program):
+        plan = _C.PlanFloat if program.dtype == torch.float32 else _C.PlanDouble
+        self._plan = plan(program.buffers, [op.as_tuple() for op in program.instructions], program.layouts)
+        self.dtype = program.dtype
+        self.num_residuals = self._plan.num_residuals
+        self.num_parameters = self._plan.num_parameters
+        self.flops = self._plan.flops
+        self._constants = None
+        self._unit_weights = torch.ones(sum(role == 0 for role, _ in program.buffers), dtype=self.dtype)
+
+    def bind(self, constants: list) -> None:
+        """Point the plan at these constants, which it keeps alive."""
+        _C.set_max_threads(torch.get_num_threads())
+        if not self._plan.bind(constants):
+            raise RuntimeError("pgdfast: a tape of known structure holds tensors of another layout; please report this.")
+        self._constants = constants
+
+    def set_rows(self, rows) -> None:
+        """Give the plan the row structure that Gram and dense forms need."""
+        self._plan.set_rows(
+            rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.tiles, rows.uses, rows.labels
+        )
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v, (M,)."""
+        u = self._new(self.num_residuals)
+        self._plan.jvp(v, u)
+        return u
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u, (P,)."""
+        v = self._new(self.num_parameters)
+        self._plan.vjp(u, v)
+        return v
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P)."""
+        J = self._new(self.num_residuals, self.num_parameters)
+        self._plan.dense(J)
+        return J
+
+    def gram(self) -> torch.Tensor:
+        """J J^T, (M, M); needs rows."""
+        K = self._new(self.num_residuals, self.num_residuals)
+        self._plan.gram(K)
+        return K
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J), (P,)."""
+        d = self._new(self.num_parameters)
+        self._plan.diagonal(d)
+        return d
+
+    def dual(self, r, weights, shift, q):
+        """The dual step in one call: (step, status, iterations, residual norm, g . step); needs rows."""
+        step = self._new(self.num_parameters)
+        weights = self._unit_weights if weights is None else weights
+        status, *rest = self._plan.dual(r, weights, shift, q, step)
+        return step, STATUS[status], *rest
+
+    def primal(self, r, d, q):
+        """The primal step in one call; the same result as `dual`."""
+        step = self._new(self.num_parameters)
+        status, *rest = self._plan.primal(r, d, q, step)
+        return step, STATUS[status], *rest
+
+    def cg(self, r, d, q, inverse_preconditioner, max_iterations, tolerance):
+        """A whole CG solve in one call; the same result as `dual`."""
+        step = self._new(self.num_parameters)
+        status, *rest = self._plan.cg(r, d, q, inverse_preconditioner, max_iterations, tolerance, step)
+        return step, STATUS[status], *rest

@@ -1,0 +1,121 @@
+"""The program run by PyTorch's own operators, on any device and floating dtype."""
+
+from __future__ import annotations
+
+import torch
+
+LIMITS = "real floating-point tensors"
+_CHUNK = 64   # Jacobian rows per batched sweep
+
+
+def available() -> str | None:
+    """Always available."""
+    return None
+
+
+def applies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Runs wherever PyTorch does."""
+    return dtype.is_floating_point
+
+
+class Kernels:
+    """The same products as the native core; batches of K tangents have shape (K, P), cotangents (K, M)."""
+
+    name = "torch"
+    fused = False
+
+    def __init__(self, program):
+        self._program = program
+        self._parameters = program.sizes(0)
+        self._residuals = program.sizes(1)
+        self.num_parameters = sum(self._parameters)
+        self.num_residuals = sum(self._residuals)
+        self.flops = float(sum(_flops(op) for op in program.instructions))
+        self._constants: list = []
+
+    def bind(self, constants: list) -> None:
+        """Use these constants from now on."""
+        self._constants = constants
+
+    def set_rows(self, rows) -> None:
+        """No row structure is used here."""
+
+    @torch.no_grad()
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v: (P,) -> (M,), or (K, P) -> (K, M)."""
+        buffers = self._memory(v, self._parameters, 0)
+        for op in self._program.instructions:
+            self._run(op, buffers[op.x], op.x_offset, buffers[op.y], op.y_offset, adjoint=False)
+        return self._gather(buffers, 1, v)
+
+    @torch.no_grad()
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u: (M,) -> (P,), or (K, M) -> (K, P)."""
+        buffers = self._memory(u, self._residuals, 1)
+        for op in reversed(self._program.instructions):
+            self._run(op, buffers[op.y], op.y_offset, buffers[op.x], op.x_offset, adjoint=True)
+        return self._gather(buffers, 0, u)
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P), in batched sweeps."""
+        eye = torch.eye(self.num_residuals, dtype=self._program.dtype, device=self._device())
+        return torch.cat([self.vjp(rows) for rows in eye.split(_CHUNK)]) if len(eye) else eye.new_empty(0, self.num_parameters)
+
+    def _device(self):
+        tensors = [c for c in self._constants if isinstance(c, torch.Tensor)]
+        return tensors[0].device if tensors else None
+
+    def _memory(self, given: torch.Tensor, sizes: list[int], role: int) -> list[torch.Tensor]:
+        batch = given.reshape(-1, sum(sizes))
+        parts = iter(batch.split(sizes, dim=1))
+        return [
+            next(parts).contiguous() if r == role else batch.new_zeros(len(batch), size)
+            for r, size in self._program.buffers
+        ]
+
+    def _gather(self, buffers, role: int, given: torch.Tensor) -> torch.Tensor:
+        parts = [b for b, (r, _) in zip(buffers, self._program.buffers, strict=True) if r == role]
+        result = torch.cat(parts, dim=1)
+        return result if given.dim() == 2 else result[0]
+
+    def _run(self, op, source, source_offset, target, target_offset, *, adjoint: bool) -> None:
+        constant = None if op.constant < 0 else self._constants[op.constant]
+        if op.kind == 1:
+            b, m, n, k, *strides = op.extents[0]
+            ys, xs, cs = strides[:3], strides[3:6], strides[6:]
+            c = constant.as_strided((b, k, n), cs, constant.storage_offset())
+            if adjoint:
+                value = _window(source, (b, m, n), ys, source_offset) @ c.mT
+                _accumulate(target, (b, m, k), xs, target_offset, op.alpha * value)
+            else:
+                value = _window(source, (b, m, k), xs, source_offset) @ c
+                _accumulate(target, (b, m, n), ys, target_offset, op.alpha * value)
+            return
+        shape, ys, xs, cs = op.extents
+        ss, ts = (ys, xs) if adjoint else (xs, ys)
+        value = op.alpha * _window(source, shape, ss, source_offset)
+        if isinstance(constant, torch.Tensor):
+            value = value * constant.as_strided(shape, cs, constant.storage_offset())
+        elif constant is not None:
+            value = value * constant
+        _accumulate(target, shape, ts, target_offset, value)
+
+
+def _window(buffer: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
+    return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *strides), offset)
+
+
+def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.Tensor) -> None:
+    # Zero strides reduce: PyTorch must not write to overlapping windows.
+    reduced = [d for d, s in enumerate(strides) if s == 0 and shape[d] != 1]
+    if reduced:
+        value = value.sum([d + 1 for d in reduced], keepdim=True)
+        shape = [1 if d in reduced else n for d, n in enumerate(shape)]
+    _window(buffer, shape, strides, offset).add_(value)
+
+
+def _flops(op) -> int:
+    count = 2
+    for n in op.extents[0][: 4 if op.kind == 1 else None]:
+        count *= n
+    return count

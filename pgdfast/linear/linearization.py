@@ -1,0 +1,201 @@
+"""A closure linearised at the current parameters."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .. import kernels
+from ..tape import Tracer
+from .double_backward import DoubleBackward
+from .rows import row_layout
+
+_announced: set[str] = set()
+
+
+class _Plan:
+    """Kernels of one program with its row structure, shared by all linearisations of that structure."""
+
+    __slots__ = ("_rows", "kernels", "owner", "program")
+
+    def __init__(self, program, device, backend):
+        self.program = program
+        self.kernels = kernels.kernels_for(program, device, backend)
+        self.owner = None
+        self._rows = False
+
+    @property
+    def rows(self):
+        """The row layout, found when first asked for; None if the residuals do not separate."""
+        if self._rows is False:
+            self._rows = row_layout(self.program)
+            if self._rows is not None:
+                self.kernels.set_rows(self._rows)
+        return self._rows
+
+
+class Linearizer:
+    """Linearises closures over fixed parameters, reusing the plan of every structure it has met."""
+
+    def __init__(self, params, backend: str = "auto"):
+        self.params = list(params)
+        self.backend = backend
+        self._tracer = Tracer(self.params)
+        self._plans: dict[int, _Plan] = {}
+
+    def __call__(self, closure) -> Linearization:
+        """Run the closure once and read its tape."""
+        with torch.enable_grad():
+            result = closure()
+        return self.read(result)
+
+    def read(self, result) -> Linearization:
+        """The linearisation of a closure's result."""
+        trace = self._tracer.trace(result)
+        if trace.residual.numel() and not bool(torch.isfinite(trace.loss)):
+            raise ValueError(
+                f"pgdfast.LM: the loss before the step is {float(trace.loss)}; nothing was changed. Check the data and the "
+                "parameters for NaN or infinity."
+            )
+        if trace.program is None:
+            self._announce(trace.missing)
+            operator = DoubleBackward(trace.blocks, trace.edges, self.params, self._tracer.dtype)
+            return Linearization(trace, self.params, operator, None)
+        plan = self._plans.get(id(trace.program))
+        if plan is None or plan.program is not trace.program:
+            if len(self._plans) >= 32:
+                self._plans.clear()
+            plan = self._plans[id(trace.program)] = _Plan(trace.program, trace.residual.device, self.backend)
+        return Linearization(trace, self.params, plan.kernels, plan)
+
+    def _announce(self, operation: str) -> None:
+        if operation not in _announced:
+            _announced.add(operation)
+            warnings.warn(
+                f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
+                stacklevel=4,
+            )
+
+
+class Linearization:
+    """The least-squares problem of a closure at the current parameters.
+
+    Near them the loss is 1/2 ||residual - J delta||^2 up to a constant, plus c/2 ||theta - delta||^2 for quadratic
+    penalties found in the loss. `delta` is subtracted from the parameters.
+
+    Attributes: loss (0-dim tensor); residual (M,), scaled so that J^T residual (+ penalty) is the loss's gradient;
+    num_residuals M; num_parameters P; penalty (P,) diagonal c or None. Vectors are flat, in the order of `params`.
+    Products raise RuntimeError once the parameters have changed.
+    """
+
+    def __init__(self, trace, params, operator, plan):
+        self.loss = trace.loss
+        self.residual = trace.residual
+        self.params = params
+        self.num_residuals = trace.residual.numel()
+        self.num_parameters = sum(p.numel() for p in params)
+        self.dtype = trace.residual.dtype
+        self.device = params[0].device
+        self.penalties = trace.penalties
+        self._operator, self._plan, self._constants = operator, plan, trace.constants
+        self._trace = trace
+        self.parameters_unchanged()
+
+    def parameters_unchanged(self) -> None:
+        """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+        self._versions = [p._version for p in self.params]
+
+    @property
+    def operator(self):
+        """The kernels, bound to this linearisation's constants."""
+        if [p._version for p in self.params] != self._versions:
+            raise RuntimeError(
+                "pgdfast: the parameters have changed since this linearisation was made; linearise again."
+            )
+        if self._plan is not None and self._plan.owner is not self:
+            self._operator.bind(self._constants)
+            self._plan.owner = self
+        return self._operator
+
+    @property
+    def rows(self):
+        """The row layout of the residuals, or None."""
+        return None if self._plan is None else self._plan.rows
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """Diagonal of the quadratic penalty, (P,), or None."""
+        if not self.penalties:
+            return None
+        return torch.cat([
+            torch.full((p.numel(),), self.penalties.get(k, 0.0), dtype=self.dtype, device=self.device)
+            for k, p in enumerate(self.params)
+        ])
+
+    @property
+    def penalty_gradient(self) -> torch.Tensor | None:
+        """c theta, (P,), or None."""
+        penalty = self.penalty
+        if penalty is None:
+            return None
+        return penalty * torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.params])
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v: (P,) -> (M,). One forward sweep."""
+        return self.operator.jvp(_vector(v, self.num_parameters, self.dtype, "v", "P"))
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u: (M,) -> (P,). One backward sweep."""
+        return self.operator.vjp(_vector(u, self.num_residuals, self.dtype, "u", "M"))
+
+    def ggn(self, v: torch.Tensor) -> torch.Tensor:
+        """(J^T J + penalty) v: (P,) -> (P,)."""
+        product = self.vjp(self.jvp(v))
+        return product if self.penalty is None else product + self.penalty * v.to(self.dtype)
+
+    def gradient(self) -> torch.Tensor:
+        """Gradient of the loss, (P,)."""
+        gradient = self.vjp(self.residual)
+        return gradient if self.penalty is None else gradient + self.penalty_gradient
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P). As many backward sweeps as a row has outputs, or M where rows do not separate."""
+        operator, _ = self.operator, self.rows
+        return operator.dense()
+
+    def gram(self) -> torch.Tensor:
+        """J J^T, (M, M), without J where rows separate."""
+        operator = self.operator
+        if operator.fused and self.rows is not None:
+            return operator.gram()
+        J = self.dense()
+        return J @ J.T
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J + penalty), (P,)."""
+        operator, _ = self.operator, self.rows
+        d = operator.diagonal() if operator.fused else self.dense().square().sum(0)
+        return d if self.penalty is None else d + self.penalty
+
+
+def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
+    if x.shape != (size,):
+        raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
+    return x.detach().to(dtype).contiguous()
+
+
+def linearize(closure, params, *, backend: str = "auto") -> Linearization:
+    """Linearise a closure at the current parameters.
+
+    closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
+    concatenation is the flat parameter vector. backend: as for LM. Cost: one run of the closure.
+    Raises ValueError for results that cannot be linearised and for a non-finite loss.
+    """
+    params = [p for p in params if p.requires_grad]
+    if not params:
+        raise ValueError("pgdfast.linearize: no parameter requires a gradient.")
+    name = kernels.requested(backend)
+    if name == "reference":
+        raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
+    return Linearizer(params, name)(closure)

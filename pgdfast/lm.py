@@ -1,0 +1,264 @@
+"""Levenberg-Marquardt as a torch.optim.Optimizer: linearise, solve, try, keep or undo."""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+
+import torch
+
+from . import globalize
+from .backend import backend as choose_backend
+from .report import Report
+from .solve import CG, SOLVERS
+
+_ATTEMPTS = 12   # dampings tried in one step before it is given up
+
+
+class LM(torch.optim.Optimizer):
+    """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
+
+    params: tensors or parameter groups; groups may have their own lr and weight_decay. lr: step length. damping: mu, a
+    number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
+    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed" (both never uphill),
+    "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). scaling: "identity" or "marquardt", D the
+    running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg" or
+    "eigh". line_search: None, "armijo" or an object. cg: options of CG. backend: "auto", "native", "torch" or
+    "reference"; PGDFAST_BACKEND does the same from outside.
+
+    A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
+    to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
+
+    Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2.
+    """
+
+    def __init__(
+        self, params, lr: float = 1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None,
+        scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
+        cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
+    ):
+        _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, rcond, ensemble)
+        self._rule = globalize.damping_rule(damping_rule)
+        self._search = globalize.line_search(line_search)
+        self._backend = choose_backend(backend)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._damping, self._scaling, self._solver = damping, scaling, solver
+        self._cg, self._rcond = cg or CG(), rcond
+        self.report: Report | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> torch.Tensor:
+        """Take one step and return the loss before it, a 0-dim tensor.
+
+        closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
+        runs once, and once more per trial point. What happened stands in `report`.
+        Raises ValueError (bad closure, non-finite loss), MemoryError or whatever the closure raises; the parameters are
+        then as they were.
+        """
+        if closure is None:
+            raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
+        params, rates, decays = self._trainable()
+        memory = self._memory(params)
+        start = perf_counter()
+        lin = self._backend.linearize(closure, params)
+        loss = float(lin.loss)
+        report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters)
+        report.seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
+        if lin.num_residuals == 0 and not lin.penalties:
+            report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
+        else:
+            self._descend(closure, lin, globalize.Move(params, rates), decays, memory, report)
+        memory["step"] += 1
+        memory["rule"] = self._rule.state_dict()
+        self.report = report
+        return lin.loss
+
+    def _descend(self, closure, lin, move, decays, memory, report) -> None:
+        """Try dampings until one gives a step that is kept."""
+        mu = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
+        scale = self._scale(lin, move.params)
+        trying = self._rule.tries or self._search is not None
+        if trying or any(decays):
+            move.save()
+        try:
+            for report.attempts in range(1, _ATTEMPTS + 1):
+                solution = self._solve(lin, mu, scale, report)
+                report.damping = mu
+                if not solution.usable:
+                    report.status = "failed"
+                    mu = self._rule.invalid(mu, _curvature(lin, solution))
+                elif not trying:
+                    move.to(solution.step)
+                    report.status = "accepted"
+                    break
+                elif self._try(closure, lin, move, solution, report):
+                    mu = self._rule.accepted(mu, report.gain_ratio)
+                    break
+                else:
+                    lin.parameters_unchanged()
+                    if report.status == "stalled" or not self._rule.tries:
+                        break
+                    mu = self._rule.rejected(mu, report.gain_ratio, _curvature(lin, solution))
+        except BaseException:
+            move.undo()
+            raise
+        if report.status == "accepted":
+            move.decay(decays)
+        report.advice = report.advice or _advice(report, solution)
+        if self._rule.tries:
+            memory["damping"] = report.next_damping = mu
+        else:
+            report.next_damping = report.damping
+
+    def _solve(self, lin, mu, scale, report):
+        start = perf_counter()
+        solution = self._backend.solve(
+            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond
+        )
+        report.seconds["solve"] += perf_counter() - start
+        report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
+        report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        return solution
+
+    def _try(self, closure, lin, move, solution, report) -> bool:
+        """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
+        start = perf_counter()
+        reduction, slope = _model(lin, move, solution)
+
+        def evaluate(t):
+            move.to(solution.step, t)
+            report.trials += 1
+            return _loss_of(closure)
+
+        loss = report.loss
+        if self._search is not None:
+            t, after, _ = self._search.search(evaluate, loss, slope)
+            report.line_search = t
+        else:
+            t, after = 1.0, evaluate(1.0)
+        predicted = reduction(t or 1.0)
+        report.predicted_reduction = predicted
+        rounding = 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
+        stalled = predicted <= rounding
+        kept = t is not None and math.isfinite(after) and (after < loss or (stalled and after <= loss))
+        report.gain_ratio = (loss - after) / predicted if predicted > 0 and math.isfinite(after) else -math.inf
+        if kept:
+            report.status, report.loss_after = "accepted", after
+        else:
+            move.undo()
+            report.status, report.loss_after = ("stalled" if stalled else "rejected"), loss
+        report.seconds["trial"] += perf_counter() - start
+        return kept
+
+    def _trainable(self):
+        """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
+        params, rates, decays = [], [], []
+        for group in self.param_groups:
+            rate = float(group["lr"])
+            for p in group["params"]:
+                if p.requires_grad:
+                    params.append(p)
+                    rates.append(rate)
+                    decays.append(rate * group["weight_decay"])
+        if not params:
+            raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
+        return params, rates, decays
+
+    def _memory(self, params) -> dict:
+        """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
+        memory = self.state[self.param_groups[0]["params"][0]]
+        if "step" not in memory:
+            adaptive = self._rule.tries
+            memory.update(step=0, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
+        self._rule.load_state_dict(memory["rule"])
+        return memory
+
+    def _scheduled(self, step: int) -> float:
+        mu = self._damping(step) if callable(self._damping) else self._damping
+        if not isinstance(mu, (int, float)) or not 0 <= mu < math.inf:
+            raise ValueError(f"pgdfast.LM: damping at step {step} is {mu!r}; it must be finite and not negative.")
+        return float(mu)
+
+    def _scale(self, lin, params) -> torch.Tensor | None:
+        """Marquardt's D: the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
+        if self._scaling == "identity":
+            return None
+        parts = lin.diagonal().split([p.numel() for p in params])
+        scales = []
+        for p, part in zip(params, parts, strict=True):
+            state = self.state[p]
+            seen = part.view(p.shape).to(p.dtype)
+            state["scale"] = torch.maximum(state["scale"], seen) if "scale" in state else seen.clone()
+            scales.append(state["scale"].reshape(-1))
+        scale = torch.cat(scales)
+        return torch.where(scale > 0, scale, 1.0)
+
+
+def _loss_of(closure) -> float:
+    """The loss at a trial point."""
+    with torch.enable_grad():
+        result = closure()
+    if isinstance(result, torch.Tensor) and result.dim() == 0:
+        return float(result)
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    return 0.5 * sum(float(part.detach().double().square().sum()) for part in parts)
+
+
+def _model(lin, move, solution):
+    """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta."""
+    rate = move.one_rate
+    if rate is not None:
+        return (lambda t: solution.reduction(rate * t)), rate * solution.gain
+    direction = move.scaled(solution.step)
+    slope = float(torch.dot(lin.gradient(), direction))
+    curvature = float(torch.dot(direction, lin.ggn(direction)))
+    return (lambda t: t * slope - 0.5 * t * t * curvature), slope
+
+
+def _curvature(lin, solution) -> float:
+    """g . delta / ||delta||^2, or that of the gradient where there is no step."""
+    square = float(solution.step.double().square().sum())
+    if square > 0 and solution.gain > 0:
+        return solution.gain / square
+    g = lin.gradient()
+    square = float(torch.dot(g, g))
+    return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
+
+
+def _advice(report, solution) -> str:
+    if report.status == "stalled":
+        return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
+    if report.status == "rejected":
+        return (
+            f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
+            "check that the closure is deterministic, raise the damping, or use float64"
+        )
+    if report.status == "failed" or solution.status != "solved":
+        return solution.advice
+    if report.attempts > 1 and report.gain_ratio is None:
+        return f"the factorisation failed and the damping was raised to {report.damping:.3g} for this step"
+    return ""
+
+
+def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solver, rcond, ensemble) -> None:
+    if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
+        raise ValueError(f"pgdfast.LM: lr is {lr!r}; it must be a finite number that is not negative.")
+    if callable(damping):
+        if rule != "constant":
+            raise ValueError(
+                f"pgdfast.LM: damping is a schedule but damping_rule is {rule!r}, which sets mu itself; use "
+                "damping_rule='constant' with a schedule."
+            )
+    elif not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise ValueError(f"pgdfast.LM: damping is {damping!r}; it must be a finite number >= 0 or a callable step -> mu.")
+    if scaling not in ("identity", "marquardt"):
+        raise ValueError(f"pgdfast.LM: unknown scaling {scaling!r}; use 'identity' or 'marquardt'.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"pgdfast.LM: weight_decay is {weight_decay!r}; it must be a finite number that is not negative.")
+    if solver not in SOLVERS:
+        raise ValueError(f"pgdfast.LM: solver {solver!r} is not available; use one of {', '.join(SOLVERS)}.")
+    if not 0 < rcond < 1:
+        raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
+    for name, value in (("acceleration", acceleration), ("ensemble", ensemble)):
+        if value is not None:
+            raise ValueError(f"pgdfast.LM: {name}={value!r} is not available in this version; use {name}=None.")

@@ -1,0 +1,176 @@
+"""One closure, linearised around the present parameters: an explicit float64 Jacobian."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .losses import Block, depends_on, residual_block, scalar_blocks
+from .precision import Float64, float64_parameters
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A weighted least-squares problem: gradient = J^T r, generalised Gauss-Newton = J^T J.
+
+    Attributes:
+        loss: 0-dim float64, the loss at the present parameters.
+        residual: r, (M,) float64, scaled as above.
+        jacobian: J, (M, P) float64, scaled as above.
+
+    """
+
+    loss: Tensor
+    residual: Tensor
+    jacobian: Tensor
+
+    @property
+    def num_residuals(self) -> int:
+        """M, the number of rows of J."""
+        return self.jacobian.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of columns of J."""
+        return self.jacobian.shape[1]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (P,) -> (M,) float64."""
+        return self.jacobian @ v.to(self.jacobian)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (M,) -> (P,) float64."""
+        return self.jacobian.T @ u.to(self.jacobian)
+
+    def ggn(self, v: Tensor) -> Tensor:
+        """J^T J v: (P,) -> (P,) float64."""
+        return self.vjp(self.jvp(v))
+
+    def gram(self) -> Tensor:
+        """J J^T, (M, M) float64."""
+        return self.jacobian @ self.jacobian.T
+
+    def dense(self) -> Tensor:
+        """J, (M, P) float64."""
+        return self.jacobian
+
+    def diagonal(self) -> Tensor:
+        """diag(J^T J), (P,) float64: the squared length of each column."""
+        return self.jacobian.square().sum(0)
+
+
+def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
+    """Run the closure once in float64 and differentiate it row by row.
+
+    Args:
+        closure: takes nothing and returns a residual tensor of at least one dimension, or a tuple
+            or list of tensors (the loss is then 1/2 ||r||^2), or a 0-dim loss whose tape ends in
+            weighted squares, cross_entropy or binary_cross_entropy_with_logits.
+        params: leaf tensors that require gradients; their order defines the flat vector of P
+            numbers, each laid out by ``p.reshape(-1)``. Their data, dtype and ``.grad`` are the
+            same tensors afterwards. A parameter that the loss does not reach has zero columns.
+
+    Returns:
+        The linearization; M may be 0.
+
+    Raises:
+        ValueError: the parameters are not distinct real leaves that require gradients; the result
+            is of no known form, has a negative weight, does not depend on the parameters, is not
+            finite, or its tape was freed by a backward() inside the closure.
+
+    Cost: M backward passes.
+
+    """
+    params = list(params)
+    _check_parameters(params)
+    with float64_parameters(params), torch.enable_grad():
+        with Float64():
+            result = closure()
+        try:
+            loss, blocks = _read(result, params)
+            residual, jacobian = _assemble(blocks, params)
+        except RuntimeError as error:
+            if "already been freed" not in str(error):
+                raise
+            raise ValueError(
+                "pgdfast.reference: the tape of the closure's result has been freed; the closure "
+                "must not call backward(), only return the loss or the residual"
+            ) from error
+    for name, value in (("loss", loss), ("residual", residual), ("Jacobian", jacobian)):
+        if not value.isfinite().all():
+            raise ValueError(
+                f"pgdfast.reference: the {name} is not finite at the present parameters; "
+                "start from parameters and data that give finite values"
+            )
+    return Linearization(loss, residual, jacobian)
+
+
+def _check_parameters(params: list[Tensor]) -> None:
+    if not params:
+        raise ValueError("pgdfast.reference: params is empty; pass at least one tensor")
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("pgdfast.reference: params holds the same tensor twice; pass it once")
+    for i, p in enumerate(params):
+        if not (p.is_leaf and p.requires_grad and p.is_floating_point()):
+            raise ValueError(
+                f"pgdfast.reference: params[{i}] must be a real floating-point leaf tensor with "
+                f"requires_grad=True; got dtype {p.dtype}, is_leaf={p.is_leaf}, "
+                f"requires_grad={p.requires_grad}"
+            )
+
+
+def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block]]:
+    """Return the loss and the rows of what the closure returned."""
+    tensors = list(result) if isinstance(result, (tuple, list)) else [result]
+    for t in tensors:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = f"a {t.dtype} tensor" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise ValueError(
+                f"pgdfast.reference: the closure returned {got}; return a real floating-point "
+                "scalar loss, a residual tensor, or a tuple of residual tensors"
+            )
+    if any(t.numel() for t in tensors) and not any(depends_on(t, params) for t in tensors):
+        raise ValueError(
+            "pgdfast.reference: the closure's result does not depend on any of params; compute it "
+            "from them with autograd on (no detach(), no torch.no_grad())"
+        )
+    if isinstance(result, Tensor) and result.dim() == 0:
+        return result.detach().double(), scalar_blocks(result, params)
+    blocks = [residual_block(t) for t in tensors]
+    loss = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    return loss + sum(0.5 * b.residual.square().sum() for b in blocks), blocks
+
+
+def _assemble(blocks: list[Block], params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack r and J = S^T dz/dtheta over the blocks."""
+    num_parameters = sum(p.numel() for p in params)
+    residuals = [params[0].new_zeros(0)]
+    jacobians = [params[0].new_zeros(0, num_parameters)]
+    for block in blocks:
+        residuals.append(block.residual.reshape(-1))
+        jacobians.append(block.root(_differentiate(block, params)).reshape(-1, num_parameters))
+    return torch.cat(residuals).detach(), torch.cat(jacobians).detach()
+
+
+def _differentiate(block: Block, params: list[Tensor]) -> Tensor:
+    """dz/dtheta of shape (*Z, P), one backward pass for each element of z."""
+    rows = block.residual.new_zeros(block.residual.numel(), sum(p.numel() for p in params))
+    outputs = [edge for edge, _ in block.edges]
+    for i in range(len(rows) if outputs else 0):
+        unit = torch.zeros_like(block.residual, memory_format=torch.contiguous_format)
+        unit.view(-1)[i] = 1.0
+        gradients = torch.autograd.grad(
+            outputs,
+            params,
+            grad_outputs=[sign * unit for _, sign in block.edges],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        rows[i] = torch.cat(
+            [
+                p.new_zeros(p.numel()) if g is None else g.reshape(-1)
+                for p, g in zip(params, gradients, strict=True)
+            ]
+        )
+    return rows.view(*block.residual.shape, rows.shape[1])

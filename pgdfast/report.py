@@ -1,0 +1,47 @@
+"""What a step did, for people and programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Report:
+    """The last step of an optimizer.
+
+    loss: before the step. loss_after: of the point kept, None where no trial was evaluated. gain_ratio: actual over
+    predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next. status:
+    "accepted", "rejected" (no trial descended; parameters as before), "failed" (no usable solve), "stalled" (the
+    predicted reduction is at rounding level) or "empty" (no residuals). advice: what to do about it, or "". solver and
+    reason: what solved and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is
+    known for CG). attempts: dampings tried; trials: losses evaluated after the first; line_search: accepted t, None
+    without a search. seconds: wall time of the phases linearize, solve, trial.
+    """
+
+    loss: float
+    loss_after: float | None = None
+    gain_ratio: float | None = None
+    predicted_reduction: float | None = None
+    damping: float = 0.0
+    next_damping: float = 0.0
+    status: str = "accepted"
+    advice: str = ""
+    solver: str = ""
+    reason: str = ""
+    solve_status: str = ""
+    iterations: int = 0
+    residual_norm: float | None = None
+    attempts: int = 0
+    trials: int = 0
+    line_search: float | None = None
+    residuals: int = 0
+    parameters: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line, and the advice on a second if there is any."""
+        after = "" if self.loss_after is None else f" -> {self.loss_after:.6g}"
+        rho = "" if self.gain_ratio is None else f", gain ratio {self.gain_ratio:.3g}"
+        cg = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})" if self.solver == "cg" else ""
+        text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{cg}"
+        return text + (f"\n{self.advice}" if self.advice else "")

@@ -1,0 +1,136 @@
+"""Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix, and eigendecomposition.
+
+Each returns (step, status, iterations, residual_norm or None, gain). The native core runs dual and primal as one call
+where it can; what stands here is the same algebra in PyTorch, for scaled problems and other devices.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .problem import WIDE_FACTOR, Problem
+
+
+def dual(problem: Problem):
+    """delta = W (J^T y + q), (I + J W J^T) y = r - J W q, W = 1/d. Cost: one Gram matrix, M^3/3, one VJP.
+
+    With uniform d = mu the equation is multiplied through by mu, so that small mu stays representable.
+    """
+    lin, r = problem.linearization, problem.linearization.residual
+    operator = lin.operator
+    if operator.fused and lin.rows is not None and problem.scale is None:
+        if problem.uniform:
+            return operator.dual(r, None, problem.mu, None)
+        return operator.dual(r, problem.buffer_weights(), 1.0, problem.q)
+    J = lin.dense()
+    if problem.uniform:
+        K, shift, weights = J @ J.T, problem.mu, None
+        rhs = r
+    else:
+        weights, shift = 1 / problem.diagonal(), 1.0
+        scaled = J * weights.sqrt()
+        K = scaled @ scaled.T
+        rhs = r if problem.q is None else r - J @ (weights * problem.q)
+    y, ok = _cholesky_solve(K, shift, rhs)
+    if not ok:
+        return _failed(lin)
+    step = lin.vjp(y)
+    if weights is not None:
+        step = weights * (step if problem.q is None else step + problem.q)
+    gain = float(torch.dot(r.double(), r.double() - shift * y.double()))
+    if problem.q is not None:
+        gain += float(torch.dot(problem.q.double(), step.double()))
+    return step, "solved", 0, None, gain
+
+
+def primal(problem: Problem):
+    """Cholesky of diag(d) + J^T J. Cost: J, M P^2, P^3/3."""
+    lin = problem.linearization
+    _ = lin.rows   # Jacobian rows are cheaper once the row structure is known
+    if lin.operator.fused:
+        return lin.operator.primal(lin.residual, problem.diagonal(), problem.q)
+    J = lin.dense()
+    g = lin.gradient()
+    step, ok = _cholesky_solve(J.T @ J, problem.diagonal(), g)
+    if not ok:
+        return _failed(lin)
+    return step, "solved", 0, None, float(torch.dot(g.double(), step.double()))
+
+
+def eigh(problem: Problem, rcond: float):
+    """Eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
+
+    mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; in
+    float32 the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
+    variables D^1/2 delta. Penalties join J as rows.
+    """
+    lin = problem.linearization
+    r, J = lin.residual, None
+    scale = problem.scale
+    if problem.penalty is None and scale is None and lin.num_residuals <= lin.num_parameters:
+        K = lin.gram()
+    else:
+        J, r = _stacked(problem)
+        if scale is not None:
+            J = J * _inverse_root(scale, J)
+        K = J @ J.T if len(J) <= J.shape[1] else J.T @ J
+    K, small_is_dual = K.double(), J is None or len(J) <= J.shape[1]
+    if not bool(torch.isfinite(K).all()):
+        return _failed(lin)
+    values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
+    largest = float(values[-1]) if len(values) else 0.0
+    cut = max(rcond, 16 * torch.finfo(lin.dtype).eps) * largest
+    if problem.mu > 0:
+        inverse = 1 / (values.clamp_min(0) + problem.mu)
+    else:
+        inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
+    if small_is_dual:
+        if problem.mu == 0 and any(b.kind != "squares" for b in lin._trace.blocks):
+            # GGN residuals grow without bound at confident samples; J J^T r does not.
+            product = K @ r.double()
+            y = vectors @ (inverse * inverse * (vectors.T @ product))
+        else:
+            y = vectors @ (inverse * (vectors.T @ r.double()))
+        y = y.to(lin.dtype)
+        step = lin.vjp(y) if J is None else J.T @ y
+    else:
+        g = (J.T @ r).double()
+        step = (vectors @ (inverse * (vectors.T @ g))).to(lin.dtype)
+    if scale is not None:
+        step = step * _inverse_root(scale, step)
+    gain = float(torch.dot(lin.gradient().double(), step.double()))
+    return step, "solved", 0, None, gain
+
+
+def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return scale.to(like.dtype).rsqrt()
+
+
+def _stacked(problem: Problem):
+    """J and r with the penalty as further rows sqrt(c) I, sqrt(c) theta."""
+    lin = problem.linearization
+    J, r = lin.dense(), lin.residual
+    if problem.penalty is None:
+        return J, r
+    kept = problem.penalty > 0
+    root = problem.penalty[kept].sqrt()
+    rows = torch.diag_embed(problem.penalty.sqrt())[kept]
+    return torch.cat([J, rows]), torch.cat([r, problem.q[kept] / root])
+
+
+def _cholesky_solve(matrix: torch.Tensor, diagonal, rhs: torch.Tensor):
+    """Solve (matrix + diag) x = rhs with a float64 factor while that is cheap; (x, succeeded)."""
+    dtype = rhs.dtype
+    if len(matrix) <= WIDE_FACTOR:
+        matrix, rhs = matrix.double(), rhs.double()
+    matrix = matrix.clone()
+    matrix.diagonal().add_(diagonal)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        return rhs, False
+    return torch.cholesky_solve(rhs.unsqueeze(1), factor).squeeze(1).to(dtype), True
+
+
+def _failed(lin):
+    step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
+    return step, "not_positive_definite", 0, None, 0.0

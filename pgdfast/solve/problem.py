@@ -1,0 +1,64 @@
+"""The damped problem in the form that every solver starts from, so that all of them mean the same matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WIDE_FACTOR = 2048   # up to this order the small dense factor is held in float64 (csrc/cpu/solve.h)
+
+
+@dataclass(slots=True)
+class Problem:
+    """(diag(d) + J^T J) delta = J^T r + q, with d = mu * scale + c and q = c theta.
+
+    mu: damping; scale: (P,) or None for the identity; penalty c: (P,) or None; uniform: d is the number mu.
+    """
+
+    linearization: object
+    mu: float
+    scale: torch.Tensor | None
+    penalty: torch.Tensor | None
+    q: torch.Tensor | None
+
+    @classmethod
+    def of(cls, linearization, mu: float, scale: torch.Tensor | None) -> Problem:
+        """Gather the penalty of a linearisation beside a damping and scale."""
+        return cls(linearization, mu, scale, linearization.penalty, linearization.penalty_gradient)
+
+    @property
+    def uniform(self) -> bool:
+        """Is the diagonal one number?"""
+        return self.scale is None and self.penalty is None
+
+    @property
+    def damping_diagonal(self):
+        """mu D: a number, or (P,)."""
+        return self.mu if self.scale is None else self.mu * self.scale
+
+    def diagonal(self) -> torch.Tensor:
+        """d, (P,)."""
+        lin = self.linearization
+        if self.scale is None:
+            d = torch.full((lin.num_parameters,), self.mu, dtype=lin.dtype, device=lin.device)
+        else:
+            d = self.mu * self.scale.to(lin.dtype)
+        return d if self.penalty is None else d + self.penalty
+
+    def damped(self, step: torch.Tensor) -> float:
+        """delta . mu D delta."""
+        if self.mu == 0:
+            return 0.0
+        wide = step.double()
+        if self.scale is None:
+            return self.mu * float(torch.dot(wide, wide))
+        return self.mu * float(torch.dot(wide, self.scale.double() * wide))
+
+    def buffer_weights(self) -> torch.Tensor | None:
+        """1/d per parameter tensor where d is constant on each (identity scaling with a penalty), else None."""
+        if self.scale is not None or self.mu == 0:
+            return None
+        lin = self.linearization
+        values = [1 / (self.mu + lin.penalties.get(k, 0.0)) for k in range(len(lin.params))]
+        return torch.tensor(values, dtype=lin.dtype)

@@ -1,0 +1,266 @@
+"""The verbs in which rules are written, twice: `Record` builds instructions, `Refresh` only collects constants.
+
+A rule runs once with `Record` when a tape's structure is new and once with `Refresh` at every later step, so that one
+short function per operation serves both and the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .program import (
+    MATMUL,
+    MULADD,
+    PARAMETER,
+    WORKSPACE,
+    Instruction,
+    Program,
+    Slot,
+    UnsupportedStructure,
+    blas_constant,
+    coalesce,
+    fits_blas,
+    whole,
+)
+
+
+class Refresh:
+    """Collects the constants of a tape whose structure is known. All structural verbs do nothing."""
+
+    __slots__ = ("constants", "dtype", "needs")
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.constants: list[torch.Tensor | float] = []
+        self.needs: tuple[bool, ...] = ()
+
+    def add(self, i, alpha=1.0, out=0, where=None):
+        """out[where] += alpha * in_i, broadcast; alpha belongs to the structure."""
+
+    def scale(self, i, c, out=0, where=None):
+        """out[where] += c * in_i, broadcast; c is a number or a tensor and may change from step to step."""
+        if isinstance(c, torch.Tensor):
+            c = c.detach()
+            self.constants.append(c if c.dtype is self.dtype else c.to(self.dtype))
+        else:
+            self.constants.append(float(c))
+
+    def sum(self, i, dims, keepdim, c=None, alpha=1.0, out=0):
+        """out += alpha * sum over dims of c * in_i."""
+        if c is not None:
+            self.scale(i, c)
+
+    def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
+        """out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
+        c = (right if left is None else left).detach()
+        self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
+
+    def view(self, i, window, out=0):
+        """out is a window on in_i: `window` maps a tensor to its view."""
+
+    def reshape(self, i, shape=None, out=0):
+        """out is in_i in another shape, copied only where no view exists."""
+
+    def expand(self, i):
+        """out is in_i broadcast to the output's shape, without a copy."""
+
+    def unbind(self, i, dim):
+        """Output k is in_i at position k of a dimension."""
+
+    def join(self, dim, stacked):
+        """out is the inputs laid side by side along a dimension, or along a new one."""
+
+    def tile(self, i, repeats):
+        """out is in_i repeated along each dimension."""
+
+    def temporary(self, name, shape):
+        """Name a zero-initialised temporary that other verbs may use in place of an input or output."""
+
+
+class Record:
+    """Builds the program of a tape with a new structure; the same verbs as `Refresh`, which explains them."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.constants: list[torch.Tensor | float] = []
+        self.needs: tuple[bool, ...] = ()
+        self._slots: dict = {}
+        self._collect = Refresh(program.dtype)
+        self._collect.constants = self.constants
+
+    def start(self, inputs: list[Slot | None], shapes: list[torch.Size]) -> None:
+        """Begin the next rule: its input slots and the shapes of its outputs."""
+        self.needs = tuple(slot is not None for slot in inputs)
+        self._inputs = inputs
+        self._shapes = shapes
+        self._slots = {}
+
+    def bind_output(self, slot: Slot) -> None:
+        """Let output 0 be an existing slot instead of a fresh buffer."""
+        self._slots[0] = slot
+
+    def off_parameters(self, x: Slot | None) -> Slot | None:
+        """`x`, copied if it is a window on a parameter: cotangents of uses must lie in the workspace."""
+        if x is None or self.program.buffers[x.buffer][0] != PARAMETER:
+            return x
+        return self._copy(x)
+
+    def output(self, out=0) -> Slot:
+        """The slot of an output or temporary, allocated when first asked for."""
+        if out not in self._slots:
+            shape = self._shapes[out]
+            self._slots[out] = whole(self.program.add_buffer(WORKSPACE, shape.numel()), shape)
+        return self._slots[out]
+
+    def outputs(self) -> dict:
+        """All outputs written so far, by number."""
+        return {k: slot for k, slot in self._slots.items() if isinstance(k, int)}
+
+    def _input(self, i) -> Slot:
+        return self.output(i) if isinstance(i, str) else self._inputs[i]
+
+    def _constant(self, verb, *arguments) -> int:
+        verb(*arguments)
+        c = self.constants[-1]
+        layout = (tuple(c.shape), c.stride()) if isinstance(c, torch.Tensor) else None
+        self.program.layouts.append(layout)
+        return len(self.constants) - 1
+
+    def _muladd(self, y: Slot, x: Slot, constant: int, alpha: float, shape) -> None:
+        yv = y.view.expand(shape)
+        xv = x.view.expand(shape)
+        if constant >= 0 and isinstance(self.constants[constant], torch.Tensor):
+            c_strides = self.constants[constant].expand(shape).stride()
+        else:
+            c_strides = (0,) * len(shape)
+        extents = coalesce(shape, yv.stride(), xv.stride(), c_strides)
+        self.program.instructions.append(
+            Instruction(
+                MULADD, y.buffer, yv.storage_offset(), x.buffer, xv.storage_offset(), constant, alpha, extents
+            )
+        )
+
+    def add(self, i, alpha=1.0, out=0, where=None):
+        y = self.output(out)
+        y = y if where is None else Slot(y.buffer, where(y.view))
+        self._muladd(y, self._input(i), -1, float(alpha), y.view.shape)
+
+    def scale(self, i, c, out=0, where=None):
+        constant = self._constant(self._collect.scale, i, c)
+        y = self.output(out)
+        y = y if where is None else Slot(y.buffer, where(y.view))
+        self._muladd(y, self._input(i), constant, 1.0, y.view.shape)
+
+    def sum(self, i, dims, keepdim, c=None, alpha=1.0, out=0):
+        constant = -1 if c is None else self._constant(self._collect.scale, i, c)
+        x, y = self._input(i), self.output(out)
+        shape = x.view.shape
+        dims = sorted(d % len(shape) for d in dims) if dims else list(range(len(shape)))
+        view = y.view
+        if not keepdim:
+            for d in dims:
+                view = view.unsqueeze(d)
+        self._muladd(Slot(y.buffer, view), x, constant, float(alpha), shape)
+
+    def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
+        constant = self._constant(self._collect.matmul, i, left, right)
+        c = self.constants[constant]
+        x, y = self._in_blas_layout(self._input(i)).view, self.output(out).view
+        buffer = self._last_input
+        if x.dim() == 1:
+            x, y = x.unsqueeze(-1), y.unsqueeze(-1)
+        if left is not None:
+            x, y, c = x.mT, y.mT, c.mT
+        if x.dim() == 2:
+            x, y, c = x.unsqueeze(0), y.unsqueeze(0), c.unsqueeze(0)
+        b, m, k = x.shape
+        n = c.shape[2]
+        c = c.expand(b, k, n)
+        extents = [[b, m, n, k, *y.stride(), *x.stride(), *c.stride()]]
+        self.program.instructions.append(
+            Instruction(
+                MATMUL, self.output(out).buffer, y.storage_offset(), buffer, x.storage_offset(), constant,
+                float(alpha), extents,
+            )
+        )
+
+    def _in_blas_layout(self, x: Slot) -> Slot:
+        if x.view.dim() == 1:
+            self._last_input = x.buffer
+            return x
+        # A window with zero strides, or none of unit length, is copied first: its adjoint must be writable.
+        view = x.view
+        broadcast = any(s == 0 and n > 1 for n, s in zip(view.shape[-2:], view.stride()[-2:], strict=True))
+        if broadcast or not fits_blas(view.shape, view.stride()):
+            x = self._copy(x)
+        self._last_input = x.buffer
+        return x
+
+    def _copy(self, x: Slot) -> Slot:
+        target = whole(self.program.add_buffer(WORKSPACE, x.view.numel()), x.view.shape)
+        self._muladd(target, x, -1, 1.0, x.view.shape)
+        return target
+
+    def view(self, i, window, out=0):
+        x = self._input(i)
+        self._slots[out] = Slot(x.buffer, window(x.view))
+
+    def reshape(self, i, shape=None, out=0):
+        shape = self._shapes[out] if shape is None else shape
+        x = self._input(i)
+        try:
+            view = x.view.view(shape)
+        except RuntimeError:
+            x = self._copy(x)
+            view = x.view.view(shape)
+        self._slots[out] = Slot(x.buffer, view)
+
+    def expand(self, i):
+        self.view(i, lambda x: x.expand(self._shapes[0]))
+
+    def unbind(self, i, dim):
+        for k in range(len(self._shapes)):
+            self.view(i, lambda x, k=k: x.select(dim, k), out=k)
+
+    def join(self, dim, stacked):
+        shape = self._shapes[0]
+        dim %= len(shape)
+        if stacked:
+            starts = range(len(self._inputs))
+        else:
+            starts = self._offsets(dim, shape[dim])
+        for i, start in enumerate(starts):
+            if not self.needs[i]:
+                continue
+            if stacked:
+                self.add(i, where=lambda x, a=start: x.select(dim, a))
+            else:
+                size = self._inputs[i].view.shape[dim]
+                self.add(i, where=lambda x, a=start, n=size: x.narrow(dim, a, n))
+
+    def _offsets(self, dim: int, total: int) -> list[int]:
+        # A piece that no parameter reaches leaves no size on the tape; one such piece follows from the rest.
+        sizes = [None if s is None else s.view.shape[dim] for s in self._inputs]
+        unknown = [k for k, size in enumerate(sizes) if size is None]
+        if len(unknown) > 1:
+            raise UnsupportedStructure("torch.cat with several pieces that do not depend on the parameters")
+        for k in unknown:
+            sizes[k] = total - sum(size for size in sizes if size is not None)
+        return [sum(sizes[:k]) for k in range(len(sizes))]
+
+    def tile(self, i, repeats):
+        x = self._input(i)
+        sizes = (1,) * (len(repeats) - x.view.dim()) + tuple(x.view.shape)
+        y = self.output()
+        pairs = [n for pair in zip(repeats, sizes, strict=True) for n in pair]
+        source = x.view.view([n for size in sizes for n in (1, size)]) if x.view.is_contiguous() else None
+        if source is None:
+            copy = self._copy(x)
+            x, source = copy, copy.view.view([n for size in sizes for n in (1, size)])
+        self._muladd(Slot(y.buffer, y.view.view(pairs)), Slot(x.buffer, source), -1, 1.0, pairs)
+
+    def temporary(self, name, shape):
+        self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
+
+
+__all__ = ["Record", "Refresh", "UnsupportedStructure"]

@@ -1,0 +1,103 @@
+"""The linear program: what a closure's tape does to a parameter tangent, in two kinds of instruction.
+
+Every operation's derivative is written with
+
+    muladd   y[i] += alpha * c[i] * x[i]          over a strided index space; zero strides broadcast or reduce
+    matmul   y[b] += alpha * x[b] @ c[b]          a constant on the left is the same form transposed
+
+where `c` is a constant read off the tape. Views cost nothing: a slot is a strided window on a buffer. Run forward the
+list is J v; run backward, with x and y exchanged in each instruction, it is J^T u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+PARAMETER, RESIDUAL, WORKSPACE = 0, 1, 2
+MULADD, MATMUL = 0, 1
+MAX_DIMS = 6
+
+
+class UnsupportedStructure(Exception):
+    """A tape that the two instructions cannot express; the closure takes the double-backward form."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """A strided window on a buffer: `view` is a meta tensor that carries shape, strides and offset."""
+
+    buffer: int
+    view: torch.Tensor
+
+
+@dataclass(slots=True)
+class Instruction:
+    """One muladd or matmul; `extents` are its index space and strides, in the order of csrc/plan/plan.h."""
+
+    kind: int
+    y: int
+    y_offset: int
+    x: int
+    x_offset: int
+    constant: int
+    alpha: float
+    extents: list[list[int]]
+
+    def as_tuple(self) -> tuple:
+        """The form that the native plan reads."""
+        return (self.kind, self.y, self.y_offset, self.x, self.x_offset, self.constant, 0, self.alpha, self.extents)
+
+
+@dataclass(slots=True)
+class Program:
+    """Buffers (role, elements), instructions in forward order, and the layouts that constants must have."""
+
+    dtype: torch.dtype
+    buffers: list[tuple[int, int]] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+    layouts: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = field(default_factory=list)
+    residual_shapes: list[torch.Size] = field(default_factory=list)
+
+    def add_buffer(self, role: int, size: int) -> int:
+        """Append a buffer and return its number."""
+        self.buffers.append((role, size))
+        return len(self.buffers) - 1
+
+    def sizes(self, role: int) -> list[int]:
+        """Element counts of all buffers with this role, in order."""
+        return [size for r, size in self.buffers if r == role]
+
+
+def whole(buffer: int, shape) -> Slot:
+    """The contiguous window on all of a buffer."""
+    return Slot(buffer, torch.empty(shape, device="meta"))
+
+
+def coalesce(shape, *strides) -> list[list[int]]:
+    """Drop unit dimensions, order the rest for locality and merge neighbours that all operands traverse alike."""
+    dims = [(n, *(s[d] for s in strides)) for d, n in enumerate(shape) if n != 1]
+    dims.sort(key=lambda dim: -max(dim[1], dim[2]))
+    merged: list[tuple[int, ...]] = []
+    for dim in dims:
+        if merged and all(merged[-1][k] == dim[k] * dim[0] for k in range(1, len(dim))):
+            merged[-1] = (merged[-1][0] * dim[0], *dim[1:])
+        else:
+            merged.append(dim)
+    if len(merged) > MAX_DIMS:
+        raise UnsupportedStructure(f"an elementwise operation over more than {MAX_DIMS} dimensions")
+    return [[dim[k] for dim in merged] for k in range(1 + len(strides))]
+
+
+def fits_blas(shape, strides) -> bool:
+    """Can a BLAS read and write a matrix with these strides in place?"""
+    (rows, cols), (row, col) = shape[-2:], strides[-2:]
+    column_major = (row == 1 or rows == 1) and (cols == 1 or col >= max(rows, 1))
+    row_major = (col == 1 or cols == 1) and (rows == 1 or row >= max(cols, 1))
+    return column_major or row_major
+
+
+def blas_constant(c: torch.Tensor) -> torch.Tensor:
+    """`c`, copied if neither its rows nor its columns are contiguous."""
+    return c if c.is_contiguous() or c.mT.is_contiguous() else c.contiguous()

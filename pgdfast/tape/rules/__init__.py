@@ -1,0 +1,8 @@
+"""The derivative of every operation that may stand on a tape, one small function each, keyed by autograd node name."""
+
+from __future__ import annotations
+
+from . import elementwise, linear_algebra, structural
+from .table import RULES, Rule
+
+__all__ = ["RULES", "Rule", "elementwise", "linear_algebra", "structural"]

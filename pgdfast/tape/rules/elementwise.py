@@ -1,0 +1,262 @@
+"""Elementwise operations: the output tangent is the input tangent times a coefficient read off the tape."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .table import rule
+
+
+def _unary(node: str, saved: str, derivative) -> None:
+    @rule(node, saved=saved)
+    def apply(op, *values):
+        op.scale(0, derivative(*values))
+
+
+def _gelu_derivative(approximate: str, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+
+
+def _relu_like(x: torch.Tensor) -> torch.Tensor:
+    return (x > 0).to(x.dtype)
+
+
+_unary("TanhBackward0", "result", lambda y: 1 - y * y)
+_unary("ReluBackward0", "result", _relu_like)
+_unary("GeluBackward0", "approximate self", _gelu_derivative)
+_unary("SigmoidBackward0", "result", lambda y: y - y * y)
+_unary("SinBackward0", "self", torch.cos)
+_unary("CosBackward0", "self", lambda x: -torch.sin(x))
+_unary("TanBackward0", "result", lambda y: 1 + y * y)
+_unary("SinhBackward0", "self", torch.cosh)
+_unary("CoshBackward0", "self", torch.sinh)
+_unary("AtanBackward0", "self", lambda x: 1 / (1 + x * x))
+_unary("ExpBackward0", "result", lambda y: y)
+_unary("Expm1Backward0", "result", lambda y: y + 1)
+_unary("LogBackward0", "self", torch.reciprocal)
+_unary("Log1PBackward0", "self", lambda x: 1 / (1 + x))
+_unary("Log2Backward0", "self", lambda x: 1 / (x * math.log(2)))
+_unary("SqrtBackward0", "result", lambda y: 0.5 / y)
+_unary("RsqrtBackward0", "result", lambda y: -0.5 * y**3)
+_unary("ReciprocalBackward0", "result", lambda y: -y * y)
+_unary("AbsBackward0", "self", torch.sign)
+_unary("ErfBackward0", "self", lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x))
+_unary("LeakyReluBackward0", "negative_slope self", lambda slope, x: torch.where(x > 0, 1.0, slope).to(x.dtype))
+_unary("LogSigmoidBackward0", "self", lambda x: torch.sigmoid(-x))
+_unary("ClampMinBackward0", "min self", lambda low, x: (x >= low).to(x.dtype))
+_unary("ClampMaxBackward0", "max self", lambda high, x: (x <= high).to(x.dtype))
+_unary("MaskedFillBackward0", "mask", lambda mask: ~mask)
+
+
+@rule("SiluBackward0", saved="self")
+def silu(op, x):
+    s = torch.sigmoid(x)
+    op.scale(0, s * (1 + x * (1 - s)))
+
+
+@rule("SoftplusBackward0", saved="beta self threshold")
+def softplus(op, beta, x, threshold):
+    op.scale(0, torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype))
+
+
+@rule("EluBackward0", saved="alpha input_scale scale self")
+def elu(op, alpha, input_scale, scale, x):
+    negative = alpha * input_scale * scale * torch.exp(x * input_scale)
+    op.scale(0, torch.where(x > 0, float(scale), negative).to(x.dtype))
+
+
+@rule("ClampBackward1", saved="max min self")
+def clamp(op, high, low, x):
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        inside = inside & (x >= low)
+    if high is not None:
+        inside = inside & (x <= high)
+    op.scale(0, inside.to(x.dtype))
+
+
+@rule("HardtanhBackward0", saved="max_val min_val self")
+def hardtanh(op, high, low, x):
+    op.scale(0, ((x > low) & (x < high)).to(x.dtype))
+
+
+@rule("NegBackward0")
+def neg(op):
+    op.add(0, -1.0)
+
+
+@rule("CloneBackward0", "AliasBackward0", "ToCopyBackward0", "LiftFreshBackward0")
+def identity(op):
+    op.view(0, lambda x: x)
+
+
+@rule("AddBackward0", saved="alpha", by_shape=True)
+def add(op, alpha):
+    if op.needs[0]:
+        op.add(0)
+    if op.needs[1]:
+        op.add(1, alpha)
+
+
+@rule("SubBackward0", saved="alpha", by_shape=True)
+def sub(op, alpha):
+    if op.needs[0]:
+        op.add(0)
+    if op.needs[1]:
+        op.add(1, -alpha)
+
+
+@rule("AddBackward1", "SubBackward1")
+def add_number(op):
+    op.view(0, lambda x: x)
+
+
+@rule("RsubBackward0", saved="alpha", by_shape=True)
+def rsub(op, alpha):
+    if op.needs[0]:
+        op.add(0, -alpha)
+    if op.needs[1]:
+        op.add(1)
+
+
+@rule("RsubBackward1", saved="alpha")
+def rsub_number(op, alpha):
+    op.add(0, -alpha)
+
+
+@rule("MulBackward0", saved="other self", by_shape=True)
+def mul(op, other, self):
+    if op.needs[0]:
+        op.scale(0, other)
+    if op.needs[1]:
+        op.scale(1, self)
+
+
+@rule("MulBackward1", saved="other")
+def mul_number(op, other):
+    op.scale(0, other)
+
+
+@rule("DivBackward0", saved="other self", by_shape=True)
+def div(op, other, self):
+    if op.needs[0]:
+        op.scale(0, 1 / other)
+    if op.needs[1]:
+        op.scale(1, -self / (other * other))
+
+
+@rule("DivBackward1", saved="other")
+def div_number(op, other):
+    op.scale(0, 1.0 / other)
+
+
+@rule("AddcmulBackward0", saved="tensor1 tensor2 value", by_shape=True)
+def addcmul(op, tensor1, tensor2, value):
+    if op.needs[0]:
+        op.add(0)
+    if op.needs[1]:
+        op.scale(1, value * tensor2)
+    if op.needs[2]:
+        op.scale(2, value * tensor1)
+
+
+def _power_derivative(x: torch.Tensor, exponent) -> torch.Tensor:
+    # x ** 0 is constant at x = 0 too, where the general form would give 0 * inf.
+    return torch.zeros_like(x) if exponent == 0 else exponent * x ** (exponent - 1)
+
+
+@rule("PowBackward0", saved="exponent self")
+def pow_number(op, exponent, x):
+    op.scale(0, 2 * x if exponent == 2 else _power_derivative(x, exponent))
+
+
+@rule("PowBackward1", saved="exponent result self", by_shape=True)
+def pow_tensor(op, exponent, result, x):
+    if op.needs[0]:
+        op.scale(0, torch.where(exponent == 0, 0.0, exponent * x ** (exponent - 1)).to(result.dtype))
+    if op.needs[1]:
+        op.scale(1, torch.where((x == 0) & (exponent >= 0), 0.0, result * torch.log(x)).to(result.dtype))
+
+
+@rule("PowBackward2", saved="exponent result self")
+def pow_base(op, exponent, result, base):
+    base = torch.as_tensor(base, dtype=result.dtype)
+    op.scale(0, torch.where((base == 0) & (exponent >= 0), 0.0, result * torch.log(base)).to(result.dtype))
+
+
+@rule("WhereBackward0", saved="condition", by_shape=True)
+def where(op, condition):
+    if op.needs[0]:
+        op.scale(0, condition)
+    if op.needs[1]:
+        op.scale(1, ~condition)
+
+
+@rule("MaximumBackward0", saved="other self", by_shape=True)
+def maximum(op, other, self):
+    share = (self > other).to(self.dtype) + 0.5 * (self == other)
+    if op.needs[0]:
+        op.scale(0, share)
+    if op.needs[1]:
+        op.scale(1, 1 - share)
+
+
+@rule("MinimumBackward0", saved="other self", by_shape=True)
+def minimum(op, other, self):
+    share = (self < other).to(self.dtype) + 0.5 * (self == other)
+    if op.needs[0]:
+        op.scale(0, share)
+    if op.needs[1]:
+        op.scale(1, 1 - share)
+
+
+# Double-backward nodes: what nested autograd.grad(..., create_graph=True) leaves on the tape.
+
+
+@rule("TanhBackwardBackward0", saved="grad_output output", by_shape=True)
+def tanh_backward(op, grad, y):
+    """f(g, y) = g (1 - y^2)."""
+    if op.needs[0]:
+        op.scale(0, 1 - y * y)
+    if op.needs[1]:
+        op.scale(1, -2 * grad * y)
+
+
+@rule("SigmoidBackwardBackward0", saved="grad_output output", by_shape=True)
+def sigmoid_backward(op, grad, y):
+    """f(g, y) = g y (1 - y)."""
+    if op.needs[0]:
+        op.scale(0, y - y * y)
+    if op.needs[1]:
+        op.scale(1, grad * (1 - 2 * y))
+
+
+@rule("ThresholdBackwardBackward0", saved="self threshold", by_shape=True)
+def threshold_backward(op, x, threshold):
+    """f(g, x) = g [x > threshold]; piecewise constant in x."""
+    if op.needs[0]:
+        op.scale(0, (x > threshold).to(x.dtype))
+    elif op.needs[1]:
+        op.scale(1, 0.0)
+
+
+@rule("LeakyReluBackwardBackward0", saved="negative_slope self", by_shape=True)
+def leaky_relu_backward(op, slope, x):
+    """f(g, x) = g (1 or slope); piecewise constant in x."""
+    if op.needs[0]:
+        op.scale(0, torch.where(x > 0, 1.0, slope).to(x.dtype))
+    elif op.needs[1]:
+        op.scale(1, 0.0)
+
+
+@rule("SoftplusBackwardBackward0", saved="beta grad_output self threshold", by_shape=True)
+def softplus_backward(op, beta, grad, x, threshold):
+    """f(g, x) = g sigmoid(beta x), the identity above the threshold."""
+    s = torch.sigmoid(x * beta)
+    above = x * beta > threshold
+    if op.needs[0]:
+        op.scale(0, torch.where(above, 1.0, s).to(x.dtype))
+    if op.needs[1]:
+        op.scale(1, torch.where(above, 0.0, grad * beta * s * (1 - s)).to(x.dtype))

@@ -1,0 +1,146 @@
+"""Reshapes, windows, joins and sums: views where a view exists, else one strided copy or reduction."""
+
+from __future__ import annotations
+
+from .table import rule, signed
+
+
+@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", saved="self_sym_sizes", by_shape=True)
+def view(op, sizes):
+    op.reshape(0)
+
+
+@rule("TBackward0")
+def t(op):
+    op.view(0, lambda x: x.t())
+
+
+@rule("TransposeBackward0", saved="dim0 dim1")
+def transpose(op, dim0, dim1):
+    op.view(0, lambda x: x.transpose(signed(dim0), signed(dim1)))
+
+
+@rule("PermuteBackward0", saved="dims")
+def permute(op, dims):
+    op.view(0, lambda x: x.permute([signed(d) for d in dims]))
+
+
+@rule("ExpandBackward0", saved="self_sym_sizes", by_shape=True)
+def expand(op, sizes):
+    op.expand(0)
+
+
+@rule("UnsqueezeBackward0", saved="dim")
+def unsqueeze(op, dim):
+    op.view(0, lambda x: x.unsqueeze(signed(dim)))
+
+
+@rule("SqueezeBackward0", saved="self_sym_sizes")
+def squeeze(op, sizes):
+    op.view(0, lambda x: x.squeeze())
+
+
+@rule("SqueezeBackward1", saved="dim self_sym_sizes")
+def squeeze_dim(op, dim, sizes):
+    op.view(0, lambda x: x.squeeze(signed(dim)))
+
+
+@rule("SqueezeBackward2", saved="dim self_sym_sizes")
+def squeeze_dims(op, dims, sizes):
+    op.view(0, lambda x: x.squeeze(tuple(signed(d) for d in dims)))
+
+
+@rule("SliceBackward0", saved="dim start end step", by_shape=True)
+def slice_(op, dim, start, end, step):
+    op.view(0, _slice(dim, start, end, step))
+
+
+def _slice(dim, start, end, step):
+    dim, start, end = signed(dim), signed(start or 0), end if end is None else signed(end)
+
+    def window(x):
+        d = dim % x.dim()
+        return x[(slice(None),) * d + (slice(start, end, step),)]
+
+    return window
+
+
+@rule("SelectBackward0", saved="dim index")
+def select(op, dim, index):
+    op.view(0, lambda x: x.select(signed(dim), signed(index)))
+
+
+@rule("DiagonalBackward0", saved="dim1 dim2 offset")
+def diagonal(op, dim1, dim2, offset):
+    op.view(0, lambda x: x.diagonal(signed(offset), signed(dim1), signed(dim2)))
+
+
+@rule("SliceBackwardBackward0", saved="dim start end step", by_shape=True)
+def slice_backward(op, dim, start, end, step):
+    """f(g) = zeros with g in the window."""
+    op.add(0, where=_slice(dim, start, end, step))
+
+
+@rule("SelectBackwardBackward0", saved="dim index", by_shape=True)
+def select_backward(op, dim, index):
+    """f(g) = zeros with g in the window."""
+    op.add(0, where=lambda x: x.select(signed(dim), signed(index)))
+
+
+@rule("SplitBackward0", saved="dim split_size self_sym_sizes")
+def split(op, dim, size, sizes):
+    dim = signed(dim) % len(sizes)
+    for k, start in enumerate(range(0, sizes[dim], size)):
+        op.view(0, lambda x, a=start: x.narrow(dim, a, min(size, sizes[dim] - a)), out=k)
+
+
+@rule("SplitWithSizesBackward0", saved="dim split_sizes self_sym_sizes")
+def split_with_sizes(op, dim, parts, sizes):
+    start = 0
+    for k, size in enumerate(parts):
+        op.view(0, lambda x, a=start, n=size: x.narrow(signed(dim), a, n), out=k)
+        start += size
+
+
+@rule("UnbindBackward0", saved="dim", by_shape=True)
+def unbind(op, dim):
+    op.unbind(0, signed(dim))
+
+
+@rule("CatBackward0", saved="dim", by_shape=True)
+def cat(op, dim):
+    op.join(signed(dim), stacked=False)
+
+
+@rule("StackBackward0", saved="dim", by_shape=True)
+def stack(op, dim):
+    op.join(signed(dim), stacked=True)
+
+
+@rule("RepeatBackward0", saved="repeats self_sym_sizes")
+def repeat(op, repeats, sizes):
+    op.tile(0, tuple(repeats))
+
+
+@rule("SumBackward0", saved="self_sym_sizes")
+def sum_all(op, sizes):
+    op.sum(0, None, False)
+
+
+@rule("SumBackward1", saved="dim keepdim self_sym_sizes")
+def sum_dims(op, dims, keepdim, sizes):
+    op.sum(0, [signed(d) for d in dims], keepdim)
+
+
+@rule("MeanBackward0", saved="self_sym_numel self_sym_sizes")
+def mean_all(op, numel, sizes):
+    op.sum(0, None, False, alpha=1 / max(numel, 1))
+
+
+@rule("MeanBackward1", saved="dim keepdim self_sym_sizes")
+def mean_dims(op, dims, keepdim, sizes):
+    dims = [signed(d) % len(sizes) for d in dims] or list(range(len(sizes)))
+    count = 1
+    for d in dims:
+        count *= sizes[d]
+    op.sum(0, dims, keepdim, alpha=1 / max(count, 1))

@@ -1,0 +1,38 @@
+"""The table that rules register in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`apply(op, *saved)` writes the derivative with the verbs of `op`.
+
+    `saved` names the node's `_saved_` fields that the rule reads. They, with the shapes of tensors among them, make up
+    the node's part of the structure signature; `by_shape` adds the output shape where those fields do not determine it.
+    """
+
+    apply: Callable
+    saved: tuple[str, ...]
+    by_shape: bool
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*nodes: str, saved: str = "", by_shape: bool = False):
+    """Register a rule for autograd nodes of these names."""
+
+    def register(apply: Callable) -> Callable:
+        for node in nodes:
+            RULES[node] = Rule(apply, tuple("_saved_" + name for name in saved.split()), by_shape)
+        return apply
+
+    return register
+
+
+def signed(dim: int) -> int:
+    """A dimension that autograd stored as an unsigned 64-bit number, as the signed one it was."""
+    return dim - (1 << 64) if dim >= 1 << 63 else dim

@@ -1,0 +1,215 @@
+"""One closure result read into a program, its constants, and the residual at the current point.
+
+The structure of a tape (which operations, on which shapes, joined how) is turned into a program once; later tapes of the
+same structure only hand over their saved tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import losses
+from .ops import Record, Refresh
+from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .walk import Fallback, Tape, describe, rule_of
+
+_STRUCTURES_KEPT = 16
+
+
+@dataclass(slots=True)
+class Trace:
+    """A tape read at one point.
+
+    loss: 0-dim, detached. residual: (M,), scaled so that the loss's gradient is J^T residual (plus penalty). blocks: the
+    loss's convex parts. penalties: {parameter number: c} for c/2 ||theta||^2. program and constants: the linearisation, or
+    None where `missing` names an operation without a rule. edges: per block, the autograd edges of its outputs.
+    """
+
+    loss: torch.Tensor
+    residual: torch.Tensor
+    blocks: list
+    penalties: dict[int, float]
+    program: Program | None
+    constants: list
+    missing: str | None
+    edges: list
+
+
+@dataclass(slots=True)
+class _Known:
+    program: Program
+    needs: list[tuple[bool, ...]]
+
+
+class Tracer:
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
+
+    def __init__(self, params: list[torch.Tensor]):
+        self.params = params
+        self.number = {id(p): k for k, p in enumerate(params)}
+        self.dtype = params[0].dtype
+        for p in params:
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self._known: dict[tuple, _Known] = {}
+
+    @torch.no_grad()
+    def trace(self, result) -> Trace:
+        """Read what a closure returned.
+
+        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those.
+        Raises ValueError for results that cannot be linearised, each with what to do instead.
+        """
+        try:
+            return self._trace(result)
+        except RuntimeError as error:
+            if "already been freed" in str(error) or "second time" in str(error):
+                raise ValueError(
+                    "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the "
+                    "loss or the residuals without calling backward()."
+                ) from error
+            raise
+
+    def _trace(self, result) -> Trace:
+        tensors = list(result) if isinstance(result, (tuple, list)) else [result]
+        _check_result(result, tensors)
+        scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
+        roots = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+        tape = Tape([edge.node for edge in roots if edge is not None], self.number)
+        positions = [None if e is None else (tape.index[e.node], e.output_nr) for e in roots]
+        if not any(p is not None and tape.active[p[0]] for p in positions) and any(t.numel() for t in tensors):
+            self._refuse_opaque(tape)
+            raise ValueError(
+                "pgdfast.LM: the closure's result does not depend on any of the optimizer's parameters; compute it from "
+                "the model whose parameters were given, with gradients enabled and without detach() or .item()."
+            )
+        if scalar:
+            try:
+                form = losses.scalar_form(tape, positions[0][0]) if positions[0] else losses.Form()
+            except losses.UnrecognisedLoss as error:
+                self._refuse_opaque(tape)
+                raise losses.UnrecognisedLoss(
+                    f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
+                    f"{error}. {losses.RECOGNISED}"
+                ) from None
+            loss = result.detach()
+        else:
+            kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
+            form = losses.residual_form(tensors, kept)
+            loss = None
+        residual = self._residual(form, tensors[0])
+        if loss is None:
+            loss = 0.5 * torch.dot(residual, residual)
+        edges = [[e and (tape.nodes[e[0]], e[1]) for e in block.edges] for block in form.blocks]
+        try:
+            program, constants = self._program(tape, form)
+            missing = None
+        except Fallback as error:
+            self._refuse_opaque(tape)
+            program, constants, missing = None, [], error.operation
+        except UnsupportedStructure as error:
+            program, constants, missing = None, [], str(error)
+        return Trace(loss, residual, form.blocks, form.penalties, program, constants, missing, edges)
+
+    def _refuse_opaque(self, tape: Tape) -> None:
+        for position in range(len(tape.nodes)):
+            name = tape.name(position)
+            if name.startswith("CompiledFunction"):
+                raise ValueError(
+                    f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
+                    "model in the closure (model._orig_mod, or the function before torch.compile)."
+                )
+
+    def _residual(self, form: losses.Form, like: torch.Tensor) -> torch.Tensor:
+        parts = [block.residual.reshape(-1) for block in form.blocks]
+        if len(parts) == 1:
+            return parts[0].to(self.dtype).contiguous()
+        if not parts:
+            return torch.empty(0, dtype=self.dtype, device=like.device)
+        return torch.cat([part.to(self.dtype) for part in parts])
+
+    def _program(self, tape: Tape, form: losses.Form) -> tuple[Program, list]:
+        work, key = [], []
+        active, edges = tape.active, tape.edges
+        for position, node in enumerate(tape.nodes):
+            if not active[position] or position in form.consumed:
+                continue
+            if tape.leaf[position] >= 0:
+                key.append((position, tape.leaf[position]))
+                continue
+            rule = rule_of(node)
+            values = [getattr(node, name) for name in rule.saved]
+            part = (position, type(node), edges[position], *map(describe, values))
+            key.append((*part, *(tape.shape(position))) if rule.by_shape else part)
+            work.append((position, rule, values))
+        for block in form.blocks:
+            key.append((block.kind, block.edges, block.residual.shape, getattr(block, "dim", None)))
+            key.append(describe(block.scale) if isinstance(getattr(block, "scale", None), torch.Tensor) else None)
+        key = tuple(key)
+        try:
+            known = self._known.get(key)
+        except TypeError:   # a saved field that cannot be hashed, such as a list of index tensors
+            known, key = None, None
+        if known is not None:
+            op = Refresh(self.dtype)
+            for (_, rule, values), needs in zip(work, known.needs, strict=False):
+                op.needs = needs
+                rule.apply(op, *values)
+            for block, needs in zip(form.blocks, known.needs[len(work) :], strict=True):
+                op.needs = needs
+                if any(needs):
+                    block.apply(op)
+            return known.program, op.constants
+        known, constants = self._record(tape, form, work)
+        if key is not None:
+            if len(self._known) >= _STRUCTURES_KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = known
+        return known.program, constants
+
+    def _record(self, tape: Tape, form: losses.Form, work) -> tuple[_Known, list]:
+        program = Program(self.dtype)
+        leaves = [whole(program.add_buffer(PARAMETER, p.numel()), p.shape) for p in self.params]
+        slots: dict[tuple[int, int], Slot] = {}
+        for position, leaf in enumerate(tape.leaf):
+            if leaf >= 0:
+                slots[position, 0] = leaves[leaf]
+        op = Record(program)
+        needs = []
+        for position, rule, values in work:
+            node = tape.nodes[position]
+            inputs = [None if e is None else slots[e] for e in tape.edges[position]]
+            op.start(inputs, [torch.Size(m.shape) for m in node._input_metadata])
+            rule.apply(op, *values)
+            for output, slot in op.outputs().items():
+                slots[position, output] = slot
+            needs.append(op.needs)
+        for block in form.blocks:
+            shape = block.residual.shape
+            inputs = [None if e is None else slots[e] for e in block.edges]
+            op.start([op.off_parameters(x) for x in inputs], [shape])
+            program.residual_shapes.append(shape)
+            op.bind_output(whole(program.add_buffer(RESIDUAL, shape.numel()), shape))
+            if any(op.needs):
+                block.apply(op)
+            needs.append(op.needs)
+        return _Known(program, needs), op.constants
+
+
+def _check_result(result, tensors) -> None:
+    for t in tensors:
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(
+                f"pgdfast.LM: closure returned {type(t).__name__}; it must return a scalar loss tensor, a residual tensor, "
+                "or a tuple of residual tensors."
+            )
+        if not t.is_floating_point():
+            raise ValueError(f"pgdfast.LM: closure returned a tensor of {t.dtype}; it must be a real floating-point tensor.")
+    if not tensors:
+        raise ValueError("pgdfast.LM: closure returned an empty tuple; it must hold at least one residual tensor.")
+    if isinstance(result, (tuple, list)) and any(t.dim() == 0 for t in tensors):
+        raise ValueError(
+            "pgdfast.LM: closure returned a tuple with a scalar in it; a tuple must hold residual tensors of at least one "
+            "dimension. Add scalar losses up and return the sum instead."
+        )

@@ -1,0 +1,113 @@
+"""The files of a run: numbers (CSV), settings and summary (JSON); all of them written, or none."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pgdfast.tasks.options import UsageError
+
+
+class WriteError(Exception):
+    """The results could not be written."""
+
+
+def prepare_folder(path):
+    """Make the folder `path` where missing, prove that a file can be made in it, and return it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--out: got {str(path)!r} ({reason}); needed: a folder that can be made and written to"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder):
+    """Yield a scratch folder whose files move into `folder` when the block ends well.
+
+    When it does not (an error, Ctrl-C), the scratch folder goes and `folder` is as it was. Each
+    file is put in place by a rename, so that a reader never sees half of one.
+    """
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        yield scratch
+        for file in sorted(scratch.iterdir()):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise WriteError(f"could not write the results to {str(folder)!r}: {error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_csv(path, runs):
+    """Write one row per optimizer, seed and step, with every digit (a float reads back as itself).
+
+    A run that stopped early has rows up to where it stopped. `step_seconds` is empty at step 0.
+    """
+    names = list(runs[0].columns)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimizer", "seed", "step", *names, "step_seconds"])
+        for run in runs:
+            last = run.steps if run.stopped_at is None else run.stopped_at
+            table = np.stack([run.columns[name] for name in names], axis=1).tolist()
+            seconds = ["", *run.step_seconds[1:].tolist()]
+            for step in range(last + 1):
+                writer.writerow([run.optimizer, run.seed, step, *table[step], seconds[step]])
+
+
+def write_json(path, record):
+    """Write `record` as JSON; a value that is not finite becomes null."""
+    text = json.dumps(_plain(record), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def versions():
+    """Return the versions of pgdfast and of what it runs on."""
+    try:
+        own = metadata.version("pgdfast")
+    except metadata.PackageNotFoundError:
+        own = "not installed (run from its source folder)"
+    return {
+        "pgdfast": own,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine():
+    """Return the machine as far as it decides about times and rounding."""
+    return {
+        "platform": platform.platform(),
+        "architecture": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,159 @@
+"""The command line: help, versions, and one line on stderr for everything that cannot be run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pgdfast import tasks
+from pgdfast.cli import main
+from pgdfast.tasks import terminal
+
+TASK = "regression-1d"
+TINY = ["run", TASK, "--optimizers", "sgd", "--steps", "2", "--seeds", "1", "--width", "4"]
+
+
+def _refused(capsys, argv):
+    """Run `argv`, which has to be refused, and return the line it says."""
+    code = main(argv)
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err.rstrip("\n")
+
+
+@pytest.mark.parametrize(("options", "got", "needed"), [
+    (["--steps", "0"], "--steps: got '0'", "1 or more"),
+    (["--steps", "1.5"], "--steps: got '1.5'", "whole number"),
+    (["--seeds", "-1"], "--seeds: got '-1'", "1 or more"),
+    (["--seeds", "x"], "--seeds: got 'x'", "whole number"),
+    (["--hidden-layers", "0"], "--hidden-layers: got '0'", "1 or more"),
+    (["--width", "no"], "--width: got 'no'", "whole number"),
+    (["--threads", "0"], "--threads: got '0'", "1 or more"),
+    (["--lr", "0"], "--lr: got '0'", "above 0"),
+    (["--lr", "nan"], "--lr: got 'nan'", "above 0"),
+    (["--lr", "fast"], "--lr: got 'fast'", "above 0"),
+    (["--optimizers", "sgd,lbfgs"], "got 'lbfgs'", "lm-MU"),
+    (["--optimizers", "lm--1"], "got 'lm--1'", "lm-MU"),
+    (["--optimizers", ""], "got ''", "lm-MU"),
+    (["--optimizers", "gn,gn"], "'gn' twice", "once"),
+    (["--backend", "abacus"], "abacus", "native"),
+    (["--depth", "3"], "--depth", "--help"),
+    (["--step", "3"], "--step", "--help"),
+    (["--steps"], "--steps", "expected one argument"),
+    (["extra"], "extra", "--help"),
+])
+def test_a_bad_value_is_one_line_of_what_was_given_and_what_is_needed(capsys, options, got, needed):
+    line = _refused(capsys, ["run", TASK, *options])
+    assert line.startswith("pgdfast run: ")
+    assert got in line and needed in line
+
+
+@pytest.mark.parametrize("argv", [["run"], ["run", "regression-9d"], ["run", "--steps", "3", TASK]])
+def test_without_a_known_task_the_tasks_are_listed(capsys, argv):
+    line = _refused(capsys, argv)
+    assert line.startswith("pgdfast run: ")
+    assert all(name in line for name in tasks.TASKS)
+
+
+@pytest.mark.parametrize("argv", [[], ["jump"], ["--steps"]])
+def test_without_a_known_command_one_line(capsys, argv):
+    assert _refused(capsys, argv).startswith("pgdfast: ")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgdfast.tasks.regression_1d.train", pytest.fail)
+    (tmp_path / "file").write_text("")
+    line = _refused(capsys, [*TINY, "--out", str(tmp_path / "file")])
+    assert "--out" in line and str(tmp_path / "file") in line
+
+
+def test_a_backend_that_cannot_run_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    def build(*_, **__):
+        raise RuntimeError("pgdfast.LM: no such backend\nin this build")
+
+    monkeypatch.setattr("pgdfast.tasks.methods.pgdfast.LM", build)
+    line = _refused(capsys, ["run", TASK, "--optimizers", "gn", "--backend", "native",
+                             "--out", str(tmp_path)])
+    assert "--backend native" in line and "no such backend in this build" in line
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "rich"])
+def test_a_missing_extra_is_one_sentence(capsys, tmp_path, monkeypatch, missing):
+    find = terminal.importlib.util.find_spec
+    monkeypatch.setattr(terminal.importlib.util, "find_spec",
+                        lambda name: None if name == missing else find(name))
+    line = _refused(capsys, [*TINY, "--out", str(tmp_path / "new")])
+    assert missing in line and 'pip install "pgdfast[run]"' in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_ends_with_130_and_no_file(capsys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgdfast.tasks.regression_1d.train", interrupted)
+    assert main([*TINY, "--out", str(tmp_path)]) == 130
+    assert "pgdfast run: interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_files_are_written_leaves_none(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgdfast.tasks.regression_1d.picture", interrupted)
+    assert main([*TINY, "--out", str(tmp_path)]) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pgdfast.tasks.records.write_json", full)
+    assert main([*TINY, "--out", str(tmp_path)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--help"], ["run TASK"]),
+    (["run", "--help"], [TASK]),
+    (["run", TASK, "--help"], ["--optimizers", "--steps", "--seeds", "--hidden-layers", "--width",
+                               "--lr", "--out", "--backend", "--quick", "--threads"]),
+    (["--version"], ["pgdfast "]),
+])
+def test_help_and_version(capsys, argv, words):
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(word in out for word in words)
+
+
+def test_quick_gives_way_to_what_is_given():
+    from pgdfast.tasks.options import OneLineParser, add_common, fill
+
+    defaults = {"optimizers": "sgd", "steps": 800, "seeds": 5, "lr": 0.1}
+    quick = {"steps": 300, "seeds": 2}
+    parser = OneLineParser()
+    add_common(parser, TASK, defaults, quick)
+
+    def values(*argv):
+        filled = fill(parser.parse_args(argv), defaults, quick)
+        return filled["steps"], filled["seeds"], filled["lr"]
+
+    assert values() == (800, 5, 0.1)
+    assert values("--quick") == (300, 2, 0.1)
+    assert values("--quick", "--steps", "9", "--lr", "3") == (9, 2, 3.0)
+
+
+def test_python_m_pgdfast_is_the_command_and_imports_no_extra():
+    code = ("import runpy, sys; sys.argv = ['pgdfast', 'run', 'nothing']\n"
+            "try:\n    runpy.run_module('pgdfast', run_name='__main__')\n"
+            "except SystemExit as stop:\n    print(stop.code)\n"
+            "print([name for name in ('matplotlib', 'rich') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["2", "[]"]
+    assert done.stderr.startswith("pgdfast run: unknown task 'nothing'")
+    assert done.stderr.count("\n") == 1
