@@ -1,6 +1,8 @@
 // The only file that knows pybind11 and Python objects: unpacks tensors into pointers, checks them, releases the GIL.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdlib>
@@ -9,6 +11,7 @@
 #include "cpu/simd.h"
 #include "cpu/solve.h"
 #include "plan/blas.h"
+#include "tape/walk.h"
 
 namespace py = pybind11;
 
@@ -84,7 +87,7 @@ class Plan {
   }
 
   void set_rows(index num_rows, index max_sections, std::vector<index> section_of, std::vector<index> k_of,
-                const std::vector<std::array<index, 4>>& tiles, const std::vector<std::array<index, 6>>& uses,
+                const std::vector<std::array<index, 4>>& tiles, const std::vector<std::array<index, 7>>& uses,
                 const py::dict& labels) {
     auto& layout = solver_.layout;
     layout = {};
@@ -94,10 +97,13 @@ class Plan {
     layout.k_of = std::move(k_of);
     for (const auto& t : tiles) layout.tiles.push_back({t[0], t[1], t[2], t[3]});
     for (const auto& u : uses)
-      layout.uses.push_back({int(u[0]), int(u[1]), u[2] != 0, u[3], u[4] != 0, u[5] != 0});
+      layout.uses.push_back({int(u[0]), int(u[1]), static_cast<Form>(u[2]), u[3], u[4] != 0, int(u[5]), u[6] != 0});
     layout.labels.resize(solver_.structure.buffers.size());
-    for (auto item : labels)
-      layout.labels[py::cast<std::size_t>(item.first)] = py::cast<std::vector<std::int32_t>>(item.second);
+    for (auto item : labels) {
+      const auto values = py::cast<py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>>(item.second);
+      layout.labels[py::cast<std::size_t>(item.first)].assign(values.data(), values.data() + values.size());
+    }
+    layout.finalize();
     layout.local = true;
     solver_.invalidate();
   }
@@ -168,7 +174,7 @@ class Plan {
       py::gil_scoped_release release;
       outcome = run();
     }
-    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain);
+    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square);
   }
   void require_rows(const char* what) const {
     if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");
@@ -206,6 +212,42 @@ class Plan {
   std::vector<ConstantLayout> layouts_;
 };
 
+std::vector<at::Tensor> unpack(const py::list& tensors) {
+  std::vector<at::Tensor> result;
+  for (py::handle item : tensors) {
+    if (!THPVariable_Check(item.ptr())) throw py::type_error("expected tensors");
+    result.push_back(THPVariable_Unpack(item.ptr()));
+  }
+  return result;
+}
+
+py::tuple walk(Walker& walker, const py::list& roots) {
+  const Walker::Walk found = walker.walk(unpack(roots));
+  py::list nodes(found.nodes.size());
+  for (std::size_t i = 0; i < found.nodes.size(); ++i)
+    PyList_SET_ITEM(nodes.ptr(), Py_ssize_t(i), torch::autograd::functionToPyObject(found.nodes[i]));
+  return py::make_tuple(found.structure, found.fresh, nodes);
+}
+
+// theta_l -= rate_l * direction_l for contiguous CPU parameters of one dtype; false, with nothing done, if one is not.
+template <class T>
+bool subtract(const std::vector<at::Tensor>& params, const std::vector<double>& rates, const at::Tensor& direction) {
+  index total = 0;
+  for (const at::Tensor& p : params) {
+    if (p.scalar_type() != scalar_type<T> || !p.device().is_cpu() || !p.is_contiguous()) return false;
+    total += p.numel();
+  }
+  if (direction.scalar_type() != scalar_type<T> || !direction.is_contiguous() || direction.numel() != total) return false;
+  const T* from = direction.const_data_ptr<T>();
+  for (std::size_t l = 0; l < params.size(); ++l) {
+    const at::Tensor& p = params[l];
+    simd<T>().muladd(p.numel(), T(-rates[l]), nullptr, 0, from, 1, p.mutable_data_ptr<T>(), 1, false);
+    p.unsafeGetTensorImpl()->bump_version();   // tapes that saved the old values must notice
+    from += p.numel();
+  }
+  return true;
+}
+
 template <class T>
 void bind_plan(py::module_& m, const char* name) {
   using P = Plan<T>;
@@ -237,6 +279,16 @@ PYBIND11_MODULE(_C, m) {
   blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
   bind_plan<float>(m, "PlanFloat");
   bind_plan<double>(m, "PlanDouble");
+  py::class_<Walker>(m, "Walker")
+      .def(py::init([](const py::list& params) { return new Walker(unpack(params)); }))
+      .def("walk", &walk)
+      .def("want", &Walker::want);
+  m.def("subtract", [](const py::list& params, const std::vector<double>& rates, py::handle direction) {
+    if (!THPVariable_Check(direction.ptr())) throw py::type_error("direction must be a tensor");
+    const std::vector<at::Tensor> tensors = unpack(params);
+    const at::Tensor& d = THPVariable_Unpack(direction.ptr());
+    return d.scalar_type() == at::kFloat ? subtract<float>(tensors, rates, d) : subtract<double>(tensors, rates, d);
+  });
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
   m.def("set_max_threads", [](int count) { max_threads = count; });
   m.def("instruction_set", [] { return std::string(simd_name()); });

@@ -12,8 +12,8 @@ def check_build() -> None:
     core = native._C
     if core is not None and core.torch_version != torch.__version__:
         raise ImportError(
-            f"pgdfast was built against PyTorch {core.torch_version} but PyTorch {torch.__version__} is installed; rebuild "
-            "it with: pip install --force-reinstall --no-deps --no-cache-dir . (in the pgdfast source folder)."
+            f"pgdfast was built against PyTorch {core.torch_version} but PyTorch {torch.__version__} is installed; "
+            f"{native.REBUILD}."
         )
 
 

@@ -40,10 +40,10 @@ template <class T>
 struct FactoredUse {
   index row0, rows;
   Factor<T> high, low;
+  int parameter, companion;
 };
 
-// Where the cotangent of an instruction's result lies: in the arena of a section, or, for an instruction that writes
-// the residual itself, in the unit vector (whose sections are not stored; Python keeps such uses explicit).
+// Where the cotangent of an instruction's result lies in the arena of a section. No use writes the residual itself.
 template <class T>
 const T* cotangent(const Structure& s, const Instruction& op, const T* arena) {
   return arena + s.buffers[std::size_t(op.y)].offset + op.y_offset;
@@ -56,24 +56,25 @@ FactoredUse<T> factors(const Bound<T>& program, const Use& use, const T* arena) 
   const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
   const Factor<T> over_k{c, g.cn, g.ck, g.k, false};
   const Factor<T> over_m{cotangent(*program.structure, op, arena), g.yn, g.ym, g.m, true};
-  FactoredUse<T> result{use.row0, g.n, over_m, over_k};
+  FactoredUse<T> result{use.row0, g.n, over_m, over_k, use.parameter, use.companion};
   if (!use.m_is_high) std::swap(result.high, result.low);
   return result;
 }
 
-// Adds alpha-weighted Jacobian rows of one explicit use and section to J (leading dimension ld, column origin 0).
+// Adds the Jacobian rows of one explicit use and section to J (leading dimension ld, origin at the parameter's columns).
+// `row_index` maps row * max_sections + section to a row of J.
 template <class T>
 void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
-              const std::vector<index>& k_index, index section, T* J, index ld) {
+              const std::vector<index>& row_index, index section, T* J, index ld) {
   const Structure& s = *program.structure;
+  const Simd<T>& body = simd<T>();
   const Instruction& op = s.instructions[std::size_t(use.instruction)];
   const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
   const T* y = cotangent(s, op, arena);
-  const index O = layout.max_sections;
-  auto row_of = [&](index y_position) -> T* {
+  const auto row_of = [&](index y_position) -> T* {
     const std::int32_t row = label[y_position];
     if (row < 0) return nullptr;
-    const index k = k_index[std::size_t(row * O + section)];
+    const index k = row_index[std::size_t(row * layout.max_sections + section)];
     return k < 0 ? nullptr : J + k * ld + op.x_offset;
   };
   const T* c = nullptr;
@@ -84,26 +85,36 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
     else alpha *= constant.value;
   }
   if (op.kind == Kind::matmul) {
+    // J[x(b, m, k)] += alpha * y[b, m, n] * c[b, k, n]
     const MatMul& g = op.matmul;
-    const Simd<T>& body = simd<T>();
     for (index b = 0; b < g.b; ++b)
-      for (index n = 0; n < g.n; ++n)
-        for (index m = 0; m < g.m; ++m) {
-          const index at = b * g.yb + m * g.ym + n * g.yn;
-          T* row = row_of(at);
-          if (!row) continue;
-          row += b * g.xb + m * g.xm;
-          // J[x(b, m, k)] += y * c[b, k, n] over k
-          body.muladd(g.k, alpha * y[at], nullptr, 0, c + b * g.cb + n * g.cn, g.ck, row, g.xk, false);
+      for (index n = 0; n < g.n; ++n) {
+        const T* cn = c + b * g.cb + n * g.cn;
+        const T* yn = y + b * g.yb + n * g.yn;
+        if (use.row_per_n && g.m > g.k) {
+          T* row = row_of(b * g.yb + n * g.yn);
+          for (index k = 0; row && k < g.k; ++k)
+            body.muladd(g.m, alpha * cn[k * g.ck], nullptr, 0, yn, g.ym, row + b * g.xb + k * g.xk, g.xm, false);
+          continue;
         }
+        for (index m = 0; m < g.m; ++m) {
+          T* row = row_of(b * g.yb + m * g.ym + n * g.yn);
+          if (row)
+            body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * g.xb + m * g.xm, g.xk, false);
+        }
+      }
     return;
   }
+  // J[x(i)] += alpha * c[i] * y[i], over the innermost index at once where that stays in one row.
   const MulAdd& f = op.muladd;
-  index total = 1;
-  for (int d = 0; d < f.ndim; ++d) total *= f.shape[std::size_t(d)];
-  for (index i = 0; i < total; ++i) {
+  const bool rows_inside = use.row_per_n && f.ndim > 0;
+  const int outer_dims = rows_inside ? f.ndim - 1 : f.ndim;
+  const std::size_t inner = rows_inside ? std::size_t(f.ndim - 1) : 0;
+  index outer = 1;
+  for (int d = 0; d < outer_dims; ++d) outer *= f.shape[std::size_t(d)];
+  for (index i = 0; i < outer; ++i) {
     index rest = i, yo = 0, xo = 0, co = 0;
-    for (int d = f.ndim - 1; d >= 0; --d) {
+    for (int d = outer_dims - 1; d >= 0; --d) {
       const std::size_t k = std::size_t(d);
       const index id = rest % f.shape[k];
       rest /= f.shape[k];
@@ -112,18 +123,12 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
       co += id * f.cs[k];
     }
     T* row = row_of(yo);
-    if (row) row[xo] += alpha * (c ? c[co] : T(1)) * y[yo];
+    if (!row) continue;
+    if (rows_inside)
+      body.muladd(f.shape[inner], alpha, c ? c + co : nullptr, f.cs[inner], y + yo, f.ys[inner], row + xo, f.xs[inner], false);
+    else
+      row[xo] += alpha * (c ? c[co] : T(1)) * y[yo];
   }
-}
-
-// K index of (row, section), -1 where a row has fewer sections.
-std::vector<index> k_indices(const RowLayout& layout) {
-  std::vector<index> result(std::size_t(layout.num_rows * layout.max_sections), -1);
-  for (const Tile& tile : layout.tiles)
-    for (index o = 0; o < tile.sections; ++o)
-      for (index i = 0; i < tile.rows; ++i)
-        result[std::size_t((tile.r0 + i) * layout.max_sections + o)] = tile.base + o * tile.rows + i;
-  return result;
 }
 
 // One tile pair's scratch: two products and their accumulator.
@@ -152,22 +157,33 @@ void accumulate(const Simd<T>& body, index r, index c, T w, const T* s, const T*
 
 // Adds one pair of uses to the block of K that starts at (row tile ti, row tile tj).
 template <class T, class Acc>
-void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, T weight, const Tile& ti, const Tile& tj, bool diagonal,
+void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights, const Tile& ti, const Tile& tj, bool diagonal,
               index arena_size, Scratch<T, Acc>& scratch, Acc* K, index M) {
   const index i0 = std::max(ti.r0, p.row0), i1 = std::min(ti.r0 + ti.rows, p.row0 + p.rows);
   const index j0 = std::max(tj.r0, q.row0), j1 = std::min(tj.r0 + tj.rows, q.row0 + q.rows);
   if (i0 >= i1 || j0 >= j1) return;
   const index rows = i1 - i0, cols = j1 - j0;
-  auto changes = [](const Factor<T>& f, const Factor<T>& g, bool first, bool first_inner) {
+  const T weight = weights[p.parameter];
+  const T bias = p.companion >= 0 ? weights[p.companion] / weight : T(0);
+  // A bias added to the same result contributes Y Y'^T: as if the constant rows had one more column of ones.
+  const auto with_bias = [&](const Factor<T>& f, std::vector<T>& constant_product) {
+    if (bias == T(0) || f.by_section) return;
+    for (index i = 0; i < rows * cols; ++i) constant_product[std::size_t(i)] += bias;
+  };
+  const auto changes = [](const Factor<T>& f, const Factor<T>& g, bool first, bool first_inner) {
     return first || (g.by_section) || (first_inner && f.by_section);
   };
   for (index o = 0; o < ti.sections; ++o)
     for (index o2 = 0; o2 < (diagonal ? o + 1 : tj.sections); ++o2) {
       const bool first = o == 0 && o2 == 0, inner = o2 == 0;
-      if (changes(p.high, q.high, first, inner))
+      if (changes(p.high, q.high, first, inner)) {
         product(p.high, i0 - p.row0, rows, o, q.high, j0 - q.row0, cols, o2, arena_size, scratch.high.data());
-      if (changes(p.low, q.low, first, inner))
+        with_bias(p.high, scratch.high);
+      }
+      if (changes(p.low, q.low, first, inner)) {
         product(p.low, i0 - p.row0, rows, o, q.low, j0 - q.row0, cols, o2, arena_size, scratch.low.data());
+        with_bias(p.low, scratch.low);
+      }
       Acc* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
       accumulate(simd<T>(), rows, cols, weight, scratch.high.data(), scratch.low.data(), cols, block, M);
     }
@@ -175,7 +191,7 @@ void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, T weight, const 
 
 // Columns of the explicit part: each parameter whose uses are not factored, at its own offset.
 struct ExplicitColumns {
-  std::vector<index> start;   // per parameter buffer, -1 if factored or unused
+  std::vector<index> start;   // per parameter buffer, -1 if it has no explicit rows
   index total = 0;
 };
 
@@ -184,7 +200,7 @@ ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
   columns.start.assign(std::size_t(s.num_parameter_buffers), -1);
   for (const Use& use : layout.uses) {
     index& start = columns.start[std::size_t(use.parameter)];
-    if (use.factored || start >= 0) continue;
+    if (use.form != Form::rows || start >= 0) continue;
     start = columns.total;
     columns.total += s.buffers[std::size_t(use.parameter)].size;
   }
@@ -204,12 +220,11 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   if (columns.total > 0) {
     ensure(work.rows, std::size_t(M * columns.total));
     std::memset(work.rows.data(), 0, sizeof(T) * std::size_t(M * columns.total));
-    const std::vector<index> k_index = k_indices(layout);
     for (const Use& use : layout.uses) {
-      if (use.factored) continue;
+      if (use.form != Form::rows) continue;
       T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
       for (index o = 0; o < layout.max_sections; ++o)
-        add_rows(program, layout, use, arenas + o * s.arena_size, k_index, o, origin, columns.total);
+        add_rows(program, layout, use, arenas + o * s.arena_size, layout.k_index, o, origin, columns.total);
     }
     for (int l = 0; l < s.num_parameter_buffers; ++l) {
       const index start = columns.start[std::size_t(l)];
@@ -221,14 +236,10 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   }
 
   std::vector<FactoredUse<T>> uses;
-  std::vector<int> parameter;
   double flops = double(M) * double(M) * double(columns.total);
-  index widest = 1;
-  for (const Tile& tile : layout.tiles) widest = std::max(widest, tile.rows * tile.sections);
   for (const Use& use : layout.uses) {
-    if (!use.factored) continue;
+    if (use.form != Form::factored) continue;
     uses.push_back(factors(program, use, arenas));
-    parameter.push_back(use.parameter);
     flops += double(M) * double(M) * double(uses.back().high.size + uses.back().low.size);
   }
 
@@ -255,8 +266,8 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
     ensure(scratch.low, std::size_t(a.rows * b.rows));
     for (std::size_t p = 0; p < uses.size(); ++p)
       for (std::size_t q = 0; q < uses.size(); ++q)
-        if (parameter[p] == parameter[q])
-          add_pair(uses[p], uses[q], weights[parameter[p]], a, b, ti == tj, s.arena_size, scratch, K, M);
+        if (uses[p].parameter == uses[q].parameter)
+          add_pair(uses[p], uses[q], weights, a, b, ti == tj, s.arena_size, scratch, K, M);
   };
 
   const int threads = pairs.size() > 1 ? threads_for(flops) : 1;
@@ -299,16 +310,9 @@ void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work,
   }
   unit_sweeps(program, layout, work);
   std::memset(J, 0, sizeof(T) * std::size_t(M * P));
-  // Rows straight into residual order: the K index of (row, section) replaced by the residual's own number.
-  std::vector<index> element(std::size_t(layout.num_rows * layout.max_sections), -1);
-  const std::vector<index> k_index = k_indices(layout);
-  std::vector<index> residual_of(std::size_t(M), -1);
-  for (index e = 0; e < M; ++e) residual_of[std::size_t(layout.k_of[std::size_t(e)])] = e;
-  for (std::size_t i = 0; i < element.size(); ++i)
-    if (k_index[i] >= 0) element[i] = residual_of[std::size_t(k_index[i])];
   for (const Use& use : layout.uses)
     for (index o = 0; o < layout.max_sections; ++o)
-      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, element, o,
+      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.element, o,
                J + s.buffers[std::size_t(use.parameter)].offset, P);
 }
 

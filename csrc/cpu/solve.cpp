@@ -126,9 +126,10 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
       delta[i] = w * (delta[i] + q[i] / T(shift));
       outcome.gain += double(q[i]) * double(delta[i]);
     });
-  } else {
+  } else if (!std::all_of(weights, weights + buffers, [](T w) { return w == T(1); })) {
     each_parameter([&](T w, index i) { delta[i] *= w; });
   }
+  outcome.square = simd<T>().dot(P, delta, delta);
   return outcome;
 }
 
@@ -188,6 +189,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     return outcome;
   }
   outcome.gain = simd<T>().dot(P, rhs.data(), delta);
+  outcome.square = simd<T>().dot(P, delta, delta);
   return outcome;
 }
 
@@ -253,6 +255,7 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const T* inverse_preco
   }
   outcome.residual_norm = norm / b_norm;
   outcome.gain = body.dot(P, b, delta);
+  outcome.square = body.dot(P, delta, delta);
   return outcome;
 }
 

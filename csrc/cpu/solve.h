@@ -14,6 +14,7 @@ struct Outcome {
   int iterations = 0;
   double residual_norm = 0;   // CG: final ||b - A x|| / ||b||
   double gain = 0;            // g . delta with g = J^T r + q
+  double square = 0;          // ||delta||^2
 };
 
 // Up to this order the small dense factor is held in double even for float programs.

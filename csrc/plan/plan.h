@@ -55,14 +55,19 @@ struct Instruction {
   bool overwrite_x = false;     // first write of x in the adjoint sweep, and it covers all of x
 };
 
+// How a use of a parameter enters K: by explicit Jacobian rows, as (C C'^T) * (Y Y'^T), or with the weight whose
+// companion it is.
+enum class Form : int { rows = 0, factored = 1, companion = 2 };
+
 // One use of a parameter by the row-local part of the program (see gram.h).
 struct Use {
   int instruction;
   int parameter;
-  bool factored;     // contributes (C C'^T) * (Y Y'^T) instead of explicit Jacobian rows
+  Form form;
   index row0;        // factored: rows row0 .. row0 + n - 1 are the n dimension of the product
   bool m_is_high;    // factored: which dimension of the weight has the larger stride
-  bool rank_one;     // explicit matmul: all y[b, :, n] belong to one row
+  int companion;     // factored: the bias added to the same result, whose rows are Y itself; -1: none
+  bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd)
 };
 
 // Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders them tile, section, row.
@@ -79,6 +84,11 @@ struct RowLayout {
   std::vector<Use> uses;
   std::vector<std::vector<std::int32_t>> labels;   // per buffer: row of each element, or empty
   bool local = false;                       // false: no row structure, Jacobian rows come one VJP at a time
+
+  // Derived by finalize(): row * max_sections + section -> row of K, or residual element; -1 where there is none.
+  std::vector<index> k_index, element;
+
+  void finalize();
 };
 
 // A bound constant: a strided tensor or one number.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import native
+
 
 class Move:
     """theta - t d for parameters theta and a flat direction d, with a copy of theta to return to.
@@ -37,16 +39,10 @@ class Move:
         """Go to theta - t (rates * d), from wherever an earlier trial went."""
         if self._moved:
             self.undo()
-        views = [
-            part.view(p.shape) if part.dtype == p.dtype else part.view(p.shape).to(p.dtype)
-            for p, part in zip(self.params, direction.split(self._sizes), strict=True)
-        ]
-        with torch.no_grad():
-            if self._one_rate is not None:
-                torch._foreach_add_(self.params, views, alpha=-self._one_rate * t)
-            else:
-                for p, view, rate in zip(self.params, views, self.rates, strict=True):
-                    p.add_(view, alpha=-rate * t)
+        if not native.subtract(self.params, [rate * t for rate in self.rates], direction):
+            with torch.no_grad():
+                for p, part, rate in zip(self.params, direction.split(self._sizes), self.rates, strict=True):
+                    p.add_(part.view(p.shape).to(p.dtype), alpha=-rate * t)
         self._moved = True
 
     @torch.no_grad()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
+REBUILD = "rebuild it with: pip install --force-reinstall --no-deps --no-cache-dir . (in the pgdfast source folder)"
+
 try:
-    from .. import _C
-except ImportError as _error:   # named by available(); pgdfast/__init__.py reports a mismatched build
+    _C = importlib.import_module("pgdfast._C")
+except ModuleNotFoundError:   # a source folder without a build; available() says so
     _C = None
-    _reason = str(_error)
+except ImportError as error:
+    raise ImportError(
+        f"pgdfast's C++ core does not load into PyTorch {torch.__version__}, most likely because it was built against "
+        f"another one ({error}); {REBUILD}."
+    ) from error
 
 LIMITS = "on the CPU in float32 and float64"
 STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown")
@@ -16,12 +24,22 @@ STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown")
 
 def available() -> str | None:
     """None, or why the native core cannot be used."""
-    return None if _C is not None else f"the C++ core is not built ({_reason})"
+    return None if _C is not None else "the C++ core is not built; run pip install . in the source folder"
 
 
 def applies(device: torch.device, dtype: torch.dtype) -> bool:
     """Runs on the CPU in float32 and float64."""
     return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+def walker(params: list[torch.Tensor]):
+    """The core's recogniser of tape structures over these parameters, or None without the core."""
+    return None if _C is None else _C.Walker(params)
+
+
+def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Tensor) -> bool:
+    """theta_l -= rate_l * direction_l in one call; False, with nothing done, where the core cannot."""
+    return _C is not None and _C.subtract(params, rates, direction)
 
 
 class Kernels:
@@ -87,7 +105,7 @@ class Kernels:
         return d
 
     def dual(self, r, weights, shift, q):
-        """The dual step in one call: (step, status, iterations, residual norm, g . step); needs rows."""
+        """The dual step in one call: (step, status, iterations, residual norm, g . step, ||step||^2); needs rows."""
         step = self._new(self.num_parameters)
         weights = self._unit_weights if weights is None else weights
         status, *rest = self._plan.dual(r, weights, shift, q, step)

@@ -102,7 +102,7 @@ class Kernels:
 
 
 def _window(buffer: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
-    return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *strides), offset)
+    return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *strides), buffer.storage_offset() + offset)
 
 
 def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -53,7 +54,7 @@ class Linearizer:
     def read(self, result) -> Linearization:
         """The linearisation of a closure's result."""
         trace = self._tracer.trace(result)
-        if trace.residual.numel() and not bool(torch.isfinite(trace.loss)):
+        if trace.residual.numel() and not math.isfinite(trace.loss.item()):
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {float(trace.loss)}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..tape.program import MULADD, PARAMETER, RESIDUAL, Program
 
+_ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
 _TILE = 128   # residuals per tile of K: two float tiles and their product stay in the second-level cache
 
 
@@ -117,41 +118,66 @@ def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowL
 
 
 def _uses(program: Program, labels, residuals: int, sections: int):
-    """Each use as (instruction, parameter, factored, row0, m_is_high, rank_one); K's flops; explicit columns."""
+    """Each use as csrc/plan/plan.h's Use; operations of one Gram matrix; explicit columns.
+
+    Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
+    """
     by_parameter: dict[int, list[int]] = {}
     for i, op in enumerate(program.instructions):
         if program.buffers[op.x][0] == PARAMETER:
             by_parameter.setdefault(op.x, []).append(i)
-    uses, flops, columns = [], 0.0, 0
-    for parameter, instructions in by_parameter.items():
+    candidates = {
+        parameter: [_factored(program.instructions[i], labels) for i in instructions]
+        for parameter, instructions in by_parameter.items()
+    }
+    companions = _companions(program, by_parameter, candidates)
+
+    def explicit_cost(parameter: int) -> float:
         size = program.buffers[parameter][1]
-        candidates = [_factored(program.instructions[i], labels) for i in instructions]
-        explicit_cost = residuals**2 * size + 2 * residuals * size * len(instructions)
-        same_window = all(c is not None and c[0] == candidates[0][0] for c in candidates) if candidates[0] else False
-        factored = False
-        if same_window:
-            rows = sum(c[1] for c in candidates)
-            wide = sum(c[3] for c in candidates) / len(candidates)
-            narrow = sum(c[4] for c in candidates) / len(candidates)
-            # The elementwise product and its traffic weigh like some 16 multiply-adds per element of K.
-            factored_cost = rows**2 * (sections**2 * (wide + 16) + narrow)
-            factored = factored_cost < explicit_cost
-        flops += factored_cost if factored else explicit_cost
-        columns += 0 if factored else size
-        for i, c in zip(instructions, candidates, strict=True):
-            if factored:
-                uses.append((i, parameter, 1, c[2], int(c[5]), 0))
-            else:
-                uses.append((i, parameter, 0, 0, 0, 0))
+        return residuals**2 * size + 2.0 * residuals * size * len(by_parameter[parameter])
+
+    uses, flops, columns = [], 0.0, 0
+    joined = set()
+    for parameter, instructions in by_parameter.items():
+        group = candidates[parameter]
+        if group[0] is None or any(c is None or c.window != group[0].window for c in group):
+            continue
+        bias = companions.get(parameter, -1)
+        rows = sum(c.rows for c in group)
+        # The elementwise product and its traffic weigh like some 16 multiply-adds per element of K.
+        cost = rows**2 * (sections**2 * (group[0].m + 16.0) + group[0].k)
+        if cost < explicit_cost(parameter) + (explicit_cost(bias) if bias >= 0 else 0):
+            joined |= {parameter, bias}
+            flops += cost
+            uses += [(i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)]
+            uses += [(i, bias, _COMPANION, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in by_parameter.get(bias, ())]
+    for parameter, instructions in by_parameter.items():
+        if parameter in joined:
+            continue
+        flops += explicit_cost(parameter)
+        columns += program.buffers[parameter][1]
+        uses += [(i, parameter, _ROWS, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in instructions]
     return uses, flops, columns
 
 
-def _factored(op, labels):
-    """(window, rows, row0, m, k, m_is_high) of a use whose Jacobian rows are outer products, else None."""
+@dataclass(frozen=True, slots=True)
+class _Outer:
+    """A use whose Jacobian rows are outer products of m cotangents and k constants."""
+
+    window: tuple[int, ...]   # offset, size and stride of the high and the low dimension of the weight
+    rows: int
+    row0: int
+    m: int
+    k: int
+    m_is_high: bool
+
+
+def _factored(op, labels) -> _Outer | None:
+    """The outer-product form of a use, if its n dimension runs over consecutive rows."""
     if op.kind == MULADD:
         return None
     b, m, n, k, yb, ym, yn, xb, xm, xk = op.extents[0][:10]
-    if b != 1:
+    if b != 1 or op.alpha != 1:
         return None
     seen = _windows(labels[op.y], (m, n), (ym, yn), op.y_offset)
     rows = seen[0]
@@ -161,4 +187,53 @@ def _factored(op, labels):
     sm, sk = (0 if m == 1 else xm), (0 if k == 1 else xk)
     m_is_high = (sm, m) > (sk, k)
     window = (op.x_offset, *((m, sm, k, sk) if m_is_high else (k, sk, m, sm)))
-    return window, n, int(rows[0]), m, k, m_is_high
+    return _Outer(window, n, int(rows[0]), m, k, m_is_high)
+
+
+def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
+    """{weight: bias} where every use of the weight has the bias added, plainly and only there, to the same result."""
+    added: dict[tuple, list[int]] = {}
+    for parameter, instructions in by_parameter.items():
+        for i in instructions:
+            op = program.instructions[i]
+            if op.kind == MULADD and op.constant < 0 and op.alpha == 1:
+                added.setdefault((op.y, op.y_offset), []).append(i)
+    found, taken = {}, set()
+    for weight, group in candidates.items():
+        if any(c is None or c.m_is_high != group[0].m_is_high for c in group):
+            continue
+        biases = set()
+        for i in by_parameter[weight]:
+            op = program.instructions[i]
+            _, m, n, _, _, ym, yn = op.extents[0][:7]
+            matches = [
+                program.instructions[j].x
+                for j in added.get((op.y, op.y_offset), ())
+                if op.alpha == 1 and _is_bias(program.instructions[j], m, n, ym, yn)
+            ]
+            biases.add(matches[0] if len(matches) == 1 else -1)
+        bias = biases.pop() if len(biases) == 1 else -1
+        if bias >= 0 and bias not in taken and len(by_parameter[bias]) == len(group):
+            found[weight] = bias
+            taken.add(bias)
+    return found
+
+
+def _is_bias(op, m: int, n: int, ym: int, yn: int) -> bool:
+    """Is this muladd y[m, n] += x[m] over a whole parameter row m?"""
+    shape, ys, xs, _ = op.extents
+    dims = {(size, y, x) for size, y, x in zip(shape, ys, xs, strict=True)}
+    wanted = {(size, y, x) for size, y, x in ((n, yn, 0), (m, ym, 1)) if size != 1}
+    return dims == wanted
+
+
+def _row_per_n(program: Program, i: int, labels) -> bool:
+    """Does an explicit use's row depend on n alone (matmul), or not on the innermost index (muladd)?"""
+    op = program.instructions[i]
+    if op.kind == MULADD:
+        shape, ys, _, _ = op.extents
+        seen = _windows(labels[op.y], shape, ys, op.y_offset)
+        return bool(shape) and bool((seen == seen[..., :1]).all())
+    b, m, n, _, yb, ym, yn = op.extents[0][:7]
+    seen = _windows(labels[op.y], (b, m, n), (yb, ym, yn), op.y_offset)
+    return bool((seen == seen[:, :1]).all())

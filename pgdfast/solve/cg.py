@@ -31,7 +31,7 @@ def _cg(lin, d, q, inverse, options: CG):
     residual = b.clone()
     b_norm = norm = float(torch.linalg.vector_norm(b))
     if b_norm == 0:
-        return x, "solved", 0, 0.0, 0.0
+        return x, "solved", 0, 0.0, 0.0, 0.0
     z = residual if inverse is None else inverse * residual
     p, rz = z.clone(), float(torch.dot(residual, z))
     status, iterations = "max_iterations", 0
@@ -56,4 +56,4 @@ def _cg(lin, d, q, inverse, options: CG):
         following = float(torch.dot(residual, z))
         p = z + (following / rz) * p
         rz = following
-    return x, status, iterations, norm / b_norm, float(torch.dot(b, x))
+    return x, status, iterations, norm / b_norm, float(torch.dot(b, x)), float(torch.dot(x, x))

@@ -48,9 +48,9 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
         result = run_cg(problem, options)
     else:
         result = (dense.dual if name == "dual" else dense.primal)(problem)
-    step, status, iterations, residual_norm, gain = result
-    damped = problem.damped(step)
-    if not gain + damped < float("inf"):
+    step, status, iterations, residual_norm, gain, square = result
+    damped = problem.damped(step, square)
+    if not abs(gain) + square < float("inf"):
         step, status, gain, damped = torch.zeros_like(step), "not_finite", 0.0, 0.0
     if name != "cg":
         residual_norm = None
@@ -61,17 +61,17 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
 
 def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
     """(solver, why). Gauss-Newton and a vanishing diagonal need the pseudo-inverse."""
+    if problem.mu > 0 and solver != "auto" or solver == "cg":
+        return solver, "asked for"
     lin = problem.linearization
     M, P = lin.num_residuals, lin.num_parameters
     costs = predicted_costs(problem, options)
-    if problem.mu == 0 and solver != "cg":
+    if problem.mu == 0:
         if solver == "auto" and costs["eigh"][1] > memory_limit():
             return "cg", f"damping 0; the eigendecomposition would take {costs['eigh'][1] / 1e9:.1f} GB"
         return "eigh", "damping 0: pseudo-inverse" if solver in ("auto", "eigh") else (
             f"damping 0: {solver} has no Cholesky factor, so its pseudo-inverse is taken"
         )
-    if solver != "auto":
-        return solver, "asked for"
     limit = memory_limit()
     fitting = {name: cost for name, (cost, memory) in costs.items() if memory <= limit and name != "eigh"}
     name = min(fitting, key=fitting.get)

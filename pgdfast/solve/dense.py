@@ -1,6 +1,6 @@
 """Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix, and eigendecomposition.
 
-Each returns (step, status, iterations, residual_norm or None, gain). The native core runs dual and primal as one call
+Each returns (step, status, iterations, residual_norm or None, gain, ||step||^2). The native core runs dual and primal as one call
 where it can; what stands here is the same algebra in PyTorch, for scaled problems and other devices.
 """
 
@@ -40,7 +40,7 @@ def dual(problem: Problem):
     gain = float(torch.dot(r.double(), r.double() - shift * y.double()))
     if problem.q is not None:
         gain += float(torch.dot(problem.q.double(), step.double()))
-    return step, "solved", 0, None, gain
+    return step, "solved", 0, None, gain, _square(step)
 
 
 def primal(problem: Problem):
@@ -54,7 +54,7 @@ def primal(problem: Problem):
     step, ok = _cholesky_solve(J.T @ J, problem.diagonal(), g)
     if not ok:
         return _failed(lin)
-    return step, "solved", 0, None, float(torch.dot(g.double(), step.double()))
+    return step, "solved", 0, None, float(torch.dot(g.double(), step.double())), _square(step)
 
 
 def eigh(problem: Problem, rcond: float):
@@ -99,7 +99,7 @@ def eigh(problem: Problem, rcond: float):
     if scale is not None:
         step = step * _inverse_root(scale, step)
     gain = float(torch.dot(lin.gradient().double(), step.double()))
-    return step, "solved", 0, None, gain
+    return step, "solved", 0, None, gain, _square(step)
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -133,4 +133,8 @@ def _cholesky_solve(matrix: torch.Tensor, diagonal, rhs: torch.Tensor):
 
 def _failed(lin):
     step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
-    return step, "not_positive_definite", 0, None, 0.0
+    return step, "not_positive_definite", 0, None, 0.0, 0.0
+
+
+def _square(step: torch.Tensor) -> float:
+    return float(step.double().square().sum())

@@ -46,13 +46,11 @@ class Problem:
             d = self.mu * self.scale.to(lin.dtype)
         return d if self.penalty is None else d + self.penalty
 
-    def damped(self, step: torch.Tensor) -> float:
-        """delta . mu D delta."""
-        if self.mu == 0:
-            return 0.0
+    def damped(self, step: torch.Tensor, square: float) -> float:
+        """delta . mu D delta, given ||delta||^2."""
+        if self.scale is None or self.mu == 0:
+            return self.mu * square
         wide = step.double()
-        if self.scale is None:
-            return self.mu * float(torch.dot(wide, wide))
         return self.mu * float(torch.dot(wide, self.scale.double() * wide))
 
     def buffer_weights(self) -> torch.Tensor | None:

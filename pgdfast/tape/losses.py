@@ -166,13 +166,14 @@ class _Reader:
         if edges[0] is not None and edges[1] is not None:
             raise UnrecognisedLoss("it multiplies two different quantities that both depend on the parameters")
         k = 0 if edges[0] is not None else 1
-        factor = (node._saved_other if k == 0 else node._saved_self).detach()
+        factor = (node._saved_other if k == 0 else node._saved_self).detach().to(self._dtype(position))
         return [(*edges[k], self._fit(edges[k], position, self._times(weight, factor)))]
 
     def divide(self, position, node, edges, weight):
         if edges[1] is not None:
             raise UnrecognisedLoss("it divides by a quantity that depends on the parameters")
-        factor = 1 / node._saved_other.detach()
+        # In float64: the tape keeps the number in `loss / 7` as an integer, whose reciprocal would be of default precision.
+        factor = torch.reciprocal(node._saved_other.detach().double()).to(self._dtype(position))
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
     @staticmethod
@@ -186,18 +187,18 @@ class _Reader:
         return [(*edges[0], weight / float(node._saved_other))]
 
     def total(self, position, node, edges, weight):
-        return [(*edges[0], self._spread(node, edges[0], weight))]
+        return [(*edges[0], self._spread(position, node, edges[0], weight))]
 
     def mean(self, position, node, edges, weight):
         count = self.tape.shape(*edges[0]).numel() / max(self.tape.shape(position).numel(), 1)
-        return [(*edges[0], self._spread(node, edges[0], weight / max(count, 1)))]
+        return [(*edges[0], self._spread(position, node, edges[0], weight / max(count, 1)))]
 
-    def _spread(self, node, edge, weight):
+    def _spread(self, position, node, edge, weight):
         """The weight of a sum's terms: that of the sum, repeated."""
         if not isinstance(weight, torch.Tensor):
             return weight
-        shape = self.tape.shape(*edge)
-        for d in sorted(d % len(shape) for d in map(_signed, getattr(node, "_saved_dim", ()))):
+        shape, weight = self.tape.shape(*edge), weight.expand(self.tape.shape(position))
+        for d in sorted(d % len(shape) for d in map(_signed, getattr(node, "_saved_dim", None) or ())):
             if not node._saved_keepdim:
                 weight = weight.unsqueeze(d)
         return weight.expand(shape)
@@ -209,13 +210,26 @@ class _Reader:
 
     def stack(self, position, node, edges, weight):
         dim = _signed(node._saved_dim)
-        parts = weight.unbind(dim) if isinstance(weight, torch.Tensor) else [weight] * len(edges)
+        if isinstance(weight, torch.Tensor):
+            parts = weight.expand(self.tape.shape(position)).unbind(dim)
+        else:
+            parts = [weight] * len(edges)
         return [(*e, w) for e, w in zip(edges, parts, strict=True) if e]
 
     def cat(self, position, node, edges, weight):
         if isinstance(weight, torch.Tensor):
-            raise UnrecognisedLoss("it weights the pieces of a torch.cat elementwise")
+            return self.pull(position, node, edges, weight)
         return [(*e, weight) for e in edges if e]
+
+    def pull(self, position, node, edges, weight):
+        """Any other linear operation with one output: its own backward carries the weight."""
+        weight = torch.as_tensor(weight, dtype=self._dtype(position), device=node._input_metadata[0].device)
+        pulled = node(weight.expand(self.tape.shape(position)))
+        pulled = pulled if isinstance(pulled, tuple) else (pulled,)
+        return [(*e, w) for e, w in zip(edges, pulled, strict=False) if e]
+
+    def _dtype(self, position: int) -> torch.dtype:
+        return self.tape.nodes[position]._input_metadata[0].dtype
 
     # Convex functions: end the walk with a block.
 
@@ -226,13 +240,10 @@ class _Reader:
             _root_of(weight)
             self.form.penalties[leaf] = self.form.penalties.get(leaf, 0.0) + 2 * weight
             return ()
-        if value.numel() == 1 and self.tape.name(position) == "LinalgVectorNormBackward0":
-            node = self.tape.nodes[position]
-            if node._saved_ord == 2 and self.tape.edges[position][0] is not None:
-                self.form.consumed.add(position)
-                if isinstance(weight, torch.Tensor):
-                    weight = float(weight)
-                return self._square(self.tape.edges[position][0], node._saved_self, weight)
+        if self.tape.name(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
+            node, below = self.tape.nodes[position], self.tape.edges[position][0]
+            self.form.consumed.add(position)
+            return self._square(below, node._saved_self, self._spread(position, node, below, weight))
         scale = _root_of(weight)
         value = value.detach()
         self.form.blocks.append(Squares((edge,), value * scale, scale))
@@ -244,9 +255,11 @@ class _Reader:
         return self._square(edges[0], node._saved_self, weight)
 
     def dot(self, position, node, edges, weight):
-        if edges[0] is None or edges[0] != edges[1]:
-            raise UnrecognisedLoss("it is a dot product of two different vectors")
-        return self._square(edges[0], node._saved_self, weight)
+        if edges[0] is not None and edges[0] == edges[1]:
+            return self._square(edges[0], node._saved_self, weight)
+        if edges[0] is not None and edges[1] is not None:
+            raise UnrecognisedLoss("it is a dot product of two different vectors that both depend on the parameters")
+        return self.pull(position, node, edges, weight)
 
     def mse(self, position, node, edges, weight):
         a, b = node._saved_self.detach(), node._saved_target.detach()
@@ -270,8 +283,6 @@ class _Reader:
         each = torch.where(kept, each, 0) * weight
         dim = min(1, log_p.dim() - 1)
         q = torch.zeros_like(log_p).scatter_(dim, index.unsqueeze(dim), each.unsqueeze(dim))
-        if self.tape.name(edges[0][0]) != "LogSoftmaxBackward0":
-            raise UnrecognisedLoss("its nll_loss does not stand on a log_softmax")
         return [(*edges[0], -q)]
 
     def log_of_softmax(self, position, node, edges, weight):
@@ -300,6 +311,8 @@ class _Reader:
         if node._saved_weight is not None:
             weight = weight * node._saved_weight.detach()
         positive = 1.0 if node._saved_pos_weight is None else node._saved_pos_weight.detach()
+        if torch.any(torch.as_tensor(weight) < 0) or torch.any(torch.as_tensor(positive) < 0):
+            raise UnrecognisedLoss("its binary cross-entropy has a negative weight")
         s = torch.sigmoid(z)
         # L = w (pos t softplus(-z) + (1 - t) softplus(z)), L' = w ((1 - t) s - pos t (1 - s))
         gradient = weight * ((1 - t) * s - positive * t * torch.sigmoid(-z))
@@ -348,6 +361,14 @@ _READERS = {
     "ToCopyBackward0": _Reader.same,
     "StackBackward0": _Reader.stack,
     "CatBackward0": _Reader.cat,
+    **dict.fromkeys(
+        [
+            "ExpandBackward0", "PermuteBackward0", "TransposeBackward0", "TBackward0", "SelectBackward0", "SliceBackward0",
+            "DiagonalBackward0", "IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "MaskedSelectBackward0",
+            "MaskedFillBackward0", "WhereBackward0", "TraceBackward0",
+        ],
+        _Reader.pull,
+    ),
     "PowBackward0": _Reader.power,
     "DotBackward0": _Reader.dot,
     "MseLossBackward0": _Reader.mse,

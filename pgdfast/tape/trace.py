@@ -13,7 +13,7 @@ import torch
 from . import losses
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
-from .walk import Fallback, Tape, describe, rule_of
+from .walk import Fallback, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
 
@@ -48,7 +48,7 @@ class Tracer:
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
-        self.number = {id(p): k for k, p in enumerate(params)}
+        self._walker = Walker(params)
         self.dtype = params[0].dtype
         for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
@@ -75,9 +75,9 @@ class Tracer:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
-        roots = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in tensors]
-        tape = Tape([edge.node for edge in roots if edge is not None], self.number)
-        positions = [None if e is None else (tape.index[e.node], e.output_nr) for e in roots]
+        tape = self._walker.walk([t for t in tensors if t.requires_grad])
+        found = iter(tape.structure.roots)
+        positions = [next(found) if t.requires_grad else None for t in tensors]
         if not any(p is not None and tape.active[p[0]] for p in positions) and any(t.numel() for t in tensors):
             self._refuse_opaque(tape)
             raise ValueError(
@@ -113,8 +113,7 @@ class Tracer:
         return Trace(loss, residual, form.blocks, form.penalties, program, constants, missing, edges)
 
     def _refuse_opaque(self, tape: Tape) -> None:
-        for position in range(len(tape.nodes)):
-            name = tape.name(position)
+        for name in tape.names:
             if name.startswith("CompiledFunction"):
                 raise ValueError(
                     f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
@@ -130,25 +129,20 @@ class Tracer:
         return torch.cat([part.to(self.dtype) for part in parts])
 
     def _program(self, tape: Tape, form: losses.Form) -> tuple[Program, list]:
-        work, key = [], []
-        active, edges = tape.active, tape.edges
-        for position, node in enumerate(tape.nodes):
-            if not active[position] or position in form.consumed:
-                continue
-            if tape.leaf[position] >= 0:
-                key.append((position, tape.leaf[position]))
+        work, key = [], [tape.structure.number]
+        for position, node in tape.nodes.items():
+            if position in form.consumed:
                 continue
             rule = rule_of(node)
             values = [getattr(node, name) for name in rule.saved]
-            part = (position, type(node), edges[position], *map(describe, values))
-            key.append((*part, *(tape.shape(position))) if rule.by_shape else part)
+            key.extend(map(describe, values))
             work.append((position, rule, values))
         for block in form.blocks:
             key.append((block.kind, block.edges, block.residual.shape, getattr(block, "dim", None)))
             key.append(describe(block.scale) if isinstance(getattr(block, "scale", None), torch.Tensor) else None)
         key = tuple(key)
         try:
-            known = self._known.get(key)
+            known = self._known.get(key) if tape.structure.number >= 0 else None
         except TypeError:   # a saved field that cannot be hashed, such as a list of index tensors
             known, key = None, None
         if known is not None:
@@ -162,7 +156,7 @@ class Tracer:
                     block.apply(op)
             return known.program, op.constants
         known, constants = self._record(tape, form, work)
-        if key is not None:
+        if key is not None and tape.structure.number >= 0:
             if len(self._known) >= _STRUCTURES_KEPT:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = known
@@ -178,9 +172,8 @@ class Tracer:
         op = Record(program)
         needs = []
         for position, rule, values in work:
-            node = tape.nodes[position]
             inputs = [None if e is None else slots[e] for e in tape.edges[position]]
-            op.start(inputs, [torch.Size(m.shape) for m in node._input_metadata])
+            op.start(inputs, tape.shapes[position])
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot

@@ -1,9 +1,10 @@
-"""From the result of a closure to its tape: nodes in forward order, with what each contributes to the structure."""
+"""From the result of a closure to its tape: nodes in forward order, with the structure they form."""
 
 from __future__ import annotations
 
 import torch
 
+from ..kernels import native
 from .rules import RULES
 
 _RULE_OF_TYPE: dict[type, object] = {}
@@ -17,59 +18,105 @@ class Fallback(Exception):
         self.operation = operation
 
 
-class Tape:
-    """The part of an autograd graph between leaf parameters and some roots.
+class Structure:
+    """What two tapes of the same closure share. Positions number the nodes, inputs before users.
 
-    nodes: all nodes below the roots, inputs before users; index: node -> position; active: does a parameter reach it;
-    leaf: number of the parameter an AccumulateGrad node belongs to, else -1; edges: per node, (position, output) of each
-    input that is active, else None.
+    number: identifies the structure. roots: (position, output) of each result. names: node types. leaf: number of the
+    parameter that an AccumulateGrad node belongs to, else -1. active: does a parameter reach the node. edges: per node,
+    (position, output) of each input that is active, else None. shapes: per node, of its outputs. wanted: positions of
+    the active nodes that are no leaves.
     """
 
-    __slots__ = ("active", "edges", "index", "leaf", "nodes")
-
-    def __init__(self, roots, parameter_number: dict[int, int]):
-        order, index, following = [], {}, {}
-        stack = list(roots)
-        while stack:
-            node = stack[-1]
-            if node in index:
-                stack.pop()
-                continue
-            nexts = following.get(node)
-            if nexts is None:
-                nexts = following[node] = node.next_functions
-                pending = [child for child, _ in nexts if child is not None and child not in index]
-                if pending:
-                    stack.extend(pending)
-                    continue
-            index[node] = len(order)
-            order.append(node)
-            stack.pop()
-        self.nodes, self.index = order, index
+    def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int]):
+        self.number = number
+        index = {node: position for position, node in enumerate(nodes)}
+        self.roots = [(index[edge.node], edge.output_nr) for edge in roots]
+        self.names = [type(node).__name__ for node in nodes]
+        self.shapes = [[torch.Size(m.shape) for m in node._input_metadata] for node in nodes]
         self.leaf, self.active, self.edges = [], [], []
-        for node in order:
-            variable = getattr(node, "variable", None) if not following[node] else None
+        for node in nodes:
+            variable = getattr(node, "variable", None) if not node.next_functions else None
             number = -1 if variable is None else parameter_number.get(id(variable), -1)
             edges = []
-            reached = number >= 0
-            for child, output in following[node]:
+            for child, output in node.next_functions:
                 position = -1 if child is None else index[child]
-                if position >= 0 and self.active[position]:
-                    edges.append((position, output))
-                    reached = True
-                else:
-                    edges.append(None)
+                edges.append((position, output) if position >= 0 and self.active[position] else None)
             self.leaf.append(number)
-            self.active.append(reached)
+            self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
+        self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
+
+
+class Tape:
+    """One tape: its structure, and the nodes at the wanted positions."""
+
+    __slots__ = ("active", "edges", "leaf", "names", "nodes", "shapes", "structure")
+
+    def __init__(self, structure: Structure, nodes: dict):
+        self.structure, self.nodes = structure, nodes
+        self.active, self.edges, self.leaf = structure.active, structure.edges, structure.leaf
+        self.names, self.shapes = structure.names, structure.shapes
 
     def shape(self, position: int, output: int = 0) -> torch.Size:
         """Shape of an output of a node."""
-        return torch.Size(self.nodes[position]._input_metadata[output].shape)
+        return self.shapes[position][output]
 
     def name(self, position: int) -> str:
         """The node's type, as autograd prints it."""
-        return type(self.nodes[position]).__name__
+        return self.names[position]
+
+
+class Walker:
+    """Walks tapes over fixed parameters and recognises structures it has seen.
+
+    The core compares structures in a few microseconds; without it every tape is described anew.
+    """
+
+    def __init__(self, params: list[torch.Tensor]):
+        self._number = {id(p): k for k, p in enumerate(params)}
+        self._core = native.walker(params)
+        self._known: dict[int, Structure] = {}
+
+    def walk(self, results: list[torch.Tensor]) -> Tape:
+        """The tape below some tensors that require gradients."""
+        if self._core is None:
+            roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
+            nodes = _forward_order([edge.node for edge in roots])
+            return self._tape(Structure(-1, nodes, roots, self._number), nodes)
+        number, fresh, nodes = self._core.walk(results)
+        if not fresh:
+            structure = self._known[number]
+            return Tape(structure, dict(zip(structure.wanted, nodes, strict=True)))
+        roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
+        structure = Structure(number, nodes, roots, self._number)
+        self._known[number] = structure
+        self._core.want(number, structure.wanted)
+        return self._tape(structure, nodes)
+
+    @staticmethod
+    def _tape(structure: Structure, nodes: list) -> Tape:
+        return Tape(structure, {k: nodes[k] for k in structure.wanted})
+
+
+def _forward_order(roots) -> list:
+    """All nodes below the roots, inputs before users."""
+    order, index, following = [], set(), {}
+    stack = list(roots)
+    while stack:
+        node = stack[-1]
+        if node in index:
+            stack.pop()
+            continue
+        if node not in following:
+            following[node] = node.next_functions
+            pending = [child for child, _ in following[node] if child is not None and child not in index]
+            if pending:
+                stack.extend(pending)
+                continue
+        index.add(node)
+        order.append(node)
+        stack.pop()
+    return order
 
 
 def rule_of(node):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from .table import rule
 
@@ -23,7 +24,7 @@ def _relu_like(x: torch.Tensor) -> torch.Tensor:
     return (x > 0).to(x.dtype)
 
 
-_unary("TanhBackward0", "result", lambda y: 1 - y * y)
+_unary("TanhBackward0", "result", lambda y: torch.rsub(y * y, 1))
 _unary("ReluBackward0", "result", _relu_like)
 _unary("GeluBackward0", "approximate self", _gelu_derivative)
 _unary("SigmoidBackward0", "result", lambda y: y - y * y)
@@ -44,10 +45,12 @@ _unary("ReciprocalBackward0", "result", lambda y: -y * y)
 _unary("AbsBackward0", "self", torch.sign)
 _unary("ErfBackward0", "self", lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x))
 _unary("LeakyReluBackward0", "negative_slope self", lambda slope, x: torch.where(x > 0, 1.0, slope).to(x.dtype))
+_unary("LeakyReluBackward1", "negative_slope result", lambda slope, y: torch.where(y > 0, 1.0, slope).to(y.dtype))
 _unary("LogSigmoidBackward0", "self", lambda x: torch.sigmoid(-x))
 _unary("ClampMinBackward0", "min self", lambda low, x: (x >= low).to(x.dtype))
 _unary("ClampMaxBackward0", "max self", lambda high, x: (x <= high).to(x.dtype))
 _unary("MaskedFillBackward0", "mask", lambda mask: ~mask)
+_unary("SgnBackward0", "", lambda: 0.0)
 
 
 @rule("SiluBackward0", saved="self")
@@ -59,6 +62,22 @@ def silu(op, x):
 @rule("SoftplusBackward0", saved="beta self threshold")
 def softplus(op, beta, x, threshold):
     op.scale(0, torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype))
+
+
+@rule("MishBackward0", saved="self")
+def mish(op, x):
+    t = torch.tanh(F.softplus(x))
+    op.scale(0, t + x * torch.sigmoid(x) * (1 - t * t))
+
+
+@rule("CeluBackward0", saved="alpha self")
+def celu(op, alpha, x):
+    op.scale(0, torch.where(x > 0, 1.0, torch.exp(x / alpha)).to(x.dtype))
+
+
+@rule("EluBackward1", saved="alpha input_scale result scale")
+def elu_in_place(op, alpha, input_scale, y, scale):
+    op.scale(0, torch.where(y > 0, float(scale), input_scale * (y + alpha * scale)).to(y.dtype))
 
 
 @rule("EluBackward0", saved="alpha input_scale scale self")
@@ -92,7 +111,7 @@ def identity(op):
     op.view(0, lambda x: x)
 
 
-@rule("AddBackward0", saved="alpha", by_shape=True)
+@rule("AddBackward0", saved="alpha")
 def add(op, alpha):
     if op.needs[0]:
         op.add(0)
@@ -100,7 +119,7 @@ def add(op, alpha):
         op.add(1, alpha)
 
 
-@rule("SubBackward0", saved="alpha", by_shape=True)
+@rule("SubBackward0", saved="alpha")
 def sub(op, alpha):
     if op.needs[0]:
         op.add(0)
@@ -113,7 +132,7 @@ def add_number(op):
     op.view(0, lambda x: x)
 
 
-@rule("RsubBackward0", saved="alpha", by_shape=True)
+@rule("RsubBackward0", saved="alpha")
 def rsub(op, alpha):
     if op.needs[0]:
         op.add(0, -alpha)
@@ -126,7 +145,7 @@ def rsub_number(op, alpha):
     op.add(0, -alpha)
 
 
-@rule("MulBackward0", saved="other self", by_shape=True)
+@rule("MulBackward0", saved="other self")
 def mul(op, other, self):
     if op.needs[0]:
         op.scale(0, other)
@@ -139,10 +158,11 @@ def mul_number(op, other):
     op.scale(0, other)
 
 
-@rule("DivBackward0", saved="other self", by_shape=True)
+@rule("DivBackward0", saved="other self")
 def div(op, other, self):
     if op.needs[0]:
-        op.scale(0, 1 / other)
+        # In float64: the tape keeps the number in `x / 7` as an integer, whose reciprocal would be of default precision.
+        op.scale(0, torch.reciprocal(other.double()))
     if op.needs[1]:
         op.scale(1, -self / (other * other))
 
@@ -152,7 +172,7 @@ def div_number(op, other):
     op.scale(0, 1.0 / other)
 
 
-@rule("AddcmulBackward0", saved="tensor1 tensor2 value", by_shape=True)
+@rule("AddcmulBackward0", saved="tensor1 tensor2 value")
 def addcmul(op, tensor1, tensor2, value):
     if op.needs[0]:
         op.add(0)
@@ -172,7 +192,7 @@ def pow_number(op, exponent, x):
     op.scale(0, 2 * x if exponent == 2 else _power_derivative(x, exponent))
 
 
-@rule("PowBackward1", saved="exponent result self", by_shape=True)
+@rule("PowBackward1", saved="exponent result self")
 def pow_tensor(op, exponent, result, x):
     if op.needs[0]:
         op.scale(0, torch.where(exponent == 0, 0.0, exponent * x ** (exponent - 1)).to(result.dtype))
@@ -186,7 +206,7 @@ def pow_base(op, exponent, result, base):
     op.scale(0, torch.where((base == 0) & (exponent >= 0), 0.0, result * torch.log(base)).to(result.dtype))
 
 
-@rule("WhereBackward0", saved="condition", by_shape=True)
+@rule("WhereBackward0", saved="condition")
 def where(op, condition):
     if op.needs[0]:
         op.scale(0, condition)
@@ -194,7 +214,7 @@ def where(op, condition):
         op.scale(1, ~condition)
 
 
-@rule("MaximumBackward0", saved="other self", by_shape=True)
+@rule("MaximumBackward0", saved="other self")
 def maximum(op, other, self):
     share = (self > other).to(self.dtype) + 0.5 * (self == other)
     if op.needs[0]:
@@ -203,7 +223,7 @@ def maximum(op, other, self):
         op.scale(1, 1 - share)
 
 
-@rule("MinimumBackward0", saved="other self", by_shape=True)
+@rule("MinimumBackward0", saved="other self")
 def minimum(op, other, self):
     share = (self < other).to(self.dtype) + 0.5 * (self == other)
     if op.needs[0]:
@@ -215,7 +235,7 @@ def minimum(op, other, self):
 # Double-backward nodes: what nested autograd.grad(..., create_graph=True) leaves on the tape.
 
 
-@rule("TanhBackwardBackward0", saved="grad_output output", by_shape=True)
+@rule("TanhBackwardBackward0", saved="grad_output output")
 def tanh_backward(op, grad, y):
     """f(g, y) = g (1 - y^2)."""
     if op.needs[0]:
@@ -224,7 +244,7 @@ def tanh_backward(op, grad, y):
         op.scale(1, -2 * grad * y)
 
 
-@rule("SigmoidBackwardBackward0", saved="grad_output output", by_shape=True)
+@rule("SigmoidBackwardBackward0", saved="grad_output output")
 def sigmoid_backward(op, grad, y):
     """f(g, y) = g y (1 - y)."""
     if op.needs[0]:
@@ -233,7 +253,7 @@ def sigmoid_backward(op, grad, y):
         op.scale(1, grad * (1 - 2 * y))
 
 
-@rule("ThresholdBackwardBackward0", saved="self threshold", by_shape=True)
+@rule("ThresholdBackwardBackward0", saved="self threshold")
 def threshold_backward(op, x, threshold):
     """f(g, x) = g [x > threshold]; piecewise constant in x."""
     if op.needs[0]:
@@ -242,7 +262,7 @@ def threshold_backward(op, x, threshold):
         op.scale(1, 0.0)
 
 
-@rule("LeakyReluBackwardBackward0", saved="negative_slope self", by_shape=True)
+@rule("LeakyReluBackwardBackward0", saved="negative_slope self")
 def leaky_relu_backward(op, slope, x):
     """f(g, x) = g (1 or slope); piecewise constant in x."""
     if op.needs[0]:
@@ -251,7 +271,7 @@ def leaky_relu_backward(op, slope, x):
         op.scale(1, 0.0)
 
 
-@rule("SoftplusBackwardBackward0", saved="beta grad_output self threshold", by_shape=True)
+@rule("SoftplusBackwardBackward0", saved="beta grad_output self threshold")
 def softplus_backward(op, beta, grad, x, threshold):
     """f(g, x) = g sigmoid(beta x), the identity above the threshold."""
     s = torch.sigmoid(x * beta)
@@ -260,3 +280,52 @@ def softplus_backward(op, beta, grad, x, threshold):
         op.scale(0, torch.where(above, 1.0, s).to(x.dtype))
     if op.needs[1]:
         op.scale(1, torch.where(above, 0.0, grad * beta * s * (1 - s)).to(x.dtype))
+
+
+@rule("HardtanhBackwardBackward0", saved="max_val min_val self")
+def hardtanh_backward(op, high, low, x):
+    """f(g, x) = g [low < x < high]; piecewise constant in x."""
+    if op.needs[0]:
+        op.scale(0, ((x > low) & (x < high)).to(x.dtype))
+    elif op.needs[1]:
+        op.scale(1, 0.0)
+
+
+@rule("GeluBackwardBackward0", saved="approximate grad_output self")
+def gelu_backward(op, approximate, grad, x):
+    """f(g, x) = g gelu'(x)."""
+    if op.needs[0]:
+        op.scale(0, _gelu_derivative(approximate, x))
+    if op.needs[1]:
+        op.scale(1, grad * _gelu_second_derivative(approximate, x))
+
+
+def _gelu_second_derivative(approximate: str, x: torch.Tensor) -> torch.Tensor:
+    if approximate == "none":   # gelu = x Phi(x), Phi' = phi, phi' = -x phi
+        return (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    k, a = math.sqrt(2 / math.pi), 0.044715   # gelu = x (1 + t) / 2, t = tanh(k (x + a x^3))
+    t = torch.tanh(k * (x + a * x**3))
+    inner, curve = k * (1 + 3 * a * x * x), 6 * k * a * x
+    return (1 - t * t) * (inner + 0.5 * x * (curve - 2 * t * inner * inner))
+
+
+@rule("EluBackwardBackward0", saved="alpha grad_output input_scale is_result scale self_or_result")
+def elu_backward(op, alpha, grad, input_scale, is_result, scale, x):
+    """f(g, x) = g elu'(x), or g elu'(elu^-1(x)) where the result was saved (in-place elu)."""
+    a = alpha * scale
+    slope = input_scale * (x + a if is_result else a * torch.exp(x * input_scale))
+    if op.needs[0]:
+        op.scale(0, torch.where(x > 0, float(scale), slope).to(x.dtype))
+    if op.needs[1]:
+        curve = grad * input_scale * (1 if is_result else slope)
+        op.scale(1, torch.where(x > 0, 0.0, curve).to(x.dtype))
+
+
+@rule("LogSigmoidBackwardBackward0", saved="grad_output self")
+def log_sigmoid_backward(op, grad, x):
+    """f(g, x) = g sigmoid(-x)."""
+    s = torch.sigmoid(-x)
+    if op.needs[0]:
+        op.scale(0, s)
+    if op.needs[1]:
+        op.scale(1, grad * s * (s - 1))

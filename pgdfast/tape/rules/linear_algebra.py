@@ -13,8 +13,8 @@ def matrix_product(op, right, left):
         op.matmul(1, left=left)
 
 
-@rule("AddmmBackward0", saved="mat1 mat2 alpha beta", by_shape=True)
-@rule("BaddbmmBackward0", saved="batch1 batch2 alpha beta", by_shape=True)
+@rule("AddmmBackward0", saved="mat1 mat2 alpha beta")
+@rule("BaddbmmBackward0", saved="batch1 batch2 alpha beta")
 def sum_and_product(op, left, right, alpha, beta):
     # The product goes first: it overwrites its whole output, the broadcast summand then adds to it.
     if op.needs[1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .table import rule, signed
 
 
-@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", saved="self_sym_sizes", by_shape=True)
+@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", saved="self_sym_sizes")
 def view(op, sizes):
     op.reshape(0)
 
@@ -25,7 +25,7 @@ def permute(op, dims):
     op.view(0, lambda x: x.permute([signed(d) for d in dims]))
 
 
-@rule("ExpandBackward0", saved="self_sym_sizes", by_shape=True)
+@rule("ExpandBackward0", saved="self_sym_sizes")
 def expand(op, sizes):
     op.expand(0)
 
@@ -50,7 +50,7 @@ def squeeze_dims(op, dims, sizes):
     op.view(0, lambda x: x.squeeze(tuple(signed(d) for d in dims)))
 
 
-@rule("SliceBackward0", saved="dim start end step", by_shape=True)
+@rule("SliceBackward0", saved="dim start end step")
 def slice_(op, dim, start, end, step):
     op.view(0, _slice(dim, start, end, step))
 
@@ -75,13 +75,13 @@ def diagonal(op, dim1, dim2, offset):
     op.view(0, lambda x: x.diagonal(signed(offset), signed(dim1), signed(dim2)))
 
 
-@rule("SliceBackwardBackward0", saved="dim start end step", by_shape=True)
+@rule("SliceBackwardBackward0", saved="dim start end step")
 def slice_backward(op, dim, start, end, step):
     """f(g) = zeros with g in the window."""
     op.add(0, where=_slice(dim, start, end, step))
 
 
-@rule("SelectBackwardBackward0", saved="dim index", by_shape=True)
+@rule("SelectBackwardBackward0", saved="dim index")
 def select_backward(op, dim, index):
     """f(g) = zeros with g in the window."""
     op.add(0, where=lambda x: x.select(signed(dim), signed(index)))
@@ -102,17 +102,17 @@ def split_with_sizes(op, dim, parts, sizes):
         start += size
 
 
-@rule("UnbindBackward0", saved="dim", by_shape=True)
+@rule("UnbindBackward0", saved="dim")
 def unbind(op, dim):
     op.unbind(0, signed(dim))
 
 
-@rule("CatBackward0", saved="dim", by_shape=True)
+@rule("CatBackward0", saved="dim")
 def cat(op, dim):
     op.join(signed(dim), stacked=False)
 
 
-@rule("StackBackward0", saved="dim", by_shape=True)
+@rule("StackBackward0", saved="dim")
 def stack(op, dim):
     op.join(signed(dim), stacked=True)
 

@@ -10,24 +10,22 @@ from dataclasses import dataclass
 class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
 
-    `saved` names the node's `_saved_` fields that the rule reads. They, with the shapes of tensors among them, make up
-    the node's part of the structure signature; `by_shape` adds the output shape where those fields do not determine it.
+    `saved` names the node's `_saved_` fields that the rule reads.
     """
 
     apply: Callable
     saved: tuple[str, ...]
-    by_shape: bool
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*nodes: str, saved: str = "", by_shape: bool = False):
+def rule(*nodes: str, saved: str = ""):
     """Register a rule for autograd nodes of these names."""
 
     def register(apply: Callable) -> Callable:
         for node in nodes:
-            RULES[node] = Rule(apply, tuple("_saved_" + name for name in saved.split()), by_shape)
+            RULES[node] = Rule(apply, tuple("_saved_" + name for name in saved.split()))
         return apply
 
     return register

@@ -1,0 +1,107 @@
+#include "walk.h"
+
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstring>
+#include <string>
+#include <typeinfo>
+
+namespace pgdfast {
+
+using torch::autograd::Node;
+
+std::size_t Walker::Hash::operator()(const std::vector<std::int64_t>& key) const {
+  std::uint64_t h = 1469598103934665603ull;
+  for (const std::int64_t value : key) h = (h ^ std::uint64_t(value)) * 1099511628211ull;
+  return std::size_t(h ^ (h >> 32));
+}
+
+Walker::Walker(const std::vector<at::Tensor>& params) {
+  for (std::size_t i = 0; i < params.size(); ++i)
+    parameter_number_[params[i].unsafeGetTensorImpl()] = std::int64_t(i);
+}
+
+Walker::Walk Walker::walk(const std::vector<at::Tensor>& roots) {
+  constexpr std::size_t kKept = 256;   // structures remembered; a closure that never repeats must not leak
+  if (known_.size() > kKept) {
+    known_.clear();
+    wanted_.clear();
+  }
+  order_.clear();
+  stack_.clear();
+  index_.clear();
+  key_.clear();
+
+  std::vector<torch::autograd::Edge> edges;
+  edges.reserve(roots.size());
+  for (const at::Tensor& root : roots) edges.push_back(torch::autograd::impl::gradient_edge(root));
+  for (const auto& edge : edges) stack_.push_back(&edge.function);
+  constexpr int kOpen = -1;
+  while (!stack_.empty()) {
+    const NodePointer* at = stack_.back();
+    const Node* node = at->get();
+    const auto [found, first] = index_.try_emplace(node, kOpen);
+    if (!first && found->second != kOpen) {
+      stack_.pop_back();
+      continue;
+    }
+    if (first) {
+      const std::size_t before = stack_.size();
+      for (const auto& edge : node->next_edges()) {
+        if (!edge.is_valid()) continue;
+        const auto child = index_.find(edge.function.get());
+        if (child == index_.end() || child->second == kOpen) stack_.push_back(&edge.function);
+      }
+      if (stack_.size() > before) continue;
+    }
+    index_[node] = int(order_.size());
+    order_.push_back(at);
+    stack_.pop_back();
+  }
+
+  for (const auto& edge : edges) {
+    key_.push_back(index_[edge.function.get()]);
+    key_.push_back(edge.input_nr);
+  }
+  for (const NodePointer* pointer : order_) {
+    const Node& node = **pointer;
+    if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(&node)) {
+      const auto number = parameter_number_.find(leaf->variable.unsafeGetTensorImpl());
+      key_.push_back(-2);
+      key_.push_back(number == parameter_number_.end() ? -1 : number->second);
+      continue;
+    }
+    // Nodes of user-defined Functions share one C++ type, which PyTorch does not export; only their names tell.
+    if (std::strstr(typeid(node).name(), "PyNode"))
+      key_.push_back(std::int64_t(std::hash<std::string>()(node.name())));
+    else
+      key_.push_back(reinterpret_cast<std::int64_t>(typeid(node).name()));
+    key_.push_back(std::int64_t(node.num_outputs()));
+    for (const auto& edge : node.next_edges()) {
+      key_.push_back(edge.is_valid() ? index_[edge.function.get()] : -1);
+      key_.push_back(edge.input_nr);
+    }
+    key_.push_back(std::int64_t(node.num_inputs()));
+    for (std::uint32_t i = 0; i < node.num_inputs(); ++i) {
+      const auto shape = node.input_metadata(i).shape_as_dim_vector();
+      key_.push_back(std::int64_t(shape.size()));
+      for (const auto& size : shape) key_.push_back(size.maybe_as_int().value_or(-1));
+    }
+  }
+
+  Walk result;
+  const auto [entry, fresh] = known_.try_emplace(key_, next_);
+  if (fresh) ++next_;
+  result.structure = entry->second;
+  const auto wanted = wanted_.find(result.structure);
+  result.fresh = fresh || wanted == wanted_.end();
+  if (result.fresh) {
+    for (const NodePointer* pointer : order_) result.nodes.push_back(*pointer);
+  } else {
+    for (const int position : wanted->second) result.nodes.push_back(*order_[std::size_t(position)]);
+  }
+  return result;
+}
+
+}  // namespace pgdfast
