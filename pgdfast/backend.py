@@ -35,20 +35,47 @@ class Reference:
 
     def linearize(self, closure, params: list[torch.Tensor]):
         """An explicit Jacobian."""
-        return reference.linearize(closure, params)
+        return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
 
     def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond) -> Solution:
         """The reference's solution in the fast path's terms."""
+        lin = linearization.reference
         found = reference.solve(
-            linearization, damping, scale=None if scale is None else scale.double(), solver=solver,
+            lin, damping, scale=None if scale is None else scale.double(), solver=solver,
             cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond,
         )
-        gain = float(torch.dot(linearization.vjp(linearization.residual), found.step))
-        curvature = float(linearization.jvp(found.step).square().sum())
+        gain = float(torch.dot(lin.vjp(lin.residual), found.step))
+        curvature = float(lin.jvp(found.step).square().sum())
         return Solution(
             found.step, found.status, found.iterations, found.solver, "reference", gain, gain - curvature,
             linearization, damping if scale is None else damping * scale, found.residual_norm,
         )
+
+
+class _ReferenceLinearization:
+    """A reference linearisation with the few names that LM asks for; penalties are rows of its Jacobian."""
+
+    penalties: dict = {}
+
+    def __init__(self, found, dtype: torch.dtype):
+        self.reference = found
+        self.loss = found.loss.detach().to(dtype)
+        self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
+
+    def parameters_unchanged(self) -> None:
+        """An explicit Jacobian does not depend on the parameters' memory."""
+
+    def gradient(self) -> torch.Tensor:
+        """J^T r, (P,)."""
+        return self.reference.vjp(self.reference.residual)
+
+    def ggn(self, v: torch.Tensor) -> torch.Tensor:
+        """J^T J v, (P,)."""
+        return self.reference.ggn(v.double())
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J), (P,)."""
+        return self.reference.diagonal()
 
 
 def backend(name: str):

@@ -141,7 +141,10 @@ class LM(torch.optim.Optimizer):
         rounding = 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
         stalled = predicted <= rounding
         kept = t is not None and math.isfinite(after) and (after < loss or (stalled and after <= loss))
-        report.gain_ratio = (loss - after) / predicted if predicted > 0 and math.isfinite(after) else -math.inf
+        if stalled:   # at rounding level the ratio says nothing
+            report.gain_ratio = None
+        else:
+            report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf
         if kept:
             report.status, report.loss_after = "accepted", after
         else:

@@ -131,13 +131,6 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
   }
 }
 
-// One tile pair's scratch: two products and their accumulator.
-template <class T, class Acc>
-struct Scratch {
-  std::vector<T> high, low;
-  std::vector<Acc> acc;
-};
-
 template <class T>
 void product(const Factor<T>& f, index i0, index rows, index section_i, const Factor<T>& g, index j0, index cols,
              index section_j, index arena_size, T* out) {
@@ -146,19 +139,10 @@ void product(const Factor<T>& f, index i0, index rows, index section_i, const Fa
   gemm<T>(rows, cols, f.size, T(1), a, f.row, f.column, b, g.column, g.row, T(0), out, cols, 1);
 }
 
-void accumulate(const Simd<float>& body, index r, index c, float w, const float* s, const float* t, index ld,
-                double* acc, index ld_acc) {
-  body.hadamard_wide(r, c, w, s, t, ld, acc, ld_acc);
-}
+// Adds one pair of uses to the block of K at (row tile ti, row tile tj). Tiles with one section may span several.
 template <class T>
-void accumulate(const Simd<T>& body, index r, index c, T w, const T* s, const T* t, index ld, T* acc, index ld_acc) {
-  body.hadamard_same(r, c, w, s, t, ld, acc, ld_acc);
-}
-
-// Adds one pair of uses to the block of K that starts at (row tile ti, row tile tj).
-template <class T, class Acc>
 void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights, const Tile& ti, const Tile& tj, bool diagonal,
-              index arena_size, Scratch<T, Acc>& scratch, Acc* K, index M) {
+              index arena_size, Scratch<T>& scratch, T* K, index M) {
   const index i0 = std::max(ti.r0, p.row0), i1 = std::min(ti.r0 + ti.rows, p.row0 + p.rows);
   const index j0 = std::max(tj.r0, q.row0), j1 = std::min(tj.r0 + tj.rows, q.row0 + q.rows);
   if (i0 >= i1 || j0 >= j1) return;
@@ -184,8 +168,8 @@ void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights
         product(p.low, i0 - p.row0, rows, o, q.low, j0 - q.row0, cols, o2, arena_size, scratch.low.data());
         with_bias(p.low, scratch.low);
       }
-      Acc* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
-      accumulate(simd<T>(), rows, cols, weight, scratch.high.data(), scratch.low.data(), cols, block, M);
+      T* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
+      simd<T>().hadamard(rows, cols, weight, scratch.high.data(), scratch.low.data(), cols, block, M);
     }
 }
 
@@ -209,8 +193,8 @@ ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
 
 }  // namespace
 
-template <class T, class Acc>
-void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, Acc* K) {
+template <class T>
+void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, T* K) {
   const Structure& s = *program.structure;
   const index M = s.num_residuals;
   unit_sweeps(program, layout, work);
@@ -243,54 +227,61 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
     flops += double(M) * double(M) * double(uses.back().high.size + uses.back().low.size);
   }
 
-  const std::size_t tiles = layout.tiles.size();
-  std::vector<std::pair<std::size_t, std::size_t>> pairs;
-  for (std::size_t i = tiles; i-- > 0;)
-    for (std::size_t j = 0; j <= i; ++j) pairs.emplace_back(i, j);
-
-  auto block = [&](std::size_t ti, std::size_t tj, Scratch<T, Acc>& scratch) {
-    const Tile &a = layout.tiles[ti], &b = layout.tiles[tj];
-    const index rows = a.rows * a.sections, cols = b.rows * b.sections;
-    Acc* corner = K + a.base * M + b.base;
-    if (columns.total > 0) {
-      // The explicit part: one product into scratch, then into K (which may be wider than T).
-      ensure(scratch.high, std::size_t(rows * cols));
-      gemm<T>(rows, cols, columns.total, T(1), work.rows.data() + a.base * columns.total, columns.total, 1,
-              work.rows.data() + b.base * columns.total, 1, columns.total, T(0), scratch.high.data(), cols, 1);
-      for (index i = 0; i < rows; ++i)
-        for (index j = 0; j < cols; ++j) corner[i * M + j] = Acc(scratch.high[std::size_t(i * cols + j)]);
-    } else {
-      for (index i = 0; i < rows; ++i) std::memset(corner + i * M, 0, sizeof(Acc) * std::size_t(cols));
+  // Blocks of the lower triangle: a row tile with every tile before it and itself. Tiles of one section lie in K as in
+  // their rows, so neighbours merge into one wide block, which large products like.
+  struct Block {
+    Tile rows, cols;
+    bool diagonal;
+  };
+  std::vector<Block> blocks;
+  for (std::size_t i = layout.tiles.size(); i-- > 0;) {
+    const Tile& a = layout.tiles[i];
+    for (std::size_t j = 0; j <= i; ++j) {
+      const Tile& b = layout.tiles[j];
+      Block* last = blocks.empty() || j == 0 ? nullptr : &blocks.back();
+      if (a.sections == 1 && b.sections == 1 && last && last->cols.sections == 1 &&
+          last->cols.r0 + last->cols.rows == b.r0)
+        last->cols.rows += b.rows;
+      else
+        blocks.push_back({a, b, i == j && a.sections > 1});
     }
+  }
+
+  const auto run = [&](const Block& block, Scratch<T>& scratch) {
+    const Tile &a = block.rows, &b = block.cols;
+    const index rows = a.rows * a.sections, cols = b.rows * b.sections;
+    T* corner = K + a.base * M + b.base;
+    if (columns.total > 0)
+      gemm<T>(rows, cols, columns.total, T(1), work.rows.data() + a.base * columns.total, columns.total, 1,
+              work.rows.data() + b.base * columns.total, 1, columns.total, T(0), corner, M, 1);
+    else
+      for (index i = 0; i < rows; ++i) std::memset(corner + i * M, 0, sizeof(T) * std::size_t(cols));
     ensure(scratch.high, std::size_t(a.rows * b.rows));
     ensure(scratch.low, std::size_t(a.rows * b.rows));
     for (std::size_t p = 0; p < uses.size(); ++p)
       for (std::size_t q = 0; q < uses.size(); ++q)
         if (uses[p].parameter == uses[q].parameter)
-          add_pair(uses[p], uses[q], weights, a, b, ti == tj, s.arena_size, scratch, K, M);
+          add_pair(uses[p], uses[q], weights, a, b, block.diagonal, s.arena_size, scratch, K, M);
   };
 
-  const int threads = pairs.size() > 1 ? threads_for(flops) : 1;
-  const int previous = set_blas_threads ? set_blas_threads(pairs.size() > 1 ? 1 : threads_for(flops)) : 0;
+  const int threads = blocks.size() > 1 ? threads_for(flops) : 1;
+  const int before = set_blas_threads ? set_blas_threads(threads > 1 ? 1 : threads_for(flops)) : 0;
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      const int before = set_blas_threads ? set_blas_threads(1) : 0;
-      Scratch<T, Acc> scratch;
+      const int own = set_blas_threads ? set_blas_threads(1) : 0;
+      Scratch<T> scratch;
 #pragma omp for schedule(dynamic, 1)
-      for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(pairs.size()); ++i)
-        block(pairs[std::size_t(i)].first, pairs[std::size_t(i)].second, scratch);
-      if (set_blas_threads) set_blas_threads(before);
+      for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(blocks.size()); ++i) run(blocks[std::size_t(i)], scratch);
+      if (set_blas_threads) set_blas_threads(own);
     }
-    if (set_blas_threads) set_blas_threads(previous);
+    if (set_blas_threads) set_blas_threads(before);
     return;
   }
 #endif
-  (void)threads;
-  Scratch<T, Acc> scratch;
-  for (const auto& [i, j] : pairs) block(i, j, scratch);
-  if (set_blas_threads) set_blas_threads(previous);
+  for (const Block& block : blocks) run(block, work.scratch);
+  if (set_blas_threads) set_blas_threads(before);
 }
 
 template <class T>
@@ -330,11 +321,9 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
 
 #define PGDFAST_INSTANTIATE(T)                                                                   \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
-  template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);
+  template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
+  template void gram<T>(const Bound<T>&, const RowLayout&, const T*, Workspace<T>&, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
-template void gram<float, float>(const Bound<float>&, const RowLayout&, const float*, Workspace<float>&, float*);
-template void gram<float, double>(const Bound<float>&, const RowLayout&, const float*, Workspace<float>&, double*);
-template void gram<double, double>(const Bound<double>&, const RowLayout&, const double*, Workspace<double>&, double*);
 
 }  // namespace pgdfast

@@ -9,17 +9,24 @@
 
 namespace pgdfast {
 
+// Two products of factors: the scratch of one block of K.
+template <class T>
+struct Scratch {
+  std::vector<T> high, low;
+};
+
 // Buffers that persist between steps; grown when first needed.
 template <class T>
 struct Workspace {
   std::vector<T> arenas;            // one arena per section
   std::vector<T> unit;              // M: a unit cotangent
   std::vector<T> rows;              // M x P_explicit: Jacobian of the parameters whose uses are explicit
+  Scratch<T> scratch;
 };
 
 // K index order (see Tile) lower triangle, row-major, M x M. `weights` has one factor per parameter buffer.
-template <class T, class Factor>
-void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, Factor* K);
+template <class T>
+void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, T* K);
 
 // J, row-major M x P, rows in residual order.
 template <class T>

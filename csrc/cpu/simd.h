@@ -13,9 +13,8 @@ struct Simd {
   double (*dot)(index n, const T* x, const T* y);
   // y = alpha * x + beta * y.
   void (*axpby)(index n, T alpha, const T* x, T beta, T* y);
-  // acc[i, j] += weight * s[i, j] * t[i, j]; float factors may accumulate in double.
-  void (*hadamard_same)(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc);
-  void (*hadamard_wide)(index rows, index cols, T weight, const T* s, const T* t, index ld, double* acc, index ld_acc);
+  // acc[i, j] += weight * s[i, j] * t[i, j].
+  void (*hadamard)(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc);
 };
 
 template <class T>

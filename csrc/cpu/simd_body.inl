@@ -86,19 +86,19 @@ void axpby(index n, T alpha, const T* x, T beta, T* y) {
   for (index i = 0; i < n; ++i) y[i] = alpha * x[i] + beta * y[i];
 }
 
-template <class T, class Acc>
-void hadamard(index rows, index cols, T weight, const T* s, const T* t, index ld, Acc* acc, index ld_acc) {
+template <class T>
+void hadamard(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc) {
   for (index i = 0; i < rows; ++i) {
     const T *si = s + i * ld, *ti = t + i * ld;
-    Acc* out = acc + i * ld_acc;
+    T* out = acc + i * ld_acc;
 #pragma omp simd
-    for (index j = 0; j < cols; ++j) out[j] += Acc(weight * si[j]) * Acc(ti[j]);
+    for (index j = 0; j < cols; ++j) out[j] += weight * si[j] * ti[j];
   }
 }
 
 template <class T>
 const Simd<T>* make_table() {
-  static const Simd<T> table = {muladd<T>, dot<T>, axpby<T>, hadamard<T, T>, hadamard<T, double>};
+  static const Simd<T> table = {muladd<T>, dot<T>, axpby<T>, hadamard<T>};
   return &table;
 }
 

@@ -28,12 +28,13 @@ struct BlasThreads {
 
 double cholesky_flops(index n) { return double(n) * double(n) * double(n) / 3.0; }
 
-// Copies the lower triangle (row-major) plus a diagonal and factors it. LAPACK reads it as an upper triangle.
-template <class F, class D>
-int factor(const F* matrix, index n, D diagonal, std::vector<F>& out) {
+// Copies the lower triangle (row-major) plus a diagonal, widening where F is wider, and factors it. LAPACK reads it as
+// an upper triangle.
+template <class F, class S, class D>
+int factor(const S* matrix, index n, D diagonal, std::vector<F>& out) {
   ensure(out, n * n);
   for (index i = 0; i < n; ++i) {
-    std::memcpy(out.data() + i * n, matrix + i * n, sizeof(F) * std::size_t(i + 1));
+    std::copy(matrix + i * n, matrix + i * n + i + 1, out.data() + i * n);
     out[std::size_t(i * n + i)] += F(diagonal(i));
   }
   BlasThreads threads(cholesky_flops(n));
@@ -69,15 +70,8 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   const bool fresh = held != Held::gram || !std::equal(weights, weights + buffers, weights_used.begin());
   if (fresh) {
     held = Held::nothing;
-    if (use_wide) {
-      ensure(wide, M * M);
-      gram(program, layout, weights, work, wide.data());
-    } else {
-      if constexpr (std::is_same_v<T, float>) {
-        ensure(narrow, M * M);
-        gram(program, layout, weights, work, narrow.data());
-      }
-    }
+    ensure(matrix, M * M);
+    gram(program, layout, weights, work, matrix.data());
     weights_used.assign(weights, weights + buffers);
     held = Held::gram;
   }
@@ -103,10 +97,10 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   int info;
   const auto diagonal = [&](index) { return shift; };
   if (use_wide) {
-    info = factor(wide.data(), M, diagonal, wide_factor);
+    info = factor(matrix.data(), M, diagonal, wide_factor);
     if (info == 0) solve_with(wide_factor, M, rhs.data(), rhs.data());
   } else {
-    info = factor(narrow.data(), M, diagonal, narrow_factor);
+    info = factor(matrix.data(), M, diagonal, narrow_factor);
     if (info == 0) solve_with(narrow_factor, M, rhs.data(), rhs.data());
   }
   if (info != 0) {
@@ -152,20 +146,20 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
       }
     };
     if constexpr (std::is_same_v<T, double>) {
-      ensure(wide, P * P);
-      panels(wide.data(), J.data(), M, true);
+      ensure(wide_matrix, P * P);
+      panels(wide_matrix.data(), J.data(), M, true);
     } else if (use_wide) {
-      ensure(wide, P * P);
+      ensure(wide_matrix, P * P);
       constexpr index chunk = 512;
       std::vector<double> rows(std::size_t(std::min(chunk, M) * P));
       for (index i = 0; i < M; i += chunk) {
         const index count = std::min(chunk, M - i);
         std::copy(J.begin() + i * P, J.begin() + (i + count) * P, rows.begin());
-        panels(wide.data(), rows.data(), count, i == 0);
+        panels(wide_matrix.data(), rows.data(), count, i == 0);
       }
     } else {
-      ensure(narrow, P * P);
-      panels(narrow.data(), J.data(), M, true);
+      ensure(matrix, P * P);
+      panels(matrix.data(), J.data(), M, true);
     }
     held = Held::normal;
   }
@@ -177,10 +171,10 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
   int info;
   const auto diagonal = [&](index i) { return d[i]; };
   if (use_wide) {
-    info = factor(wide.data(), P, diagonal, wide_factor);
+    info = factor(wide_matrix.data(), P, diagonal, wide_factor);
     if (info == 0) solve_with(wide_factor, P, rhs.data(), delta);
   } else {
-    info = factor(narrow.data(), P, diagonal, narrow_factor);
+    info = factor(matrix.data(), P, diagonal, narrow_factor);
     if (info == 0) solve_with(narrow_factor, P, rhs.data(), delta);
   }
   if (info != 0) {

@@ -27,9 +27,10 @@ struct Solver {
   Bound<T> program{&structure, {}};
   Workspace<T> work;
 
-  // The Gram matrix or the normal matrix of the current constants, kept for further dampings.
-  std::vector<double> wide, wide_factor;
-  std::vector<T> narrow, narrow_factor;
+  // The Gram matrix (in T) or the normal matrix (in double where its factor is) of the current constants, kept for
+  // further dampings, and the factor of the last one.
+  std::vector<T> matrix, narrow_factor;
+  std::vector<double> wide_matrix, wide_factor;
   std::vector<T> weights_used;
   enum class Held { nothing, gram, normal } held = Held::nothing;
 

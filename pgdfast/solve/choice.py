@@ -18,6 +18,7 @@ SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
 # Cholesky runs at about half that rate, an eigendecomposition takes some 25 times the operations of a Cholesky, and CG's
 # products are narrow.
 _CHOLESKY, _EIGH, _SWEEP = 2.0, 25.0, 1.5
+_EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
 
 
 def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8):
@@ -74,7 +75,7 @@ def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
         )
     limit = memory_limit()
     fitting = {name: cost for name, (cost, memory) in costs.items() if memory <= limit and name != "eigh"}
-    name = min(fitting, key=fitting.get)
+    name = min(fitting, key=lambda key: fitting[key] * (_EXACT if key == "cg" else 1.0))
     others = ", ".join(f"{k} {v:.2g}" for k, v in fitting.items() if k != name)
     dropped = [k for k in ("dual", "primal") if k not in fitting]
     why = f"predicted {fitting[name]:.2g} operations for M = {M}, P = {P} ({others})"

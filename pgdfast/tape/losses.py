@@ -172,8 +172,9 @@ class _Reader:
     def divide(self, position, node, edges, weight):
         if edges[1] is not None:
             raise UnrecognisedLoss("it divides by a quantity that depends on the parameters")
-        # In float64: the tape keeps the number in `loss / 7` as an integer, whose reciprocal would be of default precision.
-        factor = torch.reciprocal(node._saved_other.detach().double()).to(self._dtype(position))
+        # In float64: the tape keeps the number in `loss / 7` as a tensor whose reciprocal would be of default precision.
+        divisor = node._saved_other.detach()
+        factor = (torch.ones_like(divisor, dtype=torch.float64) / divisor).to(self._dtype(position))
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
     @staticmethod
@@ -226,7 +227,8 @@ class _Reader:
         weight = torch.as_tensor(weight, dtype=self._dtype(position), device=node._input_metadata[0].device)
         pulled = node(weight.expand(self.tape.shape(position)))
         pulled = pulled if isinstance(pulled, tuple) else (pulled,)
-        return [(*e, w) for e, w in zip(edges, pulled, strict=False) if e]
+        # What was broadcast is summed by the engine, not by the node.
+        return [(*e, w.sum_to_size(self.tape.shape(*e))) for e, w in zip(edges, pulled, strict=False) if e]
 
     def _dtype(self, position: int) -> torch.dtype:
         return self.tape.nodes[position]._input_metadata[0].dtype
@@ -352,9 +354,7 @@ _READERS = {
     "ViewBackward0": _Reader.reshape,
     "UnsafeViewBackward0": _Reader.reshape,
     "ReshapeAliasBackward0": _Reader.reshape,
-    "SqueezeBackward0": _Reader.reshape,
-    "SqueezeBackward1": _Reader.reshape,
-    "SqueezeBackward2": _Reader.reshape,
+    **{f"SqueezeBackward{k}": _Reader.reshape for k in range(6)},
     "UnsqueezeBackward0": _Reader.reshape,
     "CloneBackward0": _Reader.same,
     "AliasBackward0": _Reader.same,

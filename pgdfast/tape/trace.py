@@ -24,7 +24,7 @@ class Trace:
 
     loss: 0-dim, detached. residual: (M,), scaled so that the loss's gradient is J^T residual (plus penalty). blocks: the
     loss's convex parts. penalties: {parameter number: c} for c/2 ||theta||^2. program and constants: the linearisation, or
-    None where `missing` names an operation without a rule. edges: per block, the autograd edges of its outputs.
+    None where `missing` names an operation without a rule; then edges holds, per block, the autograd edges of its outputs.
     """
 
     loss: torch.Tensor
@@ -33,8 +33,8 @@ class Trace:
     penalties: dict[int, float]
     program: Program | None
     constants: list
-    missing: str | None
-    edges: list
+    missing: str | None = None
+    edges: list | None = None
 
 
 @dataclass(slots=True)
@@ -101,16 +101,25 @@ class Tracer:
         residual = self._residual(form, tensors[0])
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
-        edges = [[e and (tape.nodes[e[0]], e[1]) for e in block.edges] for block in form.blocks]
         try:
             program, constants = self._program(tape, form)
-            missing = None
+            return Trace(loss, residual, form.blocks, form.penalties, program, constants)
         except Fallback as error:
             self._refuse_opaque(tape)
-            program, constants, missing = None, [], error.operation
+            missing = error.operation
         except UnsupportedStructure as error:
-            program, constants, missing = None, [], str(error)
-        return Trace(loss, residual, form.blocks, form.penalties, program, constants, missing, edges)
+            missing = str(error)
+        return Trace(loss, residual, form.blocks, form.penalties, None, [], missing, self._edges(tape, form))
+
+    def _edges(self, tape: Tape, form: losses.Form) -> list:
+        """The autograd edges of each block's outputs."""
+        leaves = {k: torch.autograd.graph.get_gradient_edge(p).node for k, p in enumerate(self.params)}
+
+        def node(position):
+            leaf = tape.leaf[position]
+            return tape.nodes[position] if leaf < 0 else leaves[leaf]
+
+        return [[e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
 
     def _refuse_opaque(self, tape: Tape) -> None:
         for name in tape.names:

@@ -136,6 +136,4 @@ def rule_of(node):
 
 def describe(value):
     """A saved field's part of the structure: a tensor's layout, anything else itself."""
-    if isinstance(value, torch.Tensor):
-        return (value.shape, value.stride())
-    return value
+    return (value.shape, value.stride()) if isinstance(value, torch.Tensor) else value

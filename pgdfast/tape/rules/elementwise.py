@@ -24,6 +24,11 @@ def _relu_like(x: torch.Tensor) -> torch.Tensor:
     return (x > 0).to(x.dtype)
 
 
+def _leaky(slope: float, x: torch.Tensor) -> torch.Tensor:
+    # torch.where of two numbers would be of default precision.
+    return torch.full_like(x, slope).masked_fill_(x > 0, 1.0)
+
+
 _unary("TanhBackward0", "result", lambda y: torch.rsub(y * y, 1))
 _unary("ReluBackward0", "result", _relu_like)
 _unary("GeluBackward0", "approximate self", _gelu_derivative)
@@ -44,8 +49,8 @@ _unary("RsqrtBackward0", "result", lambda y: -0.5 * y**3)
 _unary("ReciprocalBackward0", "result", lambda y: -y * y)
 _unary("AbsBackward0", "self", torch.sign)
 _unary("ErfBackward0", "self", lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x))
-_unary("LeakyReluBackward0", "negative_slope self", lambda slope, x: torch.where(x > 0, 1.0, slope).to(x.dtype))
-_unary("LeakyReluBackward1", "negative_slope result", lambda slope, y: torch.where(y > 0, 1.0, slope).to(y.dtype))
+_unary("LeakyReluBackward0", "negative_slope self", _leaky)
+_unary("LeakyReluBackward1", "negative_slope result", _leaky)
 _unary("LogSigmoidBackward0", "self", lambda x: torch.sigmoid(-x))
 _unary("ClampMinBackward0", "min self", lambda low, x: (x >= low).to(x.dtype))
 _unary("ClampMaxBackward0", "max self", lambda high, x: (x <= high).to(x.dtype))
@@ -161,8 +166,8 @@ def mul_number(op, other):
 @rule("DivBackward0", saved="other self")
 def div(op, other, self):
     if op.needs[0]:
-        # In float64: the tape keeps the number in `x / 7` as an integer, whose reciprocal would be of default precision.
-        op.scale(0, torch.reciprocal(other.double()))
+        # In float64: the tape keeps the number in `x / 7` as a tensor whose reciprocal would be of default precision.
+        op.scale(0, torch.ones_like(other, dtype=torch.float64) / other)
     if op.needs[1]:
         op.scale(1, -self / (other * other))
 
@@ -266,7 +271,7 @@ def threshold_backward(op, x, threshold):
 def leaky_relu_backward(op, slope, x):
     """f(g, x) = g (1 or slope); piecewise constant in x."""
     if op.needs[0]:
-        op.scale(0, torch.where(x > 0, 1.0, slope).to(x.dtype))
+        op.scale(0, _leaky(slope, x))
     elif op.needs[1]:
         op.scale(1, 0.0)
 

@@ -35,17 +35,17 @@ def unsqueeze(op, dim):
     op.view(0, lambda x: x.unsqueeze(signed(dim)))
 
 
-@rule("SqueezeBackward0", saved="self_sym_sizes")
+@rule("SqueezeBackward0", "SqueezeBackward3", saved="self_sym_sizes")
 def squeeze(op, sizes):
     op.view(0, lambda x: x.squeeze())
 
 
-@rule("SqueezeBackward1", saved="dim self_sym_sizes")
+@rule("SqueezeBackward1", "SqueezeBackward4", saved="dim self_sym_sizes")
 def squeeze_dim(op, dim, sizes):
     op.view(0, lambda x: x.squeeze(signed(dim)))
 
 
-@rule("SqueezeBackward2", saved="dim self_sym_sizes")
+@rule("SqueezeBackward2", "SqueezeBackward5", saved="dim self_sym_sizes")
 def squeeze_dims(op, dims, sizes):
     op.view(0, lambda x: x.squeeze(tuple(signed(d) for d in dims)))
 
