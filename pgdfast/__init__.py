@@ -1,7 +1,7 @@
 """Levenberg-Marquardt and Gauss-Newton steps for PyTorch models, exact and fast.
 
-    opt = pgdfast.LM(model.parameters())
-    loss = opt.step(lambda: F.mse_loss(model(x), y))
+opt = pgdfast.LM(model.parameters())
+loss = opt.step(lambda: F.mse_loss(model(x), y))
 """
 
 from . import reference

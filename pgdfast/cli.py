@@ -8,7 +8,8 @@ import argparse
 import sys
 
 from pgdfast import tasks
-from pgdfast.tasks.options import OneLineParser, UsageError
+from pgdfast.tasks.errors import UsageError
+from pgdfast.tasks.options import OneLineParser
 from pgdfast.tasks.records import WriteError
 
 

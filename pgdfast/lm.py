@@ -219,7 +219,7 @@ def _model(lin, move, solution):
 
 
 def _curvature(lin, solution) -> float:
-    """g . delta / ||delta||^2, or that of the gradient where there is no step."""
+    """G . delta / ||delta||^2, or that of the gradient where there is no step."""
     square = float(solution.step.double().square().sum())
     if square > 0 and solution.gain > 0:
         return solution.gain / square

@@ -311,12 +311,50 @@ template <class T>
 void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* d) {
   const Structure& s = *program.structure;
   const index M = s.num_residuals, P = s.num_parameters;
-  std::vector<T> J(std::size_t(M * P));
-  dense(program, layout, work, J.data());
-  std::vector<double> sum(std::size_t(P), 0.0);
-  for (index i = 0; i < M; ++i)
-    for (index j = 0; j < P; ++j) sum[std::size_t(j)] += double(J[std::size_t(i * P + j)]) * double(J[std::size_t(i * P + j)]);
-  for (index j = 0; j < P; ++j) d[j] = T(sum[std::size_t(j)]);
+  std::fill(d, d + P, T(0));
+  const auto add_squares = [](index rows, index columns, const T* J, T* sum) {
+    for (index i = 0; i < rows; ++i)
+      for (index j = 0; j < columns; ++j) sum[j] += J[i * columns + j] * J[i * columns + j];
+  };
+  if (!layout.local) {
+    std::vector<T> J(std::size_t(M * P));
+    dense(program, layout, work, J.data());
+    add_squares(M, P, J.data(), d);
+    return;
+  }
+  unit_sweeps(program, layout, work);
+  std::vector<int> uses(std::size_t(s.num_parameter_buffers), 0);
+  for (const Use& use : layout.uses) ++uses[std::size_t(use.parameter)];
+  std::vector<T> squares_c, squares_y, rows;
+  for (int l = 0; l < s.num_parameter_buffers; ++l) {
+    const Buffer& buffer = s.buffers[std::size_t(l)];
+    rows.clear();
+    for (const Use& use : layout.uses) {
+      if (use.parameter != l) continue;
+      const Instruction& op = s.instructions[std::size_t(use.instruction)];
+      for (index o = 0; o < layout.max_sections; ++o) {
+        const T* arena = work.arenas.data() + o * s.arena_size;
+        if (use.form == Form::factored && uses[std::size_t(l)] == 1) {
+          // Rows are outer products: the squares of their factors make the squares of J, summed by one product.
+          const MatMul& g = op.matmul;
+          const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
+          const T* y = cotangent(s, op, arena);
+          squares_c.resize(std::size_t(g.k * g.n));
+          squares_y.resize(std::size_t(g.m * g.n));
+          for (index n = 0; n < g.n; ++n) {
+            for (index k = 0; k < g.k; ++k) squares_c[std::size_t(n * g.k + k)] = c[k * g.ck + n * g.cn] * c[k * g.ck + n * g.cn];
+            for (index m = 0; m < g.m; ++m) squares_y[std::size_t(n * g.m + m)] = y[m * g.ym + n * g.yn] * y[m * g.ym + n * g.yn];
+          }
+          gemm<T>(g.m, g.k, g.n, T(1), squares_y.data(), 1, g.m, squares_c.data(), g.k, 1, T(1),
+                  d + buffer.offset + op.x_offset, g.xm, g.xk);
+          continue;
+        }
+        if (rows.empty()) rows.assign(std::size_t(M * buffer.size), T(0));
+        add_rows(program, layout, use, arena, layout.k_index, o, rows.data(), buffer.size);
+      }
+    }
+    if (!rows.empty()) add_squares(M, buffer.size, rows.data(), d + buffer.offset);
+  }
 }
 
 #define PGDFAST_INSTANTIATE(T)                                                                   \

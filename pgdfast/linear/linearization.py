@@ -136,7 +136,7 @@ class Linearization:
 
     @property
     def penalty_gradient(self) -> torch.Tensor | None:
-        """c theta, (P,), or None."""
+        """C theta, (P,), or None."""
         penalty = self.penalty
         if penalty is None:
             return None

@@ -149,7 +149,9 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         if cost < explicit_cost(parameter) + (explicit_cost(bias) if bias >= 0 else 0):
             joined |= {parameter, bias}
             flops += cost
-            uses += [(i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)]
+            uses += [
+                (i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)
+            ]
             uses += [(i, bias, _COMPANION, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in by_parameter.get(bias, ())]
     for parameter, instructions in by_parameter.items():
         if parameter in joined:
@@ -193,7 +195,7 @@ def _factored(op, labels) -> _Outer | None:
 def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
     """{weight: bias} where every use of the weight has the bias added, plainly and only there, to the same result."""
     added: dict[tuple, list[int]] = {}
-    for parameter, instructions in by_parameter.items():
+    for instructions in by_parameter.values():
         for i in instructions:
             op = program.instructions[i]
             if op.kind == MULADD and op.constant < 0 and op.alpha == 1:
@@ -220,7 +222,7 @@ def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
 
 
 def _is_bias(op, m: int, n: int, ym: int, yn: int) -> bool:
-    """Is this muladd y[m, n] += x[m] over a whole parameter row m?"""
+    """Say whether this muladd is y[m, n] += x[m] over all of x."""
     shape, ys, xs, _ = op.extents
     dims = {(size, y, x) for size, y, x in zip(shape, ys, xs, strict=True)}
     wanted = {(size, y, x) for size, y, x in ((n, yn, 0), (m, ym, 1)) if size != 1}
@@ -228,7 +230,7 @@ def _is_bias(op, m: int, n: int, ym: int, yn: int) -> bool:
 
 
 def _row_per_n(program: Program, i: int, labels) -> bool:
-    """Does an explicit use's row depend on n alone (matmul), or not on the innermost index (muladd)?"""
+    """Say whether an explicit use's row depends on n alone (matmul), or not on the innermost index (muladd)."""
     op = program.instructions[i]
     if op.kind == MULADD:
         shape, ys, _, _ = op.extents

@@ -1,7 +1,7 @@
 """Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix, and eigendecomposition.
 
-Each returns (step, status, iterations, residual_norm or None, gain, ||step||^2). The native core runs dual and primal as one call
-where it can; what stands here is the same algebra in PyTorch, for scaled problems and other devices.
+Each returns (step, status, iterations, residual_norm or None, gain, ||step||^2). The native core runs dual and primal as
+one call where it can; what stands here is the same algebra in PyTorch, for scaled problems and other devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .problem import WIDE_FACTOR, Problem
 
 
 def dual(problem: Problem):
-    """delta = W (J^T y + q), (I + J W J^T) y = r - J W q, W = 1/d. Cost: one Gram matrix, M^3/3, one VJP.
+    """Delta = W (J^T y + q), (I + J W J^T) y = r - J W q, W = 1/d. Cost: one Gram matrix, M^3/3, one VJP.
 
     With uniform d = mu the equation is multiplied through by mu, so that small mu stays representable.
     """

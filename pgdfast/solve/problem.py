@@ -29,12 +29,12 @@ class Problem:
 
     @property
     def uniform(self) -> bool:
-        """Is the diagonal one number?"""
+        """True where the diagonal is one number."""
         return self.scale is None and self.penalty is None
 
     @property
     def damping_diagonal(self):
-        """mu D: a number, or (P,)."""
+        """Mu D: a number, or (P,)."""
         return self.mu if self.scale is None else self.mu * self.scale
 
     def diagonal(self) -> torch.Tensor:
@@ -47,7 +47,7 @@ class Problem:
         return d if self.penalty is None else d + self.penalty
 
     def damped(self, step: torch.Tensor, square: float) -> float:
-        """delta . mu D delta, given ||delta||^2."""
+        """Delta . mu D delta, given ||delta||^2."""
         if self.scale is None or self.mu == 0:
             return self.mu * square
         wide = step.double()

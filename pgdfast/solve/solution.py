@@ -37,7 +37,7 @@ class Solution:
 
     @property
     def usable(self) -> bool:
-        """Does the step descend the model?"""
+        """True where the step descends the model."""
         return self.status in ("solved", "max_iterations") or (self.status == "breakdown" and self.gain > 0)
 
     @property

@@ -29,6 +29,7 @@ class Squares:
     kind: str = "squares"
 
     def apply(self, op) -> None:
+        """Write S^T, from outputs to residual, with the verbs of `op`."""
         if op.needs[0]:
             op.scale(0, self.scale)
         if len(self.edges) > 1 and op.needs[1]:
@@ -51,6 +52,7 @@ class Softmax:
     kind: str = "softmax"
 
     def apply(self, op) -> None:
+        """Write S^T, from outputs to residual, with the verbs of `op`."""
         shape = list(self.p.shape)
         shape[self.dim] = 1
         op.temporary("mean", shape)
@@ -69,6 +71,7 @@ class Logistic:
     kind: str = "logistic"
 
     def apply(self, op) -> None:
+        """Write S^T, from outputs to residual, with the verbs of `op`."""
         op.scale(0, self.scale)
 
 

@@ -46,32 +46,32 @@ class Refresh:
             self.constants.append(float(c))
 
     def sum(self, i, dims, keepdim, c=None, alpha=1.0, out=0):
-        """out += alpha * sum over dims of c * in_i."""
+        """Out += alpha * sum over dims of c * in_i."""
         if c is not None:
             self.scale(i, c)
 
     def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
-        """out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
+        """Out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
         c = (right if left is None else left).detach()
         self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
 
     def view(self, i, window, out=0):
-        """out is a window on in_i: `window` maps a tensor to its view."""
+        """Out is a window on in_i: `window` maps a tensor to its view."""
 
     def reshape(self, i, shape=None, out=0):
-        """out is in_i in another shape, copied only where no view exists."""
+        """Out is in_i in another shape, copied only where no view exists."""
 
     def expand(self, i):
-        """out is in_i broadcast to the output's shape, without a copy."""
+        """Out is in_i broadcast to the output's shape, without a copy."""
 
     def unbind(self, i, dim):
         """Output k is in_i at position k of a dimension."""
 
     def join(self, dim, stacked):
-        """out is the inputs laid side by side along a dimension, or along a new one."""
+        """Out is the inputs laid side by side along a dimension, or along a new one."""
 
     def tile(self, i, repeats):
-        """out is in_i repeated along each dimension."""
+        """Out is in_i repeated along each dimension."""
 
     def temporary(self, name, shape):
         """Name a zero-initialised temporary that other verbs may use in place of an input or output."""

@@ -91,7 +91,7 @@ def coalesce(shape, *strides) -> list[list[int]]:
 
 
 def fits_blas(shape, strides) -> bool:
-    """Can a BLAS read and write a matrix with these strides in place?"""
+    """Say whether a BLAS can read and write a matrix with these strides in place."""
     (rows, cols), (row, col) = shape[-2:], strides[-2:]
     column_major = (row == 1 or rows == 1) and (cols == 1 or col >= max(rows, 1))
     row_major = (col == 1 or cols == 1) and (rows == 1 or row >= max(cols, 1))

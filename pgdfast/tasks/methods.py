@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import pgdfast
-from pgdfast.tasks.options import UsageError
+from pgdfast.tasks.errors import UsageError
 
 NAMES = "sgd, adam, gn, lm-MU with MU > 0 (for example sgd,lm-0.5,gn)"
 

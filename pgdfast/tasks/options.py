@@ -3,9 +3,7 @@
 import argparse
 import math
 
-
-class UsageError(Exception):
-    """A value that cannot be used: the message says what was given and what is needed."""
+from pgdfast.tasks.errors import UsageError
 
 
 class OneLineParser(argparse.ArgumentParser):

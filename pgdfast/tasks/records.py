@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdfast.tasks.options import UsageError
+from pgdfast.tasks.errors import UsageError
 
 
 class WriteError(Exception):

@@ -3,8 +3,8 @@
 import contextlib
 import importlib.util
 
+from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS
-from pgdfast.tasks.options import UsageError
 
 _STYLES = {PASS: "green", FAIL: "bold red", OPEN: "yellow"}
 
