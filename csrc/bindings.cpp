@@ -78,10 +78,15 @@ class Plan {
       }
       if (!THPVariable_Check(object)) return false;
       const at::Tensor& t = THPVariable_Unpack(object);
-      if (t.scalar_type() != scalar_type<T> || !t.device().is_cpu() || t.sizes() != at::IntArrayRef(layouts_[i].sizes) ||
+      if (!t.device().is_cpu() || t.sizes() != at::IntArrayRef(layouts_[i].sizes) ||
           t.strides() != at::IntArrayRef(layouts_[i].strides))
         return false;
-      target = {t.const_data_ptr<T>(), T(0)};
+      if (t.scalar_type() == scalar_type<T>)
+        target = {t.const_data_ptr<T>(), T(0)};
+      else if (std::is_same_v<T, double> && t.scalar_type() == at::kFloat)
+        target = {widened(i, t), T(0)};
+      else
+        return false;
     }
     return true;
   }
@@ -167,6 +172,15 @@ class Plan {
   index arena_size() const { return solver_.structure.arena_size; }
 
  private:
+  // A float constant for a double plan: the memory it spans, converted, under the same strides.
+  const T* widened(std::size_t i, const at::Tensor& t) {
+    index span = t.numel() > 0;
+    for (std::int64_t d = 0; span && d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+    wide_.resize(layouts_.size());
+    const float* from = t.const_data_ptr<float>();
+    wide_[i].assign(from, from + span);
+    return wide_[i].data();
+  }
   template <class F>
   py::tuple solved(F&& run) {
     Outcome outcome;
@@ -174,7 +188,7 @@ class Plan {
       py::gil_scoped_release release;
       outcome = run();
     }
-    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square);
+    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square, outcome.trace);
   }
   void require_rows(const char* what) const {
     if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");
@@ -210,6 +224,7 @@ class Plan {
 
   Solver<T> solver_;
   std::vector<ConstantLayout> layouts_;
+  std::vector<std::vector<T>> wide_;
 };
 
 std::vector<at::Tensor> unpack(const py::list& tensors) {

@@ -76,6 +76,7 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     held = Held::gram;
   }
   Outcome outcome;
+  for (index e = 0; e < M; ++e) outcome.trace += double(matrix[std::size_t(e * M + e)]) / shift;
   ensure(rhs, M);
   ensure(scratch_u, M);
   T* arena_ = arena_data();
@@ -164,6 +165,8 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     held = Held::normal;
   }
   Outcome outcome;
+  for (index i = 0; i < P; ++i)
+    outcome.trace += (use_wide ? wide_matrix[std::size_t(i * P + i)] : double(matrix[std::size_t(i * P + i)])) / double(d[i]);
   ensure(rhs, P);
   vjp(program, r, rhs.data(), arena_data());
   if (q)
@@ -219,7 +222,7 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const T* inverse_preco
   if (b_norm == 0) return outcome;
   precondition(res, z);
   std::memcpy(p, z, sizeof(T) * std::size_t(P));
-  double rz = body.dot(P, res, z), norm = b_norm;
+  double rz = body.dot(P, res, z), norm = b_norm, last_claim = b_norm;
   outcome.status = Status::max_iterations;
   while (outcome.iterations < max_iterations) {
     apply(p, Ap);
@@ -230,21 +233,29 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const T* inverse_preco
     }
     const double step = rz / curvature;
     body.axpby(P, T(step), p, T(1), delta);
+    body.axpby(P, T(-step), Ap, T(1), res);
     ++outcome.iterations;
-    if (outcome.iterations % 50 == 0) true_residual();
-    else body.axpby(P, T(-step), Ap, T(1), res);
     norm = std::sqrt(body.dot(P, res, res));
-    if (norm <= tolerance * b_norm) {
-      true_residual();   // the recurrence may have drifted below the truth
+    bool restart = false;
+    const bool claim = norm <= tolerance * b_norm;
+    if (claim || outcome.iterations % 50 == 0) {
+      const double recurrence = norm;
+      true_residual();
       norm = std::sqrt(body.dot(P, res, res));
       if (norm <= tolerance * b_norm) {
         outcome.status = Status::solved;
         break;
       }
+      restart = claim || norm > 1.1 * recurrence;
+      if (restart && norm > 0.5 * last_claim) {
+        outcome.status = Status::stagnated;
+        break;
+      }
+      if (restart) last_claim = norm;
     }
     precondition(res, z);
     const double next = body.dot(P, res, z);
-    body.axpby(P, T(1), z, T(next / rz), p);
+    body.axpby(P, T(1), z, T(restart ? 0 : next / rz), p);
     rz = next;
   }
   outcome.residual_norm = norm / b_norm;

@@ -7,7 +7,7 @@
 
 namespace pgdfast {
 
-enum class Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3 };
+enum class Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4 };
 
 struct Outcome {
   Status status = Status::solved;
@@ -15,6 +15,7 @@ struct Outcome {
   double residual_norm = 0;   // CG: final ||b - A x|| / ||b||
   double gain = 0;            // g . delta with g = J^T r + q
   double square = 0;          // ||delta||^2
+  double trace = 0;           // of J D^-1 J^T: bounds the condition of the damped matrix; 0 from CG
 };
 
 // Up to this order the small dense factor is held in double even for float programs.
@@ -50,7 +51,8 @@ struct Solver {
   // (diag(d) + J^T J) delta = J^T r + q by Cholesky of the P x P matrix.
   Outcome primal(const T* r, const T* d, const T* q, T* delta);
   // The same by conjugate gradients from zero, preconditioned with `inverse_preconditioner` (null: none); stops at
-  // ||b - A x|| <= tolerance ||b||, with the true residual recomputed every 50 iterations and at the end.
+  // ||b - A x|| <= tolerance ||b||, judged by the true residual, which is recomputed every 50 iterations and whenever the
+  // recurrence claims to have arrived; CG restarts from it where the two differ, until that no longer helps.
   Outcome cg(const T* r, const T* d, const T* q, const T* inverse_preconditioner, int max_iterations, double tolerance,
              T* delta);
 

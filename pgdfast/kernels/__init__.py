@@ -38,16 +38,20 @@ def requested(backend: str) -> str:
     return name
 
 
-def kernels_for(program, device: torch.device, backend: str):
-    """Bindable kernels for a program: the requested implementation, or the first that applies."""
+def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype | None = None):
+    """Bindable kernels for a program: the requested implementation, or the first that applies.
+
+    dtype: of the products, the program's own unless a wider one is asked for.
+    """
+    dtype = dtype or program.dtype
     for name, module in IMPLEMENTATIONS.items():
         if backend not in ("auto", name) or module.available():
             continue
-        if module.applies(device, program.dtype):
-            return module.Kernels(program)
+        if module.applies(device, dtype):
+            return module.Kernels(program, dtype)
         if backend == name:
             raise RuntimeError(
                 f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "
-                f"{program.dtype} on {device}."
+                f"{dtype} on {device}."
             )
-    raise RuntimeError(f"pgdfast: no implementation for {program.dtype} on {device}.")
+    raise RuntimeError(f"pgdfast: no implementation for {dtype} on {device}.")

@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 LIMITS = "on the CPU in float32 and float64"
-STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown")
+STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown", "stagnated")   # csrc/cpu/solve.h
 
 
 def available() -> str | None:
@@ -43,15 +43,15 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
 
 
 class Kernels:
-    """A program's plan. Bind constants, then call; results are new tensors of the program's dtype."""
+    """A program's plan. Bind constants, then call; results are new tensors of `dtype`, which may be wider than theirs."""
 
     name = "native"
     fused = True
 
-    def __init__(self, program):
-        plan = _C.PlanFloat if program.dtype == torch.float32 else _C.PlanDouble
+    def __init__(self, program, dtype: torch.dtype):
+        plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
         self._plan = plan(program.buffers, [op.as_tuple() for op in program.instructions], program.layouts)
-        self.dtype = program.dtype
+        self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters
         self.flops = self._plan.flops
@@ -105,7 +105,7 @@ class Kernels:
         return d
 
     def dual(self, r, weights, shift, q):
-        """The dual step in one call: (step, status, iterations, residual norm, g . step, ||step||^2); needs rows."""
+        """The dual step in one call: (step, status, iterations, residual norm, g . step, ||step||^2, trace J D^-1 J^T); needs rows."""
         step = self._new(self.num_parameters)
         weights = self._unit_weights if weights is None else weights
         status, *rest = self._plan.dual(r, weights, shift, q, step)

@@ -24,8 +24,8 @@ class Kernels:
     name = "torch"
     fused = False
 
-    def __init__(self, program):
-        self._program = program
+    def __init__(self, program, dtype: torch.dtype):
+        self._program, self.dtype = program, dtype
         self._parameters = program.sizes(0)
         self._residuals = program.sizes(1)
         self.num_parameters = sum(self._parameters)
@@ -35,7 +35,9 @@ class Kernels:
 
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
-        self._constants = constants
+        self._constants = [
+            _widened(c, self.dtype) if isinstance(c, torch.Tensor) and c.dtype != self.dtype else c for c in constants
+        ]
 
     def set_rows(self, rows) -> None:
         """No row structure is used here."""
@@ -58,7 +60,7 @@ class Kernels:
 
     def dense(self) -> torch.Tensor:
         """J, (M, P), in batched sweeps."""
-        eye = torch.eye(self.num_residuals, dtype=self._program.dtype, device=self._device())
+        eye = torch.eye(self.num_residuals, dtype=self.dtype, device=self._device())
         return torch.cat([self.vjp(rows) for rows in eye.split(_CHUNK)]) if len(eye) else eye.new_empty(0, self.num_parameters)
 
     def _device(self):
@@ -66,7 +68,7 @@ class Kernels:
         return tensors[0].device if tensors else None
 
     def _memory(self, given: torch.Tensor, sizes: list[int], role: int) -> list[torch.Tensor]:
-        batch = given.reshape(-1, sum(sizes))
+        batch = given if given.dim() == 2 else given.unsqueeze(0)
         parts = iter(batch.split(sizes, dim=1))
         return [
             next(parts).contiguous() if r == role else batch.new_zeros(len(batch), size)
@@ -83,7 +85,7 @@ class Kernels:
         if op.kind == 1:
             b, m, n, k, *strides = op.extents[0]
             ys, xs, cs = strides[:3], strides[3:6], strides[6:]
-            c = constant.as_strided((b, k, n), cs, constant.storage_offset())
+            c = _constant(constant, (b, k, n), cs)
             if adjoint:
                 value = _window(source, (b, m, n), ys, source_offset) @ c.mT
                 _accumulate(target, (b, m, k), xs, target_offset, op.alpha * value)
@@ -95,7 +97,7 @@ class Kernels:
         ss, ts = (ys, xs) if adjoint else (xs, ys)
         value = op.alpha * _window(source, shape, ss, source_offset)
         if isinstance(constant, torch.Tensor):
-            value = value * constant.as_strided(shape, cs, constant.storage_offset())
+            value = value * _constant(constant, shape, cs)
         elif constant is not None:
             value = value * constant
         _accumulate(target, shape, ts, target_offset, value)
@@ -103,6 +105,16 @@ class Kernels:
 
 def _window(buffer: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
     return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *strides), buffer.storage_offset() + offset)
+
+
+def _widened(c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`c` in another dtype under the same strides, which Tensor.to keeps for dense tensors only."""
+    span = 1 + sum((n - 1) * s for n, s in zip(c.shape, c.stride(), strict=True)) if c.numel() else 0
+    return c.as_strided((span,), (1,), c.storage_offset()).to(dtype).as_strided(c.shape, c.stride(), 0)
+
+
+def _constant(c: torch.Tensor, shape, strides) -> torch.Tensor:
+    return c.as_strided(shape, strides, c.storage_offset())
 
 
 def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 
 import torch
@@ -18,22 +20,31 @@ _announced: set[str] = set()
 class _Plan:
     """Kernels of one program with its row structure, shared by all linearisations of that structure."""
 
-    __slots__ = ("_rows", "kernels", "owner", "program")
+    __slots__ = ("_backend", "_device", "_rows", "_wide", "kernels", "owner", "program")
 
-    def __init__(self, program, device, backend):
-        self.program = program
-        self.kernels = kernels.kernels_for(program, device, backend)
-        self.owner = None
-        self._rows = False
+    def __init__(self, program, device, backend, dtype=None, rows=None):
+        self.program, self._device, self._backend = program, device, backend
+        self.kernels = kernels.kernels_for(program, device, backend, dtype)
+        self.owner = self._wide = None
+        self._rows = rows
+        if rows:
+            self.kernels.set_rows(rows)
 
     @property
     def rows(self):
-        """The row layout, found when first asked for; None if the residuals do not separate."""
-        if self._rows is False:
-            self._rows = row_layout(self.program)
-            if self._rows is not None:
+        """The row layout, found when first asked for; False if the residuals do not separate."""
+        if self._rows is None:
+            self._rows = row_layout(self.program) or False
+            if self._rows:
                 self.kernels.set_rows(self._rows)
         return self._rows
+
+    @property
+    def wide(self) -> _Plan:
+        """The same program in float64, over constants of the program's own dtype."""
+        if self._wide is None:
+            self._wide = _Plan(self.program, self._device, self._backend, torch.float64, self.rows)
+        return self._wide
 
 
 class Linearizer:
@@ -75,7 +86,7 @@ class Linearizer:
             _announced.add(operation)
             warnings.warn(
                 f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
-                stacklevel=4,
+                stacklevel=_depth_of_caller(),
             )
 
 
@@ -90,18 +101,29 @@ class Linearization:
     Products raise RuntimeError once the parameters have changed.
     """
 
-    def __init__(self, trace, params, operator, plan):
+    def __init__(self, trace, params, operator, plan, dtype=None):
         self.loss = trace.loss
-        self.residual = trace.residual
+        self.residual = trace.residual if dtype is None else trace.residual.to(dtype)
         self.params = params
         self.num_residuals = trace.residual.numel()
         self.num_parameters = sum(p.numel() for p in params)
-        self.dtype = trace.residual.dtype
+        self.dtype = self.residual.dtype
         self.device = params[0].device
         self.penalties = trace.penalties
         self._operator, self._plan, self._constants = operator, plan, trace.constants
         self._trace = trace
+        self.has_squares_only = all(block.kind == "squares" for block in trace.blocks)
         self.parameters_unchanged()
+
+    def widened(self) -> Linearization:
+        """The same linearisation with products in float64, or itself where that is not to be had.
+
+        The coefficients keep the precision in which the closure computed them; sums and solves gain.
+        """
+        if self.dtype == torch.float64 or self._plan is None:
+            return self
+        plan = self._plan.wide
+        return Linearization(self._trace, self.params, plan.kernels, plan, torch.float64)
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
@@ -122,7 +144,7 @@ class Linearization:
     @property
     def rows(self):
         """The row layout of the residuals, or None."""
-        return None if self._plan is None else self._plan.rows
+        return self._plan.rows or None if self._plan is not None else None
 
     @property
     def penalty(self) -> torch.Tensor | None:
@@ -178,6 +200,15 @@ class Linearization:
         operator, _ = self.operator, self.rows
         d = operator.diagonal() if operator.fused else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
+
+
+def _depth_of_caller() -> int:
+    """The stacklevel, for a warning in the calling function, of the first frame outside pgdfast and torch."""
+    own = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
+    frame, depth = sys._getframe(1), 1
+    while frame is not None and frame.f_code.co_filename.startswith(own):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:

@@ -34,6 +34,8 @@ class RowLayout:
 
 def row_layout(program: Program) -> RowLayout | None:
     """The finest row structure of a program, or None if its residuals do not separate (batch statistics, say)."""
+    if not any(shape.numel() for shape in program.residual_shapes):
+        return None
     deepest = max((len(shape) for shape in program.residual_shapes), default=0)
     for depth in range(deepest, 0, -1):
         labels = _propagate(program, depth)
@@ -83,7 +85,7 @@ def _propagate(program: Program, depth: int) -> dict[int, np.ndarray] | None:
         known = highest >= 0
         if (known & (lowest != highest)).any():
             return None
-        target = target[tuple(slice(0, 1) if d in merged and op.kind == MULADD else slice(None) for d in range(target.ndim))]
+        target = target[(..., *(slice(0, 1) if d in merged and op.kind == MULADD else slice(None) for d in range(target.ndim)))]
         if op.kind != MULADD and 0 in merged:
             target = target[:1]
         if (known & (target >= 0) & (target != highest)).any():

@@ -9,7 +9,7 @@ import torch
 from . import dense
 from .cg import cg as run_cg
 from .options import CG
-from .problem import Problem
+from .problem import WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
 SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
@@ -18,6 +18,9 @@ SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
 # Cholesky runs at about half that rate, an eigendecomposition takes some 25 times the operations of a Cholesky, and CG's
 # products are narrow.
 _CHOLESKY, _EIGH, _SWEEP = 2.0, 25.0, 1.5
+# In float32 a step's relative error is about 1e-8 of the condition number of the damped matrix, which the trace of
+# J D^-1 J^T bounds; beyond these the sums and the factor are done in float64 (measured: bench/NOTES.md).
+_NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
 _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
 
 
@@ -43,14 +46,10 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
     problem = Problem.of(lin, float(damping), scale)
     options = cg or CG()
     name, reason = choose(problem, solver, options)
-    if name == "eigh":
-        result = dense.eigh(problem, rcond)
-    elif name == "cg":
-        result = run_cg(problem, options)
-    else:
-        result = (dense.dual if name == "dual" else dense.primal)(problem)
-    step, status, iterations, residual_norm, gain, square = result
+    found = _run(name, problem, options, rcond)
+    step, status, iterations, residual_norm, gain, square, _ = found
     damped = problem.damped(step, square)
+    step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
         step, status, gain, damped = torch.zeros_like(step), "not_finite", 0.0, 0.0
     if name != "cg":
@@ -58,6 +57,21 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
     return Solution(
         step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm
     )
+
+
+def _run(name: str, problem: Problem, options: CG, rcond: float) -> Found:
+    """Run a solver, in float64 where float32 could not give four digits and the problem is small."""
+    lin = problem.linearization
+    small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
+    if name == "cg":
+        return run_cg(problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem, options)
+    if name == "eigh":
+        return dense.eigh(problem.widened() if small else problem, rcond)
+    run = dense.dual if name == "dual" else dense.primal
+    found = run(problem)
+    if small and (found.trace > _NARROW_CONDITION or found.status != "solved"):
+        found = run(problem.widened())
+    return found
 
 
 def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:

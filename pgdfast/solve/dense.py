@@ -1,17 +1,17 @@
 """Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix, and eigendecomposition.
 
-Each returns (step, status, iterations, residual_norm or None, gain, ||step||^2). The native core runs dual and primal as
-one call where it can; what stands here is the same algebra in PyTorch, for scaled problems and other devices.
+The native core runs dual and primal as one call where it can; what stands here is the same algebra in PyTorch, for scaled
+problems and other devices.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .problem import WIDE_FACTOR, Problem
+from .problem import WIDE_FACTOR, Found, Problem
 
 
-def dual(problem: Problem):
+def dual(problem: Problem) -> Found:
     """Delta = W (J^T y + q), (I + J W J^T) y = r - J W q, W = 1/d. Cost: one Gram matrix, M^3/3, one VJP.
 
     With uniform d = mu the equation is multiplied through by mu, so that small mu stays representable.
@@ -20,8 +20,8 @@ def dual(problem: Problem):
     operator = lin.operator
     if operator.fused and lin.rows is not None and problem.scale is None:
         if problem.uniform:
-            return operator.dual(r, None, problem.mu, None)
-        return operator.dual(r, problem.buffer_weights(), 1.0, problem.q)
+            return Found(*operator.dual(r, None, problem.mu, None))
+        return Found(*operator.dual(r, problem.buffer_weights(), 1.0, problem.q))
     J = lin.dense()
     if problem.uniform:
         K, shift, weights = J @ J.T, problem.mu, None
@@ -40,28 +40,30 @@ def dual(problem: Problem):
     gain = float(torch.dot(r.double(), r.double() - shift * y.double()))
     if problem.q is not None:
         gain += float(torch.dot(problem.q.double(), step.double()))
-    return step, "solved", 0, None, gain, _square(step)
+    return Found(step, "solved", gain=gain, square=_square(step), trace=float(K.diagonal().sum()) / shift)
 
 
-def primal(problem: Problem):
+def primal(problem: Problem) -> Found:
     """Cholesky of diag(d) + J^T J. Cost: J, M P^2, P^3/3."""
     lin = problem.linearization
     _ = lin.rows   # Jacobian rows are cheaper once the row structure is known
     if lin.operator.fused:
-        return lin.operator.primal(lin.residual, problem.diagonal(), problem.q)
+        return Found(*lin.operator.primal(lin.residual, problem.diagonal(), problem.q))
     J = lin.dense()
     g = lin.gradient()
-    step, ok = _cholesky_solve(J.T @ J, problem.diagonal(), g)
+    H, d = J.T @ J, problem.diagonal()
+    step, ok = _cholesky_solve(H, d, g)
     if not ok:
         return _failed(lin)
-    return step, "solved", 0, None, float(torch.dot(g.double(), step.double())), _square(step)
+    gain = float(torch.dot(g.double(), step.double()))
+    return Found(step, "solved", gain=gain, square=_square(step), trace=float((H.diagonal() / d).sum()))
 
 
-def eigh(problem: Problem, rcond: float):
+def eigh(problem: Problem, rcond: float) -> Found:
     """Eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
 
-    mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; in
-    float32 the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
+    mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; for a
+    float32 model the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
     variables D^1/2 delta. Penalties join J as rows.
     """
     lin = problem.linearization
@@ -79,13 +81,13 @@ def eigh(problem: Problem, rcond: float):
         return _failed(lin)
     values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
     largest = float(values[-1]) if len(values) else 0.0
-    cut = max(rcond, 16 * torch.finfo(lin.dtype).eps) * largest
+    cut = max(rcond, 16 * torch.finfo(lin.loss.dtype).eps) * largest
     if problem.mu > 0:
         inverse = 1 / (values.clamp_min(0) + problem.mu)
     else:
         inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
     if small_is_dual:
-        if problem.mu == 0 and any(b.kind != "squares" for b in lin._trace.blocks):
+        if problem.mu == 0 and not lin.has_squares_only:
             # GGN residuals grow without bound at confident samples; J J^T r does not.
             product = K @ r.double()
             y = vectors @ (inverse * inverse * (vectors.T @ product))
@@ -99,7 +101,7 @@ def eigh(problem: Problem, rcond: float):
     if scale is not None:
         step = step * _inverse_root(scale, step)
     gain = float(torch.dot(lin.gradient().double(), step.double()))
-    return step, "solved", 0, None, gain, _square(step)
+    return Found(step, "solved", gain=gain, square=_square(step))
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -131,9 +133,8 @@ def _cholesky_solve(matrix: torch.Tensor, diagonal, rhs: torch.Tensor):
     return torch.cholesky_solve(rhs.unsqueeze(1), factor).squeeze(1).to(dtype), True
 
 
-def _failed(lin):
-    step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
-    return step, "not_positive_definite", 0, None, 0.0, 0.0
+def _failed(lin) -> Found:
+    return Found(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
 
 
 def _square(step: torch.Tensor) -> float:

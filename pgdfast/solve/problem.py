@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 WIDE_FACTOR = 2048   # up to this order the small dense factor is held in float64 (csrc/cpu/solve.h)
+
+
+class Found(NamedTuple):
+    """What a solver hands back: gain is g . step; trace that of J D^-1 J^T, which bounds the condition from above."""
+
+    step: torch.Tensor
+    status: str
+    iterations: int = 0
+    residual_norm: float | None = None
+    gain: float = 0.0
+    square: float = 0.0
+    trace: float = 0.0
 
 
 @dataclass(slots=True)
@@ -26,6 +39,11 @@ class Problem:
     def of(cls, linearization, mu: float, scale: torch.Tensor | None) -> Problem:
         """Gather the penalty of a linearisation beside a damping and scale."""
         return cls(linearization, mu, scale, linearization.penalty, linearization.penalty_gradient)
+
+    def widened(self) -> Problem:
+        """The same problem in float64 (see Linearization.widened)."""
+        wide = self.linearization.widened()
+        return self if wide is self.linearization else Problem.of(wide, self.mu, self.scale)
 
     @property
     def uniform(self) -> bool:

@@ -10,6 +10,7 @@ ADVICE = {
     "not_positive_definite": "the damped matrix is not positive definite to working precision: raise the damping, use "
     "float64, or solver='eigh'",
     "max_iterations": "CG stopped at its iteration limit: raise CG(max_iterations=...), the damping or the tolerance",
+    "stagnated": "CG's residual stopped falling above its tolerance, at rounding level: use a larger tolerance or float64",
     "breakdown": "CG met a direction without curvature: raise the damping or use a direct solver",
     "not_finite": "the step is not finite: raise the damping or use float64",
 }
@@ -19,7 +20,7 @@ ADVICE = {
 class Solution:
     """delta of (mu D + J^T J + penalty) delta = g.
 
-    step: (P,), to be subtracted from the parameters. status: "solved", "max_iterations" (the step is usable), or
+    step: (P,), to be subtracted from the parameters. status: "solved", "max_iterations" or "stagnated" (the step is usable), or
     "not_positive_definite", "breakdown", "not_finite" (the step is zero or partial; `usable` is False for a zero one).
     iterations: of CG, else 0. solver, reason: what ran and why. gain: g . delta.
     """
@@ -38,7 +39,7 @@ class Solution:
     @property
     def usable(self) -> bool:
         """True where the step descends the model."""
-        return self.status in ("solved", "max_iterations") or (self.status == "breakdown" and self.gain > 0)
+        return self.status in ("solved", "max_iterations", "stagnated") or (self.status == "breakdown" and self.gain > 0)
 
     @property
     def advice(self) -> str:

@@ -281,7 +281,8 @@ class _Reader:
     def negative_log_likelihood(self, position, node, edges, weight):
         log_p, target, classes = node._saved_self.detach(), node._saved_target, node._saved_weight
         if node._saved_reduction == 1:
-            weight = weight / float(node._saved_total_weight)
+            total = float(node._saved_total_weight)
+            weight = weight / total if total else 0.0   # no label counts: the loss itself is not a number
         kept = target != node._saved_ignore_index
         index = torch.where(kept, target, 0)
         each = torch.ones_like(index, dtype=log_p.dtype) if classes is None else classes.detach()[index]

@@ -127,6 +127,8 @@ class Record:
         return len(self.constants) - 1
 
     def _muladd(self, y: Slot, x: Slot, constant: int, alpha: float, shape) -> None:
+        if 0 in shape:   # nothing to do; an unwritten buffer is zero
+            return
         yv = y.view.expand(shape)
         xv = x.view.expand(shape)
         if constant >= 0 and isinstance(self.constants[constant], torch.Tensor):
@@ -175,6 +177,8 @@ class Record:
             x, y, c = x.unsqueeze(0), y.unsqueeze(0), c.unsqueeze(0)
         b, m, k = x.shape
         n = c.shape[2]
+        if 0 in (b, m, k, n):
+            return
         c = c.expand(b, k, n)
         extents = [[b, m, n, k, *y.stride(), *x.stride(), *c.stride()]]
         self.program.instructions.append(

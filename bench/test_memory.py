@@ -1,0 +1,61 @@
+"""Memory of exact steps on 784-250-10 with 200 rows: P = 198,760 and M = 2,000, so J alone would be 1.6 GB."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from .interleave import Recorded
+
+LIMIT = 600e6
+SLACK = 64 * 1024   # what a step may leave on the heap: counters and caches of Python's; a parameter vector is 795 kB
+
+recorded = Recorded()
+pytestmark = pytest.mark.benchmark(timer=recorded, group="memory")
+
+
+@pytest.fixture(scope="module")
+def probed(lines, tmp_path_factory):
+    """What memory_probe.py prints, run away from the source folder so that it meets the installed package."""
+    start = perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("memory_probe.py"))],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path_factory.mktemp("probe"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["native"], found["solver"], found["status"]) == ("available", "dual", "accepted")
+    found["seconds"] = perf_counter() - start
+    first, last = found["peaks"][1], found["peaks"][-1]
+    lines.append(f"784-250-10, 200 rows: peak resident memory {found['after_import'] / 1e6:.0f} MB after import, "
+                 f"{first / 1e6:.0f} MB with one dual step, {last / 1e6:.0f} MB with {len(found['peaks']) - 1}")
+    return found
+
+
+def test_peak_of_one_step(benchmark, probed):
+    recorded.hand_over(benchmark, [probed["seconds"]])
+    benchmark.extra_info.update(after_import=probed["after_import"], peaks=probed["peaks"])
+    assert probed["peaks"][1] <= LIMIT
+
+
+def test_later_steps_allocate_no_more_than_the_first(benchmark, probed, lines):
+    """Allocation is counted where all of it meets.
+
+    tracemalloc sees Python's part alone and torch.profiler PyTorch's, but the core's workspaces are C++ vectors. All
+    three allocate on the C heap: what is in use there after a step must be what was in use before it. What a step
+    allocates and frees again shows in the peak of resident memory, which the first step must have set but for pages
+    of the allocator: less than one M x M matrix more in all the later steps.
+    """
+    heaps, peaks = probed["heaps"], probed["peaks"]
+    grown = [b - a for a, b in zip(peaks, peaks[1:], strict=False)]
+    recorded.hand_over(benchmark, [probed["seconds"]])
+    benchmark.extra_info.update(heaps=heaps, peak_growth=grown)
+    lines.append(f"  peak growth by step, kB: {' '.join(f'{g / 1e3:.0f}' for g in grown)}")
+    assert sum(grown[1:]) < 4 * probed["residuals"] ** 2
+    if heaps[0] is not None:
+        kept = [b - a for a, b in zip(heaps, heaps[1:], strict=False)]
+        lines.append(f"  heap growth by step, kB: {' '.join(f'{k / 1e3:.0f}' for k in kept)}")
+        assert all(k <= SLACK for k in kept[1:])
