@@ -158,8 +158,8 @@ void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights
     return first || (g.by_section) || (first_inner && f.by_section);
   };
   for (index o = 0; o < ti.sections; ++o)
-    for (index o2 = 0; o2 < (diagonal ? o + 1 : tj.sections); ++o2) {
-      const bool first = o == 0 && o2 == 0, inner = o2 == 0;
+    for (index o2 = diagonal ? o : 0; o2 < tj.sections; ++o2) {
+      const bool inner = o2 == (diagonal ? o : 0), first = o == 0 && inner;
       if (changes(p.high, q.high, first, inner)) {
         product(p.high, i0 - p.row0, rows, o, q.high, j0 - q.row0, cols, o2, arena_size, scratch.high.data());
         with_bias(p.high, scratch.high);
@@ -227,18 +227,18 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
     flops += double(M) * double(M) * double(uses.back().high.size + uses.back().low.size);
   }
 
-  // Blocks of the lower triangle: a row tile with every tile before it and itself. Tiles of one section lie in K as in
+  // Blocks of the upper triangle: a row tile with itself and every tile after it. Tiles of one section lie in K as in
   // their rows, so neighbours merge into one wide block, which large products like.
   struct Block {
     Tile rows, cols;
     bool diagonal;
   };
   std::vector<Block> blocks;
-  for (std::size_t i = layout.tiles.size(); i-- > 0;) {
+  for (std::size_t i = 0; i < layout.tiles.size(); ++i) {
     const Tile& a = layout.tiles[i];
-    for (std::size_t j = 0; j <= i; ++j) {
+    for (std::size_t j = i; j < layout.tiles.size(); ++j) {
       const Tile& b = layout.tiles[j];
-      Block* last = blocks.empty() || j == 0 ? nullptr : &blocks.back();
+      Block* last = j == i ? nullptr : &blocks.back();
       if (a.sections == 1 && b.sections == 1 && last && last->cols.sections == 1 &&
           last->cols.r0 + last->cols.rows == b.r0)
         last->cols.rows += b.rows;
@@ -282,6 +282,27 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
 #endif
   for (const Block& block : blocks) run(block, work.scratch);
   if (set_blas_threads) set_blas_threads(before);
+}
+
+template <class T>
+bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena) {
+  const Structure& s = *program.structure;
+  if (layout.max_sections != 1) return false;
+  for (const Use& use : layout.uses)
+    if (layout.row_width[std::size_t(s.instructions[std::size_t(use.instruction)].y)] == 0) return false;
+  const Simd<T>& body = simd<T>();
+  for (std::size_t b = 0; b < s.buffers.size(); ++b) {
+    const index width = layout.row_width[b];
+    if (width == 0 || s.buffers[b].role != Role::workspace) continue;
+    const T* unit = work.arenas.data() + s.buffers[b].offset;
+    T* scaled = arena + s.buffers[b].offset;
+    const index rows = s.buffers[b].size / width;
+    for (index i = 0; i < rows; ++i)
+      body.muladd(width, y[layout.k_index[std::size_t(layout.first_row[b] + i)]], nullptr, 0, unit + i * width, 1,
+                  scaled + i * width, 1, true);
+  }
+  adjoint_from_uses(program, v, arena);
+  return true;
 }
 
 template <class T>
@@ -360,7 +381,8 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
 #define PGDFAST_INSTANTIATE(T)                                                                   \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
-  template void gram<T>(const Bound<T>&, const RowLayout&, const T*, Workspace<T>&, T*);
+  template void gram<T>(const Bound<T>&, const RowLayout&, const T*, Workspace<T>&, T*);        \
+  template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

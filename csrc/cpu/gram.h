@@ -24,9 +24,14 @@ struct Workspace {
   Scratch<T> scratch;
 };
 
-// K index order (see Tile) lower triangle, row-major, M x M. `weights` has one factor per parameter buffer.
+// K index order (see Tile), upper triangle, row-major, M x M. `weights` has one factor per parameter buffer.
 template <class T>
 void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, T* K);
+
+// v = J^T y for y in K index order, from the unit sweeps of the last gram(): where rows have one section each and lie in
+// order, the cotangents of y are those of ones, row by row times y. False, with nothing done, elsewhere.
+template <class T>
+bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena);
 
 // J, row-major M x P, rows in residual order.
 template <class T>

@@ -28,30 +28,78 @@ struct BlasThreads {
 
 double cholesky_flops(index n) { return double(n) * double(n) * double(n) / 3.0; }
 
-// Copies the lower triangle (row-major) plus a diagonal, widening where F is wider, and factors it. LAPACK reads it as
-// an upper triangle.
+// Copies the upper triangle (row-major) plus a diagonal, widening where F is wider, and factors it. LAPACK reads it as a
+// lower triangle.
 template <class F, class S, class D>
 int factor(const S* matrix, index n, D diagonal, std::vector<F>& out) {
   ensure(out, n * n);
   for (index i = 0; i < n; ++i) {
-    std::copy(matrix + i * n, matrix + i * n + i + 1, out.data() + i * n);
+    std::copy(matrix + i * n + i, matrix + (i + 1) * n, out.data() + i * n + i);
     out[std::size_t(i * n + i)] += F(diagonal(i));
   }
   BlasThreads threads(cholesky_flops(n));
-  return blas<F>().potrf('U', int(n), out.data(), int(n));
+  return blas<F>().potrf('L', int(n), out.data(), int(n));
 }
 
-// Solves with the factor a right-hand side given as T.
-template <class F, class T>
-void solve_with(const std::vector<F>& factored, index n, const T* b, T* x) {
+template <class F>
+void solve_in_place(const std::vector<F>& factored, index n, F* x) {
+  blas<F>().potrs('L', int(n), 1, factored.data(), int(n), x, int(n));
+}
+
+// (matrix + diag) x = b with the factor in F; x may be b. LAPACK's info.
+template <class F, class S, class D, class T>
+int factor_and_solve(const S* matrix, index n, D diagonal, std::vector<F>& factored, const T* b, T* x) {
+  const int info = factor(matrix, n, diagonal, factored);
+  if (info != 0) return info;
   if constexpr (std::is_same_v<F, T>) {
     std::copy(b, b + n, x);
-    blas<F>().potrs('U', int(n), 1, factored.data(), int(n), x, int(n));
+    solve_in_place(factored, n, x);
   } else {
     std::vector<F> y(b, b + n);
-    blas<F>().potrs('U', int(n), 1, factored.data(), int(n), y.data(), int(n));
-    for (index i = 0; i < n; ++i) x[i] = T(y[std::size_t(i)]);
+    solve_in_place(factored, n, y.data());
+    std::copy(y.begin(), y.end(), x);
   }
+  return 0;
+}
+
+// The same with a float factor, made as good as a double one by refinement: residuals in double against the matrix.
+// False if the factor fails or the corrections do not fall fast.
+bool factor_and_refine(const float* matrix, index n, double shift, std::vector<float>& factored, const float* b, float* x) {
+  if (factor(matrix, n, [&](index) { return shift; }, factored) != 0) return false;
+  std::vector<double> y(std::size_t(n), 0.0), residual(b, b + n);
+  std::vector<float> correction(static_cast<std::size_t>(n));
+  double before = 0;
+  for (int round = 0; round < 4; ++round) {
+    std::copy(residual.begin(), residual.end(), correction.begin());
+    solve_in_place(factored, n, correction.data());
+    double size = 0, total = 0;
+    for (index i = 0; i < n; ++i) {
+      y[std::size_t(i)] += correction[std::size_t(i)];
+      size += double(correction[std::size_t(i)]) * correction[std::size_t(i)];
+      total += y[std::size_t(i)] * y[std::size_t(i)];
+    }
+    if (!(size < 1e300) || (round > 0 && size > 1e-2 * before)) return false;
+    if (size <= 1e-14 * total) {
+      std::copy(y.begin(), y.end(), x);
+      return true;
+    }
+    before = size;
+    for (index i = 0; i < n; ++i) residual[std::size_t(i)] = double(b[i]) - shift * y[std::size_t(i)];
+    for (index i = 0; i < n; ++i) {   // upper triangle, each element used for both its places
+      const float* row = matrix + i * n;
+      const double yi = y[std::size_t(i)];
+      double sum = double(row[i]) * yi;
+      double* r = residual.data();
+      const double* v = y.data();
+#pragma omp simd reduction(+ : sum)
+      for (index j = i + 1; j < n; ++j) {
+        sum += double(row[j]) * v[j];
+        r[j] -= double(row[j]) * yi;
+      }
+      r[i] -= sum;
+    }
+  }
+  return false;
 }
 
 }  // namespace
@@ -95,15 +143,13 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     std::copy(r, r + M, scratch_u.begin());
   }
   for (index e = 0; e < M; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = scratch_u[std::size_t(e)];
-  int info;
   const auto diagonal = [&](index) { return shift; };
-  if (use_wide) {
-    info = factor(matrix.data(), M, diagonal, wide_factor);
-    if (info == 0) solve_with(wide_factor, M, rhs.data(), rhs.data());
-  } else {
-    info = factor(matrix.data(), M, diagonal, narrow_factor);
-    if (info == 0) solve_with(narrow_factor, M, rhs.data(), rhs.data());
+  int info = -1;
+  if constexpr (std::is_same_v<T, float>) {
+    if (M > kNarrowFactor && factor_and_refine(matrix.data(), M, shift, narrow_factor, rhs.data(), rhs.data())) info = 0;
   }
+  if (info != 0 && use_wide) info = factor_and_solve(matrix.data(), M, diagonal, wide_factor, rhs.data(), rhs.data());
+  else if (info != 0) info = factor_and_solve(matrix.data(), M, diagonal, narrow_factor, rhs.data(), rhs.data());
   if (info != 0) {
     std::fill(delta, delta + P, T(0));
     outcome.status = Status::not_positive_definite;
@@ -115,7 +161,7 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     scratch_u[std::size_t(e)] = y;
     outcome.gain += double(r[e]) * (double(r[e]) - shift * double(y));
   }
-  vjp(program, scratch_u.data(), delta, arena_);
+  if (!vjp_from_units(program, layout, work, rhs.data(), delta, arena_)) vjp(program, scratch_u.data(), delta, arena_);
   if (q) {
     each_parameter([&](T w, index i) {
       delta[i] = w * (delta[i] + q[i] / T(shift));
@@ -137,13 +183,13 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     ensure(J, M * P);
     dense(program, layout, work, J.data());
     BlasThreads threads(double(M) * double(P) * double(P));
-    // Lower triangle of J^T J by column panels; float rows are widened a chunk at a time where the factor is wide.
+    // Upper triangle of J^T J by row panels; float rows are widened a chunk at a time where the factor is wide.
     const auto panels = [&](auto* H, const auto* rows, index count, bool first) {
       using F = std::remove_const_t<std::remove_reference_t<decltype(*H)>>;
       constexpr index width = 256;
       for (index j = 0; j < P; j += width) {
         const index w = std::min(width, P - j);
-        gemm<F>(P - j, w, count, F(1), rows + j, 1, P, rows + j, P, 1, F(first ? 0 : 1), H + j * P + j, P, 1);
+        gemm<F>(w, P - j, count, F(1), rows + j, 1, P, rows + j, P, 1, F(first ? 0 : 1), H + j * P + j, P, 1);
       }
     };
     if constexpr (std::is_same_v<T, double>) {
@@ -171,15 +217,9 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
   vjp(program, r, rhs.data(), arena_data());
   if (q)
     for (index i = 0; i < P; ++i) rhs[std::size_t(i)] += q[i];
-  int info;
   const auto diagonal = [&](index i) { return d[i]; };
-  if (use_wide) {
-    info = factor(wide_matrix.data(), P, diagonal, wide_factor);
-    if (info == 0) solve_with(wide_factor, P, rhs.data(), delta);
-  } else {
-    info = factor(matrix.data(), P, diagonal, narrow_factor);
-    if (info == 0) solve_with(narrow_factor, P, rhs.data(), delta);
-  }
+  const int info = use_wide ? factor_and_solve(wide_matrix.data(), P, diagonal, wide_factor, rhs.data(), delta)
+                            : factor_and_solve(matrix.data(), P, diagonal, narrow_factor, rhs.data(), delta);
   if (info != 0) {
     std::fill(delta, delta + P, T(0));
     outcome.status = Status::not_positive_definite;
@@ -273,7 +313,7 @@ void Solver<T>::gram_matrix(T* K) {
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];
-      K[i * M + j] = ordered[std::size_t(std::max(a, b) * M + std::min(a, b))];
+      K[i * M + j] = ordered[std::size_t(std::min(a, b) * M + std::max(a, b))];
     }
 }
 

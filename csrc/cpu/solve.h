@@ -20,6 +20,8 @@ struct Outcome {
 
 // Up to this order the small dense factor is held in double even for float programs.
 constexpr index kWideFactor = 2048;
+// Beyond this order a float dual problem tries a float factor with double refinement first: about half the time.
+constexpr index kNarrowFactor = 192;
 
 template <class T>
 struct Solver {

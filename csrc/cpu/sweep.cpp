@@ -97,22 +97,26 @@ struct BlasThreads {
   }
 };
 
+// Which instructions of the adjoint sweep to run: those that write intermediate results, those that write parameters.
+enum class Part { inner, uses, all };
+
 template <class T>
-void clear(const Structure& s, const std::vector<char>& marked, const Memory<T>& memory, bool parameters) {
-  for (std::size_t i = 0; i < s.buffers.size(); ++i)
-    if (marked[i] && (parameters || s.buffers[i].role != Role::parameter))
-      std::memset(memory.at(s.buffers[i]), 0, sizeof(T) * std::size_t(s.buffers[i].size));
+void clear(const Structure& s, const std::vector<char>& marked, const Memory<T>& memory, Part part) {
+  for (std::size_t i = 0; i < s.buffers.size(); ++i) {
+    if (!marked[i] || part == (s.buffers[i].role == Role::parameter ? Part::inner : Part::uses)) continue;
+    std::memset(memory.at(s.buffers[i]), 0, sizeof(T) * std::size_t(s.buffers[i].size));
+  }
 }
 
 template <class T>
-void adjoint(const Bound<T>& program, const Memory<T>& memory, bool parameters) {
+void adjoint(const Bound<T>& program, const Memory<T>& memory, Part part) {
   const Structure& s = *program.structure;
-  clear(s, s.zero_adjoint, memory, parameters);
+  clear(s, s.zero_adjoint, memory, part);
   BlasThreads threads(threads_for(s.flops / double(s.instructions.size() + 1)));
   for (std::size_t i = s.instructions.size(); i-- > 0;) {
     const Instruction& op = s.instructions[i];
     const Buffer& x = s.buffers[std::size_t(op.x)];
-    if (!parameters && x.role == Role::parameter) continue;
+    if (part == (x.role == Role::parameter ? Part::inner : Part::uses)) continue;
     const T* from = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
     T* to = memory.at(x) + op.x_offset;
     const Operands<T> o = operands(program, op);
@@ -130,7 +134,7 @@ template <class T>
 void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
   const Structure& s = *program.structure;
   const Memory<T> memory{const_cast<T*>(v), u, arena};   // parameters are only read in this direction
-  clear(s, s.zero_forward, memory, false);
+  clear(s, s.zero_forward, memory, Part::inner);
   BlasThreads threads(threads_for(s.flops / double(s.instructions.size() + 1)));
   for (const Instruction& op : s.instructions) {
     const T* from = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
@@ -146,18 +150,24 @@ void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
 
 template <class T>
 void vjp(const Bound<T>& program, const T* u, T* v, T* arena) {
-  adjoint(program, Memory<T>{v, const_cast<T*>(u), arena}, true);
+  adjoint(program, Memory<T>{v, const_cast<T*>(u), arena}, Part::all);
 }
 
 template <class T>
 void adjoint_to_uses(const Bound<T>& program, const T* u, T* arena) {
-  adjoint(program, Memory<T>{nullptr, const_cast<T*>(u), arena}, false);
+  adjoint(program, Memory<T>{nullptr, const_cast<T*>(u), arena}, Part::inner);
+}
+
+template <class T>
+void adjoint_from_uses(const Bound<T>& program, T* v, T* arena) {
+  adjoint(program, Memory<T>{v, nullptr, arena}, Part::uses);
 }
 
 #define PGDFAST_INSTANTIATE(T)                                       \
   template void jvp<T>(const Bound<T>&, const T*, T*, T*);           \
   template void vjp<T>(const Bound<T>&, const T*, T*, T*);           \
-  template void adjoint_to_uses<T>(const Bound<T>&, const T*, T*);
+  template void adjoint_to_uses<T>(const Bound<T>&, const T*, T*);   \
+  template void adjoint_from_uses<T>(const Bound<T>&, T*, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

@@ -23,4 +23,8 @@ void vjp(const Bound<T>& program, const T* u, T* v, T* arena);
 template <class T>
 void adjoint_to_uses(const Bound<T>& program, const T* u, T* arena);
 
+// The rest of that sweep: v = J^T u from the cotangents in `arena`, through the uses of parameters alone.
+template <class T>
+void adjoint_from_uses(const Bound<T>& program, T* v, T* arena);
+
 }  // namespace pgdfast

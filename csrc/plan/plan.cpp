@@ -99,6 +99,19 @@ void RowLayout::finalize() {
         k_index[at] = tile.base + o * tile.rows + i;
         element[at] = element_of[std::size_t(k_index[at])];
       }
+  row_width.assign(labels.size(), 0);
+  first_row.assign(labels.size(), 0);
+  for (std::size_t b = 0; b < labels.size(); ++b) {
+    const std::vector<std::int32_t>& label = labels[b];
+    if (label.empty() || label[0] < 0) continue;
+    std::size_t width = 1;
+    while (width < label.size() && label[width] == label[0]) ++width;
+    bool regular = true;
+    for (std::size_t e = 0; e < label.size() && regular; ++e) regular = label[e] == label[0] + std::int32_t(e / width);
+    if (!regular) continue;
+    row_width[b] = index(width);
+    first_row[b] = label[0];
+  }
 }
 
 }  // namespace pgdfast

@@ -87,6 +87,8 @@ struct RowLayout {
 
   // Derived by finalize(): row * max_sections + section -> row of K, or residual element; -1 where there is none.
   std::vector<index> k_index, element;
+  // Per buffer, where every labelled element e belongs to row first_row + e / row_width; width 0: no such form.
+  std::vector<index> row_width, first_row;
 
   void finalize();
 };

@@ -40,7 +40,6 @@ class Refresh:
     def scale(self, i, c, out=0, where=None):
         """out[where] += c * in_i, broadcast; c is a number or a tensor and may change from step to step."""
         if isinstance(c, torch.Tensor):
-            c = c.detach()
             self.constants.append(c if c.dtype is self.dtype else c.to(self.dtype))
         else:
             self.constants.append(float(c))
@@ -52,7 +51,7 @@ class Refresh:
 
     def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
         """Out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
-        c = (right if left is None else left).detach()
+        c = right if left is None else left
         self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
 
     def view(self, i, window, out=0):

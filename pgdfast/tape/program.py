@@ -100,4 +100,7 @@ def fits_blas(shape, strides) -> bool:
 
 def blas_constant(c: torch.Tensor) -> torch.Tensor:
     """`c`, copied if neither its rows nor its columns are contiguous."""
-    return c if c.is_contiguous() or c.mT.is_contiguous() else c.contiguous()
+    strides, shape = c.stride(), c.shape
+    if strides[-1] == 1 and strides[-2] >= shape[-1] or strides[-2] == 1 and strides[-1] >= shape[-2]:
+        return c
+    return c.contiguous()

@@ -1,0 +1,285 @@
+"""Damping rules at work: the sequence of mu, what is kept, undone, and told."""
+
+import math
+
+import pytest
+import torch
+from helpers import RULES, Uphill, fit, flat, rand, relative, snapshot, unchanged
+
+import pgdfast
+from pgdfast import reference
+
+BACKENDS = ("native", "torch", "reference")
+
+
+# --- damping rules --------------------------------------------------------------------------------
+
+
+def test_constant_mu_and_schedules():
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=lambda step: 0.1 / (step + 1), damping_rule="constant")
+    seen = []
+    for _ in range(4):
+        optimizer.step(closure)
+        seen.append(optimizer.report.damping)
+    assert seen == [0.1, 0.1 / 2, 0.1 / 3, 0.1 / 4]
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, None, "1"])
+def test_schedule_that_returns_nonsense(bad):
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=lambda step: bad, damping_rule="constant")
+    before = snapshot(params)
+    with pytest.raises(
+        ValueError, match="damping at step 0 is .*; it must be finite and not negative"
+    ):
+        optimizer.step(closure)
+    assert unchanged(params, before)
+
+
+def test_gain_ratio_follows_nielsen():
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=0.5, damping_rule="gain-ratio")
+    mu = 0.5
+    for _ in range(10):
+        optimizer.step(closure)
+        report = optimizer.report
+        if report.attempts > 1 or report.status != "accepted":
+            break
+        assert report.damping == mu
+        mu *= max(1 / 3, 1 - (2 * min(report.gain_ratio, 1.0) - 1) ** 3)
+        assert report.next_damping == pytest.approx(mu, rel=1e-14)
+        mu = report.next_damping
+    else:
+        assert mu < 0.5
+
+
+@pytest.mark.parametrize(
+    "rule, factors", [("gain-ratio", [2, 4, 8, 16]), ("delayed", [2, 2, 2, 2])]
+)
+def test_rejections_raise_mu(rule, factors):
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1.0, damping_rule=rule)
+    optimizer.step(closure)
+    report = optimizer.report
+    assert report.status == "rejected" and torch.equal(closure.w, closure.start)
+    assert closure.calls == 1 + report.trials == 1 + report.attempts
+    growth = (
+        [2.0**k for k in range(1, report.attempts + 1)]
+        if rule == "gain-ratio"
+        else [2.0] * report.attempts
+    )
+    assert report.next_damping == pytest.approx(math.prod(growth), rel=1e-12)
+    assert "no trial lowered the loss" in report.advice and factors == [int(g) for g in growth[:4]]
+
+
+def test_delayed_divides_by_five():
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=1.0, damping_rule="delayed")
+    mu = 1.0
+    for _ in range(6):
+        optimizer.step(closure)
+        report = optimizer.report
+        assert report.damping == pytest.approx(mu * 2 ** (report.attempts - 1), rel=1e-14)
+        mu = report.next_damping
+        assert mu == pytest.approx(report.damping / 5, rel=1e-14)
+
+
+def test_damping_zero_is_gauss_newton_by_the_pseudo_inverse():
+    J, b = rand(5, 8, seed=1), rand(5, seed=2)
+    w = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    pgdfast.LM([w], damping=0.0, damping_rule="constant").step(lambda: J @ w - b)
+    assert relative(w, torch.linalg.pinv(J) @ b) < 1e-10
+    rank2 = J[:, :2] @ rand(2, 8, seed=3)
+    w.data.zero_()
+    pgdfast.LM([w], damping=0, damping_rule="constant").step(lambda: rank2 @ w - b)
+    assert relative(w, torch.linalg.pinv(rank2, rtol=1e-6) @ b) < 1e-9
+
+
+@pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
+def test_damping_zero_grows_out_of_zero_where_it_must(rule):
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=0.0, damping_rule=rule)
+    losses = [float(optimizer.step(closure)) for _ in range(6)]
+    assert losses[-1] < losses[0] and math.isfinite(optimizer.report.next_damping)
+
+
+class Fixed:
+    """A user's own rule."""
+
+    tries = True
+
+    def accepted(self, mu, rho):
+        return mu / 3
+
+    def rejected(self, mu, rho, curvature):
+        return 7 * mu
+
+    invalid = rejected
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_own_rule_and_own_search():
+    class Half:
+        def search(self, evaluate, loss, slope):
+            return 0.5, evaluate(0.5), 1
+
+    params, closure = fit()
+    before, delta = flat(params), reference.solve(reference.linearize(closure, params), 0.3).step
+    optimizer = pgdfast.LM(params, damping=0.3, damping_rule=Fixed(), line_search=Half())
+    optimizer.step(closure)
+    assert relative(before - flat(params), 0.5 * delta) < 1e-9
+    assert optimizer.report.next_damping == 0.3 / 3 and optimizer.report.line_search == 0.5
+
+
+# --- acceptance, undo, failure --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("search", [None, "armijo"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_uphill_is_undone_bit_for_bit(rule, backend, search, decay):
+    closure = Uphill()
+    optimizer = pgdfast.LM(
+        [closure.w],
+        damping=1.0,
+        damping_rule=rule,
+        backend=backend,
+        line_search=search,
+        weight_decay=decay,
+    )
+    for _ in range(3):
+        optimizer.step(closure)
+        assert torch.equal(closure.w, closure.start)
+        assert optimizer.report.status in ("rejected", "stalled")
+        assert optimizer.report.loss_after == optimizer.report.loss
+
+
+def test_armijo_without_descent_under_the_constant_rule():
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1.0, damping_rule="constant", line_search="armijo")
+    optimizer.step(closure)
+    assert torch.equal(closure.w, closure.start)
+    assert (optimizer.report.status, optimizer.report.trials, optimizer.report.attempts) == (
+        "rejected",
+        10,
+        1,
+    )
+    assert optimizer.report.next_damping == 1.0
+
+
+def test_armijo_halves_until_the_decrease_suffices():
+    w = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    closure = lambda: torch.atan(w)  # noqa: E731  Gauss-Newton overshoots from here
+    optimizer = pgdfast.LM([w], damping=1e-12, damping_rule="constant", line_search="armijo")
+    delta = reference.solve(reference.linearize(closure, [w]), 1e-12).step.item()
+    loss = float(optimizer.step(closure))
+    t, slope = optimizer.report.line_search, math.atan(2.0) / 5 * delta
+    assert 0 < t < 1 and t == 0.5 ** (optimizer.report.trials - 1)
+    assert w.item() == pytest.approx(2.0 - t * delta, rel=1e-12)
+    phi = lambda t: 0.5 * math.atan(2.0 - t * delta) ** 2  # noqa: E731
+    assert phi(t) <= loss - 1e-4 * t * slope and phi(2 * t) > loss - 1e-4 * 2 * t * slope
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_a_number_at_the_start(rule, backend):
+    params, closure = fit()
+    params[1].data[0] = math.nan
+    before = snapshot(params)
+    with pytest.raises(ValueError, match="nan|not finite"):
+        pgdfast.LM(params, damping_rule=rule, backend=backend).step(closure)
+    assert all(
+        torch.equal(p.nan_to_num(7.0), q.nan_to_num(7.0))
+        for p, q in zip(params, before, strict=True)
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("search", [None, "armijo"])
+def test_not_a_number_at_a_trial_is_a_rejection(value, search):
+    closure = Uphill(jump=value)
+    optimizer = pgdfast.LM([closure.w], damping=1.0, line_search=search)
+    optimizer.step(closure)
+    assert torch.equal(closure.w, closure.start) and optimizer.report.status in (
+        "rejected",
+        "stalled",
+    )
+
+
+def test_not_a_number_far_out_is_stepped_back_from():
+    w = torch.tensor([1e-3, 3.0], dtype=torch.float64, requires_grad=True)
+    closure = lambda: torch.log(w)  # noqa: E731  the full step of the second leaves the domain
+    optimizer = pgdfast.LM([w], damping=1e-9)
+    losses = [float(optimizer.step(closure)) for _ in range(30)]
+    assert relative(w, torch.ones(2)) < 1e-6 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("search", [None, "armijo"])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_exceptions_reach_the_user_with_the_parameters_as_before(error, search, when):
+    closure = Uphill()
+
+    def failing():
+        result = closure()
+        if closure.calls == when:
+            raise error("from the closure")
+        return result
+
+    optimizer = pgdfast.LM([closure.w], damping=1.0, line_search=search)
+    with pytest.raises(error, match="from the closure"):
+        optimizer.step(failing)
+    assert torch.equal(closure.w, closure.start)
+    closure.jump = 0.0
+    optimizer.step(closure)
+    assert optimizer.report.status == "accepted" and optimizer.report.damping == 1.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_after_convergence_keep_mu_finite(rule):
+    params, closure = fit()
+    optimizer = pgdfast.LM(params, damping=1e-3, damping_rule=rule)
+    losses = [float(optimizer.step(closure)) for _ in range(200)]
+    assert rule == "constant" or losses[-1] <= losses[100]
+    assert math.isfinite(optimizer.report.next_damping)
+
+
+@pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
+def test_recovers_after_a_step_where_nothing_descended(rule):
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1.0, damping_rule=rule)
+    optimizer.step(closure)
+    closure.jump = 0.0
+    losses = [float(optimizer.step(closure)) for _ in range(60)]
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_stalled_at_the_minimum():
+    w = rand(4).requires_grad_()
+    optimizer = pgdfast.LM([w], damping=1e-3)
+    for _ in range(60):
+        optimizer.step(lambda: torch.cat([w, torch.ones(3).double()]))
+    assert w.norm() < 1e-7
+    assert "rounding level" in optimizer.report.advice or optimizer.report.status == "accepted"
+
+
+def test_failed_factorisation_raises_mu_and_says_so():
+    w = torch.zeros(3, requires_grad=True)
+    J = torch.tensor([[1e18, 1e18, 0.0], [0.0, 1e18, 1e18], [1e18, 0.0, -1e18], [1e18, 1e18, 0]])
+    for rule in RULES:
+        optimizer = pgdfast.LM([w], damping=1e-20, damping_rule=rule, solver="primal")
+        before = w.detach().clone()
+        optimizer.step(lambda: J @ w - 1)
+        assert w.isfinite().all() and math.isfinite(optimizer.report.next_damping)
+        assert (
+            optimizer.report.status != "failed"
+            or torch.equal(w, before)
+            and optimizer.report.advice
+        )

@@ -1,0 +1,167 @@
+"""The one comparison and the small problems that the tests share."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pgdfast
+from pgdfast import reference
+
+SOLVERS = ("dual", "primal", "cg", "eigh", "auto")
+BACKENDS = ("native", "torch")
+TIGHT = pgdfast.CG(max_iterations=20000, tolerance=1e-14)
+
+
+def relative(a, b):
+    """||a - b|| / ||b|| in float64, or ||a|| where b is zero."""
+    a, b = a.detach().double(), b.detach().double()
+    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
+    norm = float(b.norm())
+    return float((a - b).norm()) / (norm or 1.0)
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    """Standard normal numbers from a seed of their own."""
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
+
+
+def mlp(*widths, activation=nn.Tanh, seed=0, dtype=torch.float64):
+    """Linear layers of these widths with an activation between them."""
+    layers = []
+    for k, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        layer = nn.Linear(a, b, dtype=dtype)
+        with torch.no_grad():
+            layer.weight.copy_(rand(b, a, seed=100 * seed + 2 * k) / a**0.5)
+            layer.bias.copy_(0.3 * rand(b, seed=100 * seed + 2 * k + 1))
+        layers += [layer, activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def flat(params):
+    """A copy of all parameters as one vector."""
+    return torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def snapshot(params):
+    """Copies to compare with torch.equal."""
+    return [p.detach().clone() for p in params]
+
+
+def unchanged(params, before):
+    """Are the parameters bit for bit those of a snapshot?"""
+    return all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True))
+
+
+def perturb(params, seed=0, size=0.1):
+    """Move the parameters in place."""
+    with torch.no_grad():
+        for k, p in enumerate(params):
+            p.add_(size * rand(*p.shape, seed=seed + k, dtype=p.dtype))
+
+
+def damping_of(ref, condition=1e3, scale=None):
+    """The mu that bounds cond(mu I + J^T J), in the variables D^1/2 theta, by this number."""
+    J = ref.dense() if scale is None else ref.dense() / scale.double().sqrt()
+    return float(torch.linalg.matrix_norm(J, 2)) ** 2 / (condition - 1)
+
+
+def condition(ref, mu):
+    """cond(mu I + J^T J)."""
+    values = torch.linalg.eigvalsh(ref.dense().T @ ref.dense()).clamp_min(0) + mu
+    return float(values[-1] / values[0])
+
+
+def agreement(linearizer, closure, params, seed=0):
+    """The largest relative difference from the reference that the order of rows leaves alone."""
+    lin, ref = linearizer(closure), reference.linearize(closure, params)
+    v = rand(lin.num_parameters, seed=seed)
+    pairs = [
+        (lin.loss, ref.loss),
+        (lin.gradient(), ref.vjp(ref.residual)),
+        (lin.ggn(v), ref.ggn(v)),
+        (lin.diagonal(), ref.diagonal()),
+    ]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def jacobian_agreement(linearizer, closure, params, seed=0):
+    """The largest relative difference from the reference: residual, Jacobian, products."""
+    lin, ref = linearizer(closure), reference.linearize(closure, params)
+    v, u = rand(lin.num_parameters, seed=seed), rand(lin.num_residuals, seed=seed + 1)
+    pairs = [
+        (lin.residual, ref.residual),
+        (lin.dense(), ref.dense()),
+        (lin.jvp(v), ref.jvp(v)),
+        (lin.vjp(u), ref.vjp(u)),
+        (lin.gram(), ref.gram()),
+        (lin.diagonal(), ref.diagonal()),
+    ]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def parameters(*shapes):
+    """Leaf tensors of these shapes."""
+    return [rand(*shape, seed=k + 1).requires_grad_() for k, shape in enumerate(shapes)]
+
+
+def gradient(y, x):
+    """dy/dx with its graph, zero where y does not depend on x."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(y.sum(), x, create_graph=True, materialize_grads=True)[0]
+
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": F.logsigmoid,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "softplus": F.softplus,
+    "softplus with options": lambda x: F.softplus(x, beta=2.0, threshold=1.0),
+    "elu": lambda x: F.elu(x, alpha=0.7),
+    "elu in place": lambda x: F.elu(1.0 * x, alpha=0.7, inplace=True),
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, alpha=0.5),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "hardtanh": F.hardtanh,
+    "softsign": F.softsign,
+    "exp": torch.exp,
+    "erf": torch.erf,
+    "atan": torch.atan,
+    "square": torch.square,
+    "quotient": lambda x: x / (1 + x * x),
+    "root": lambda x: torch.sqrt(1 + x * x),
+    "log": lambda x: torch.log(1 + x * x),
+}
+
+
+RULES = ("constant", "gain-ratio", "delayed")
+
+
+def fit(dtype=torch.float64, seed=0):
+    """A small regression: parameters and closure."""
+    model = mlp(2, 6, 1, seed=seed, dtype=dtype)
+    x, y = rand(12, 2, seed=1), rand(12, 1, seed=2)
+    x, y = x.to(dtype), (torch.sin(3 * x[:, :1]) + y).to(dtype)
+    return list(model.parameters()), lambda: F.mse_loss(model(x), y)
+
+
+class Uphill:
+    """A closure whose loss is 1/2 ||w||^2 at the start and larger by a jump anywhere else."""
+
+    def __init__(self, jump=100.0):
+        self.w = rand(5).requires_grad_()
+        self.start, self.jump, self.calls = self.w.detach().clone(), jump, 0
+
+    def __call__(self):
+        self.calls += 1
+        moved = not torch.equal(self.w.detach(), self.start)
+        return torch.cat([self.w, torch.tensor([self.jump if moved else 0.0], dtype=self.w.dtype)])

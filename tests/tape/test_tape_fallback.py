@@ -1,0 +1,157 @@
+"""Operations without a rule: the double-backward form, announced once by name."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    SOLVERS,
+    TIGHT,
+    agreement,
+    damping_of,
+    jacobian_agreement,
+    mlp,
+    perturb,
+    rand,
+    relative,
+)
+
+import pgdfast
+from pgdfast import reference
+from pgdfast.linear import Linearizer, linearization
+
+
+class Cube(torch.autograd.Function):
+    """A user's own operation, twice differentiable."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+KERNEL = rand(2, 1, 3, seed=3)
+X, Y = rand(6, 3, seed=1), rand(6, 4, seed=2)
+OPERATIONS = {  # name on the tape: a function of the network's outputs (6, 4)
+    "ConvolutionBackward0": lambda z: F.conv1d(z[:, None], KERNEL),
+    "CumsumBackward0": lambda z: z.cumsum(0),
+    "CubeBackward": Cube.apply,
+    "RollBackward0": lambda z: z.roll(1, 0) * z,
+    "LogsumexpBackward0": lambda z: z.logsumexp(1),
+    "ProdBackward1": lambda z: z.prod(1),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_announced(monkeypatch):
+    monkeypatch.setattr(linearization, "_announced", set())
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_fallback_agrees_with_the_reference(name):
+    model = mlp(3, 5, 4)
+    params = list(model.parameters())
+    linearizer = Linearizer(params)
+    for visit in range(2):
+        assert (
+            jacobian_agreement(linearizer, lambda: OPERATIONS[name](model(X)), params, seed=visit)
+            < 1e-12
+        )
+        perturb(params, seed=visit)
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda z: F.mse_loss(z, Y),
+        lambda z: F.mse_loss(z, z.detach().roll(1, 1) * z),
+        lambda z: F.cross_entropy(z, torch.tensor([0, 1, 2, -100, 3, 1])),
+        lambda z: F.binary_cross_entropy_with_logits(z, Y.sigmoid()),
+        lambda z: (Y.abs() * z.square()).mean() / 7,
+        lambda z: (z - Y, z[:, 0]),
+    ],
+)
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_fallback_of_every_form(form, penalty):
+    model = mlp(3, 5, 4)
+    params = list(model.parameters())
+
+    def closure():
+        result = form(model(X).cumsum(0))
+        if isinstance(result, tuple):
+            return (*result, penalty**0.5 * params[0])
+        return result + 0.5 * penalty * params[0].square().sum() if penalty else result
+
+    assert agreement(Linearizer(params), closure, params) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_fallback_under_every_solver(solver):
+    model = mlp(3, 5, 4)
+    params = list(model.parameters())
+    closure = lambda: F.mse_loss(model(X).cumsum(0), Y)  # noqa: E731
+    lin, ref = pgdfast.linearize(closure, params), reference.linearize(closure, params)
+    mu = damping_of(ref)
+    step = pgdfast.solve(lin, mu, solver=solver, cg=TIGHT).step
+    assert relative(step, reference.solve(ref, mu).step) < 1e-9
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_fallback_is_announced_once_by_name(name):
+    model = mlp(3, 5, 4)
+    params = list(model.parameters())
+    with pytest.warns(UserWarning, match=f"no tape rule for {name}.* double-backward") as caught:
+        pgdfast.linearize(lambda: OPERATIONS[name](model(X)), params)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pgdfast.linearize(lambda: 2 * OPERATIONS[name](model(X)), params)
+        optimizer = pgdfast.LM(params)
+        for _ in range(2):
+            optimizer.step(lambda: OPERATIONS[name](model(X)))
+
+
+def test_step_announces_at_the_line_of_the_call():
+    model = mlp(3, 5, 4)
+    with pytest.warns(UserWarning, match="CumsumBackward0") as caught:
+        pgdfast.LM(model.parameters()).step(lambda: model(X).cumsum(0))
+    assert caught[0].filename == __file__
+
+
+def test_operation_that_no_parameter_reaches_needs_no_rule():
+    model = mlp(3, 5, 4)
+    x = X.clone().requires_grad_()
+    params = list(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (
+            jacobian_agreement(Linearizer(params), lambda: model(X) * x.cumsum(0).sum(), params)
+            < 1e-12
+        )
+
+
+def test_operation_that_only_forward_can_differentiate_says_so():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g
+
+    w = rand(3).requires_grad_()
+    with pytest.warns(UserWarning, match="OnceBackward"):
+        lin = pgdfast.linearize(lambda: Once.apply(w), [w])
+    assert relative(lin.vjp(torch.ones(3)), 2 * torch.ones(3)) < 1e-15
+    assert relative(lin.dense(), 2 * torch.eye(3)) < 1e-15
