@@ -16,6 +16,10 @@ class Fast:
         self._name = backend
         self._linearizer = None
 
+    def __reduce__(self):
+        """Copies start without plans, which belong to the original's parameters."""
+        return Fast, (self._name,)
+
     def linearize(self, closure, params: list[torch.Tensor]):
         """Linearise, keeping plans while the parameters stay the same tensors."""
         current = self._linearizer

@@ -37,7 +37,7 @@ class LM(torch.optim.Optimizer):
         scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
         cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
     ):
-        _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, rcond, ensemble)
+        _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._rule = globalize.damping_rule(damping_rule)
         self._search = globalize.line_search(line_search)
         self._backend = choose_backend(backend)
@@ -45,6 +45,11 @@ class LM(torch.optim.Optimizer):
         self._damping, self._scaling, self._solver = damping, scaling, solver
         self._cg, self._rcond = cg or CG(), rcond
         self.report: Report | None = None
+
+    def __getstate__(self) -> dict:
+        """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
+        own = ("_rule", "_search", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor:
@@ -58,7 +63,7 @@ class LM(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
         params, rates, decays = self._trainable()
-        memory = self._memory(params)
+        memory = self._memory()
         start = perf_counter()
         lin = self._backend.linearize(closure, params)
         loss = float(lin.loss)
@@ -75,16 +80,18 @@ class LM(torch.optim.Optimizer):
 
     def _descend(self, closure, lin, move, decays, memory, report) -> None:
         """Try dampings until one gives a step that is kept."""
-        mu = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
+        mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale = self._scale(lin, move.params)
         trying = self._rule.tries or self._search is not None
         if trying or any(decays):
             move.save()
+        failures = 0
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
                 solution = self._solve(lin, mu, scale, report)
                 report.damping = mu
                 if not solution.usable:
+                    failures += 1
                     report.status = "failed"
                     mu = self._rule.invalid(mu, _curvature(lin, solution))
                 elif not trying:
@@ -94,17 +101,19 @@ class LM(torch.optim.Optimizer):
                 elif self._try(closure, lin, move, solution, report):
                     mu = self._rule.accepted(mu, report.gain_ratio)
                     break
+                elif report.status == "stalled" or not self._rule.tries:
+                    break
                 else:
                     lin.parameters_unchanged()
-                    if report.status == "stalled" or not self._rule.tries:
-                        break
                     mu = self._rule.rejected(mu, report.gain_ratio, _curvature(lin, solution))
+            else:
+                mu = self._rule.exhausted(start)
         except BaseException:
             move.undo()
             raise
-        if report.status == "accepted":
+        if move.moved:
             move.decay(decays)
-        report.advice = report.advice or _advice(report, solution)
+        report.advice = _advice(report, solution, failures)
         if self._rule.tries:
             memory["damping"] = report.next_damping = mu
         else:
@@ -138,18 +147,18 @@ class LM(torch.optim.Optimizer):
             t, after = 1.0, evaluate(1.0)
         predicted = reduction(t or 1.0)
         report.predicted_reduction = predicted
-        rounding = 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
-        stalled = predicted <= rounding
-        kept = t is not None and math.isfinite(after) and (after < loss or (stalled and after <= loss))
-        if stalled:   # at rounding level the ratio says nothing
-            report.gain_ratio = None
-        else:
+        # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
+        # climb. Later attempts are small because mu rose: they must descend.
+        stalled = report.attempts == 1 and predicted <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
+        kept = t is not None and (after < loss or (stalled and after == loss))
+        if predicted > 0 and not stalled:
             report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf
-        if kept:
-            report.status, report.loss_after = "accepted", after
         else:
+            report.gain_ratio = None if stalled else -math.inf
+        report.loss_after = after if kept else loss
+        report.status = "stalled" if stalled else "accepted" if kept else "rejected"
+        if not kept:
             move.undo()
-            report.status, report.loss_after = ("stalled" if stalled else "rejected"), loss
         report.seconds["trial"] += perf_counter() - start
         return kept
 
@@ -167,9 +176,10 @@ class LM(torch.optim.Optimizer):
             raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
         return params, rates, decays
 
-    def _memory(self, params) -> dict:
+    def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
-        memory = self.state[self.param_groups[0]["params"][0]]
+        first = next(p for group in self.param_groups for p in group["params"])
+        memory = self.state[first]
         if "step" not in memory:
             adaptive = self._rule.tries
             memory.update(step=0, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
@@ -228,7 +238,7 @@ def _curvature(lin, solution) -> float:
     return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
 
 
-def _advice(report, solution) -> str:
+def _advice(report, solution, failures: int) -> str:
     if report.status == "stalled":
         return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
     if report.status == "rejected":
@@ -238,12 +248,12 @@ def _advice(report, solution) -> str:
         )
     if report.status == "failed" or solution.status != "solved":
         return solution.advice
-    if report.attempts > 1 and report.gain_ratio is None:
-        return f"the factorisation failed and the damping was raised to {report.damping:.3g} for this step"
+    if failures:
+        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
     return ""
 
 
-def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solver, rcond, ensemble) -> None:
+def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
     if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
         raise ValueError(f"pgdfast.LM: lr is {lr!r}; it must be a finite number that is not negative.")
     if callable(damping):
@@ -260,6 +270,8 @@ def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solve
         raise ValueError(f"pgdfast.LM: weight_decay is {weight_decay!r}; it must be a finite number that is not negative.")
     if solver not in SOLVERS:
         raise ValueError(f"pgdfast.LM: solver {solver!r} is not available; use one of {', '.join(SOLVERS)}.")
+    if cg is not None and not isinstance(cg, CG):
+        raise ValueError(f"pgdfast.LM: cg is {cg!r}; it must be pgdfast.CG(max_iterations=..., tolerance=...).")
     if not 0 < rcond < 1:
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
     for name, value in (("acceleration", acceleration), ("ensemble", ensemble)):

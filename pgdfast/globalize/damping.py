@@ -1,8 +1,8 @@
 """Damping rules: how mu follows the gain ratio rho = actual / predicted reduction.
 
-A rule is any object with `tries` (may it reject a step?), `accepted(mu, rho)`, `rejected(mu, rho, curvature)` and
-`invalid(mu, curvature)`, each returning the next mu, and `state_dict()` / `load_state_dict()`. `curvature` is the model's
-curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0.
+A rule is any object with `tries` (may it reject a step?), `accepted(mu, rho)`, `rejected(mu, rho, curvature)`,
+`invalid(mu, curvature)` and `exhausted(mu)`, each returning the next mu, and `state_dict()` / `load_state_dict()`.
+`curvature` is the model's curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Constant:
         """Ten times mu, for another factorisation of the same step."""
         return _raised(mu, 10.0, curvature)
 
+    def exhausted(self, mu: float) -> float:
+        """Unchanged."""
+        return mu
+
     def state_dict(self) -> dict:
         """Nothing to remember."""
         return {}
@@ -57,7 +61,8 @@ class GainRatio:
         self.nu = 2.0
         if rho is None:
             return mu
-        return max(mu * max(1 / 3, 1 - (2 * min(rho, 1.0) - 1) ** 3), SMALLEST) if mu > 0 else 0.0
+        factor = max(1 / 3, 1 - (2 * min(max(rho, 0.0), 1.0) - 1) ** 3)
+        return min(max(mu * factor, SMALLEST), LARGEST) if mu > 0 else 0.0
 
     def rejected(self, mu: float, rho: float, curvature: float) -> float:
         """Up by 2, 4, 8, ... in a row."""
@@ -68,6 +73,11 @@ class GainRatio:
     def invalid(self, mu: float, curvature: float) -> float:
         """As for a rejection."""
         return self.rejected(mu, 0.0, curvature)
+
+    def exhausted(self, mu: float) -> float:
+        """Ten times the mu that the step began with, nu = 2: a burst of rejections must not freeze the run."""
+        self.nu = 2.0
+        return min(10 * mu, LARGEST)
 
     def state_dict(self) -> dict:
         """The growth factor nu."""
@@ -95,6 +105,10 @@ class Delayed:
         """As for a rejection."""
         return self.rejected(mu, 0.0, curvature)
 
+    def exhausted(self, mu: float) -> float:
+        """Ten times the mu that the step began with: a burst of rejections must not freeze the run."""
+        return min(10 * mu, LARGEST)
+
     def state_dict(self) -> dict:
         """Nothing to remember."""
         return {}
@@ -104,7 +118,7 @@ class Delayed:
 
 
 RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed}
-_VERBS = ("tries", "accepted", "rejected", "invalid", "state_dict", "load_state_dict")
+_VERBS = ("tries", "accepted", "rejected", "invalid", "exhausted", "state_dict", "load_state_dict")
 
 
 def damping_rule(rule):

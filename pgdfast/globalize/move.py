@@ -10,7 +10,8 @@ from ..kernels import native
 class Move:
     """theta - t d for parameters theta and a flat direction d, with a copy of theta to return to.
 
-    params: tensors of P entries together. rates: per parameter, the learning rate that scales its part of d.
+    params: tensors of P entries together. rates: per parameter, the learning rate that scales its part of d. moved: are
+    the parameters away from theta?
     """
 
     def __init__(self, params: list[torch.Tensor], rates: list[float]):
@@ -18,7 +19,7 @@ class Move:
         self._sizes = [p.numel() for p in params]
         self._one_rate = rates[0] if all(rate == rates[0] for rate in rates) else None
         self._saved: list[torch.Tensor] | None = None
-        self._moved = False
+        self.moved = False
 
     @property
     def one_rate(self) -> float | None:
@@ -37,21 +38,21 @@ class Move:
 
     def to(self, direction: torch.Tensor, t: float = 1.0) -> None:
         """Go to theta - t (rates * d), from wherever an earlier trial went."""
-        if self._moved:
+        if self.moved:
             self.undo()
         if not native.subtract(self.params, [rate * t for rate in self.rates], direction):
             with torch.no_grad():
                 for p, part, rate in zip(self.params, direction.split(self._sizes), self.rates, strict=True):
                     p.add_(part.view(p.shape).to(p.dtype), alpha=-rate * t)
-        self._moved = True
+        self.moved = True
 
     @torch.no_grad()
     def undo(self) -> None:
         """Return to the saved parameters exactly."""
-        if self._moved:
+        if self.moved:
             for p, saved in zip(self.params, self._saved, strict=True):
                 p.copy_(saved)
-            self._moved = False
+            self.moved = False
 
     @torch.no_grad()
     def decay(self, coefficients: list[float]) -> None:

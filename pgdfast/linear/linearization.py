@@ -64,7 +64,8 @@ class Linearizer:
 
     def read(self, result) -> Linearization:
         """The linearisation of a closure's result."""
-        trace = self._tracer.trace(result)
+        with torch.no_grad():
+            trace = self._tracer.trace(result)
         if trace.residual.numel() and not math.isfinite(trace.loss.item()):
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {float(trace.loss)}; nothing was changed. Check the data and the "
@@ -123,7 +124,9 @@ class Linearization:
         if self.dtype == torch.float64 or self._plan is None:
             return self
         plan = self._plan.wide
-        return Linearization(self._trace, self.params, plan.kernels, plan, torch.float64)
+        wide = Linearization(self._trace, self.params, plan.kernels, plan, torch.float64)
+        wide._versions = self._versions
+        return wide
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""

@@ -86,6 +86,7 @@ def scalar_blocks(loss: Tensor, params: Sequence[Tensor]) -> list[Block]:
                 continue
             if output > 0:  # one of several results: no operation of a known form has these
                 raise ValueError(_unknown(below))
+            carried = carried.sum_to_size(below._input_metadata[output].shape)  # undo broadcasting, as autograd's engine does
             cotangents[below] = cotangents.get(below, 0.0) + carried
     return blocks
 

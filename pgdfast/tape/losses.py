@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .walk import Tape
+from .walk import Tape, describe
 
 RECOGNISED = (
     "Return the residual tensor (or a tuple of them), or use one of: F.mse_loss, a sum or mean of squares, "
@@ -27,6 +27,10 @@ class Squares:
     residual: torch.Tensor
     scale: float | torch.Tensor
     kind: str = "squares"
+
+    def signature(self) -> tuple:
+        """What decides the instructions that `apply` writes."""
+        return self.kind, self.edges, self.residual.shape, describe(self.scale) if type(self.scale) is not float else None
 
     def apply(self, op) -> None:
         """Write S^T, from outputs to residual, with the verbs of `op`."""
@@ -51,6 +55,10 @@ class Softmax:
     dim: int
     kind: str = "softmax"
 
+    def signature(self) -> tuple:
+        """What decides the instructions that `apply` writes."""
+        return self.kind, self.edges, describe(self.p), describe(self.root), self.dim
+
     def apply(self, op) -> None:
         """Write S^T, from outputs to residual, with the verbs of `op`."""
         shape = list(self.p.shape)
@@ -69,6 +77,10 @@ class Logistic:
     residual: torch.Tensor
     scale: torch.Tensor
     kind: str = "logistic"
+
+    def signature(self) -> tuple:
+        """What decides the instructions that `apply` writes."""
+        return self.kind, self.edges, describe(self.scale)
 
     def apply(self, op) -> None:
         """Write S^T, from outputs to residual, with the verbs of `op`."""

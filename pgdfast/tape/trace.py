@@ -39,8 +39,11 @@ class Trace:
 
 @dataclass(slots=True)
 class _Known:
+    """A program; which nodes of its tape have constants, with the inputs they need; the same for the loss's blocks."""
+
     program: Program
-    needs: list[tuple[bool, ...]]
+    with_constants: list[tuple[int, tuple[bool, ...]]]
+    block_needs: list[tuple[bool, ...]]
 
 
 class Tracer:
@@ -54,9 +57,8 @@ class Tracer:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, _Known] = {}
 
-    @torch.no_grad()
     def trace(self, result) -> Trace:
-        """Read what a closure returned.
+        """Read what a closure returned; to be called without gradients.
 
         result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those.
         Raises ValueError for results that cannot be linearised, each with what to do instead.
@@ -138,38 +140,40 @@ class Tracer:
         return torch.cat([part.to(self.dtype) for part in parts])
 
     def _program(self, tape: Tape, form: losses.Form) -> tuple[Program, list]:
-        work, key = [], [tape.structure.number]
+        number = tape.structure.number
+        work, key = [], [number]
         for position, node in tape.nodes.items():
             if position in form.consumed:
                 continue
             rule = rule_of(node)
-            values = [getattr(node, name) for name in rule.saved]
-            key.extend(map(describe, values))
+            values = rule.read(node)
+            if values:
+                key.extend(map(describe, values))
             work.append((position, rule, values))
         for block in form.blocks:
-            key.append((block.kind, block.edges, block.residual.shape, getattr(block, "dim", None)))
-            key.append(describe(block.scale) if isinstance(getattr(block, "scale", None), torch.Tensor) else None)
+            key.append(block.signature())
         key = tuple(key)
         try:
-            known = self._known.get(key) if tape.structure.number >= 0 else None
+            known = self._known.get(key) if number >= 0 else None
         except TypeError:   # a saved field that cannot be hashed, such as a list of index tensors
             known, key = None, None
-        if known is not None:
-            op = Refresh(self.dtype)
-            for (_, rule, values), needs in zip(work, known.needs, strict=False):
-                op.needs = needs
-                rule.apply(op, *values)
-            for block, needs in zip(form.blocks, known.needs[len(work) :], strict=True):
-                op.needs = needs
-                if any(needs):
-                    block.apply(op)
-            return known.program, op.constants
-        known, constants = self._record(tape, form, work)
-        if key is not None and tape.structure.number >= 0:
-            if len(self._known) >= _STRUCTURES_KEPT:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = known
-        return known.program, constants
+        if known is None:
+            known, constants = self._record(tape, form, work)
+            if key is not None and number >= 0:
+                if len(self._known) >= _STRUCTURES_KEPT:
+                    self._known.pop(next(iter(self._known)))
+                self._known[key] = known
+            return known.program, constants
+        op = Refresh(self.dtype)
+        for k, needs in known.with_constants:
+            _, rule, values = work[k]
+            op.needs = needs
+            rule.apply(op, *values)
+        for block, needs in zip(form.blocks, known.block_needs, strict=True):
+            op.needs = needs
+            if any(needs):
+                block.apply(op)
+        return known.program, op.constants
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[_Known, list]:
         program = Program(self.dtype)
@@ -179,14 +183,16 @@ class Tracer:
             if leaf >= 0:
                 slots[position, 0] = leaves[leaf]
         op = Record(program)
-        needs = []
-        for position, rule, values in work:
+        with_constants, block_needs = [], []
+        for k, (position, rule, values) in enumerate(work):
+            before = len(op.constants)
             inputs = [None if e is None else slots[e] for e in tape.edges[position]]
             op.start(inputs, tape.shapes[position])
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
-            needs.append(op.needs)
+            if len(op.constants) > before:
+                with_constants.append((k, op.needs))
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [None if e is None else slots[e] for e in block.edges]
@@ -195,8 +201,8 @@ class Tracer:
             op.bind_output(whole(program.add_buffer(RESIDUAL, shape.numel()), shape))
             if any(op.needs):
                 block.apply(op)
-            needs.append(op.needs)
-        return _Known(program, needs), op.constants
+            block_needs.append(op.needs)
+        return _Known(program, with_constants, block_needs), op.constants
 
 
 def _check_result(result, tensors) -> None:

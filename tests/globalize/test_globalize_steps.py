@@ -65,11 +65,12 @@ def test_rejections_raise_mu(rule, factors):
     assert report.status == "rejected" and torch.equal(closure.w, closure.start)
     assert closure.calls == 1 + report.trials == 1 + report.attempts
     growth = (
-        [2.0**k for k in range(1, report.attempts + 1)]
+        [2.0**k for k in range(1, report.attempts)]
         if rule == "gain-ratio"
-        else [2.0] * report.attempts
+        else [2.0] * (report.attempts - 1)
     )
-    assert report.next_damping == pytest.approx(math.prod(growth), rel=1e-12)
+    assert report.damping == pytest.approx(math.prod(growth), rel=1e-12)
+    assert report.next_damping == 10.0  # of the first attempt's mu: the burst must not freeze the run
     assert "no trial lowered the loss" in report.advice and factors == [int(g) for g in growth[:4]]
 
 
@@ -116,6 +117,9 @@ class Fixed:
         return 7 * mu
 
     invalid = rejected
+
+    def exhausted(self, mu):
+        return 10 * mu
 
     def state_dict(self):
         return {}
