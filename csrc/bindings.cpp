@@ -43,20 +43,22 @@ T* optional_pointer(py::handle object, index count, const char* name) {
 struct ConstantLayout {
   bool scalar;
   std::vector<index> sizes, strides;
+  Function function = Function::identity;
 };
 
 template <class T>
 class Plan {
  public:
-  Plan(const std::vector<std::pair<int, index>>& buffers, const py::list& instructions, const py::list& constants) {
+  Plan(const std::vector<std::pair<int, index>>& buffers, const py::list& instructions, const py::list& constants,
+       const std::vector<int>& functions) {
     auto& s = solver_.structure;
     for (const auto& [role, size] : buffers) s.buffers.push_back({static_cast<Role>(role), size});
     for (py::handle item : instructions) s.instructions.push_back(read_instruction(py::cast<py::tuple>(item)));
     for (py::handle item : constants) {
-      if (item.is_none()) layouts_.push_back({true, {}, {}});
+      if (item.is_none()) layouts_.push_back({true, {}, {}, {}});
       else {
         auto [sizes, strides] = py::cast<std::pair<std::vector<index>, std::vector<index>>>(item);
-        layouts_.push_back({false, sizes, strides});
+        layouts_.push_back({false, sizes, strides, static_cast<Function>(functions.at(layouts_.size()))});
       }
     }
     s.num_constants = int(layouts_.size());
@@ -81,10 +83,10 @@ class Plan {
       if (!t.device().is_cpu() || t.sizes() != at::IntArrayRef(layouts_[i].sizes) ||
           t.strides() != at::IntArrayRef(layouts_[i].strides))
         return false;
-      if (t.scalar_type() == scalar_type<T>)
+      if (t.scalar_type() == scalar_type<T> && layouts_[i].function == Function::identity)
         target = {t.const_data_ptr<T>(), T(0)};
-      else if (std::is_same_v<T, double> && t.scalar_type() == at::kFloat)
-        target = {widened(i, t), T(0)};
+      else if (t.scalar_type() == scalar_type<T> || t.scalar_type() == at::kFloat)
+        target = {evaluated(i, t), T(0)};
       else
         return false;
     }
@@ -172,14 +174,17 @@ class Plan {
   index arena_size() const { return solver_.structure.arena_size; }
 
  private:
-  // A float constant for a double plan: the memory it spans, converted, under the same strides.
-  const T* widened(std::size_t i, const at::Tensor& t) {
+  // A function of a constant, or a float constant for a double plan: over the memory it spans, under the same strides.
+  const T* evaluated(std::size_t i, const at::Tensor& t) {
     index span = t.numel() > 0;
     for (std::int64_t d = 0; span && d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
-    wide_.resize(layouts_.size());
-    const float* from = t.const_data_ptr<float>();
-    wide_[i].assign(from, from + span);
-    return wide_[i].data();
+    own_.resize(layouts_.size());
+    if (index(own_[i].size()) < span) own_[i].resize(std::size_t(span));
+    if (t.scalar_type() == scalar_type<T>)
+      simd<T>().evaluate(layouts_[i].function, span, t.const_data_ptr<T>(), own_[i].data());
+    else
+      simd<T>().evaluate_float(layouts_[i].function, span, t.const_data_ptr<float>(), own_[i].data());
+    return own_[i].data();
   }
   template <class F>
   py::tuple solved(F&& run) {
@@ -224,7 +229,7 @@ class Plan {
 
   Solver<T> solver_;
   std::vector<ConstantLayout> layouts_;
-  std::vector<std::vector<T>> wide_;
+  std::vector<std::vector<T>> own_;
 };
 
 std::vector<at::Tensor> unpack(const py::list& tensors) {
@@ -267,8 +272,9 @@ template <class T>
 void bind_plan(py::module_& m, const char* name) {
   using P = Plan<T>;
   py::class_<P>(m, name)
-      .def(py::init<const std::vector<std::pair<int, index>>&, const py::list&, const py::list&>(), py::arg("buffers"),
-           py::arg("instructions"), py::arg("constants"))
+      .def(py::init<const std::vector<std::pair<int, index>>&, const py::list&, const py::list&,
+                    const std::vector<int>&>(),
+           py::arg("buffers"), py::arg("instructions"), py::arg("constants"), py::arg("functions"))
       .def("bind", &P::bind)
       .def("set_rows", &P::set_rows)
       .def("jvp", &P::jvp)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 
 from . import kernels, reference
@@ -23,15 +25,13 @@ class Fast:
     def linearize(self, closure, params: list[torch.Tensor]):
         """Linearise, keeping plans while the parameters stay the same tensors."""
         current = self._linearizer
-        if current is None or len(current.params) != len(params) or any(
-            a is not b for a, b in zip(current.params, params, strict=True)
-        ):
+        if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
             self._linearizer = current = Linearizer(params, self._name)
         return current(closure)
 
-    def solve(self, linearization, damping, *, scale, solver, cg, rcond) -> Solution:
+    def solve(self, linearization, damping, *, scale, solver, cg, rcond, wide) -> Solution:
         """One damped solve."""
-        return solve(linearization, damping, scale=scale, solver=solver, cg=cg, rcond=rcond)
+        return solve(linearization, damping, scale=scale, solver=solver, cg=cg, rcond=rcond, wide=wide)
 
 
 class Reference:
@@ -41,8 +41,8 @@ class Reference:
         """An explicit Jacobian."""
         return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
 
-    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond) -> Solution:
-        """The reference's solution in the fast path's terms."""
+    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, wide) -> Solution:
+        """The reference's solution in the fast path's terms; always float64."""
         lin = linearization.reference
         found = reference.solve(
             lin, damping, scale=None if scale is None else scale.double(), solver=solver,

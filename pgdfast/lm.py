@@ -51,7 +51,6 @@ class LM(torch.optim.Optimizer):
         own = ("_rule", "_search", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
-    @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor:
         """Take one step and return the loss before it, a 0-dim tensor.
 
@@ -88,7 +87,7 @@ class LM(torch.optim.Optimizer):
         failures = 0
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
-                solution = self._solve(lin, mu, scale, report)
+                solution = self._solve(lin, mu, scale, memory, report)
                 report.damping = mu
                 if not solution.usable:
                     failures += 1
@@ -119,11 +118,12 @@ class LM(torch.optim.Optimizer):
         else:
             report.next_damping = report.damping
 
-    def _solve(self, lin, mu, scale, report):
+    def _solve(self, lin, mu, scale, memory, report):
         start = perf_counter()
         solution = self._backend.solve(
-            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond
+            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond, wide=memory["wide"]
         )
+        memory["wide"] = solution.wide
         report.seconds["solve"] += perf_counter() - start
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
         report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
@@ -182,7 +182,7 @@ class LM(torch.optim.Optimizer):
         memory = self.state[first]
         if "step" not in memory:
             adaptive = self._rule.tries
-            memory.update(step=0, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
+            memory.update(step=0, wide=False, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
         self._rule.load_state_dict(memory["rule"])
         return memory
 

@@ -136,6 +136,12 @@ void product(const Factor<T>& f, index i0, index rows, index section_i, const Fa
              index section_j, index arena_size, T* out) {
   const T* a = f.data + i0 * f.row + (f.by_section ? section_i * arena_size : 0);
   const T* b = g.data + j0 * g.row + (g.by_section ? section_j * arena_size : 0);
+  if (f.size <= 2) {   // coordinates of a first layer: cheaper than a call of the BLAS
+    for (index i = 0; i < rows; ++i)
+      for (index k = 0; k < f.size; ++k)
+        simd<T>().muladd(cols, a[i * f.row + k * f.column], nullptr, 0, b + k * g.column, g.row, out + i * cols, 1, k == 0);
+    return;
+  }
   gemm<T>(rows, cols, f.size, T(1), a, f.row, f.column, b, g.column, g.row, T(0), out, cols, 1);
 }
 

@@ -5,8 +5,14 @@
 
 namespace pgdfast {
 
+// What becomes of a constant c when it is bound; FUNCTIONS in pgdfast/tape/program.py.
+enum class Function : int { identity = 0, one_minus_square = 1, minus_square = 2 };
+
 template <class T>
 struct Simd {
+  // y = function(x); x may be narrower than y.
+  void (*evaluate)(Function function, index n, const T* x, T* y);
+  void (*evaluate_float)(Function function, index n, const float* x, T* y);
   // y[i*iy] (+)= alpha * c[i*ic] * x[i*ix], i < n; c may be null. iy == 0 reduces into y[0] (never overwrites).
   void (*muladd)(index n, T alpha, const T* c, index ic, const T* x, index ix, T* y, index iy, bool overwrite);
   // sum_i x[i] * y[i], accumulated in double.

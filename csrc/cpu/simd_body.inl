@@ -72,6 +72,20 @@ void muladd(index n, T alpha, const T* c, index ic, const T* x, index ix, T* y, 
   }
 }
 
+template <class T, class S>
+void evaluate(Function function, index n, const S* x, T* y) {
+  if (function == Function::one_minus_square) {
+#pragma omp simd
+    for (index i = 0; i < n; ++i) y[i] = T(1) - T(x[i]) * T(x[i]);
+  } else if (function == Function::minus_square) {
+#pragma omp simd
+    for (index i = 0; i < n; ++i) y[i] = T(x[i]) - T(x[i]) * T(x[i]);
+  } else {
+#pragma omp simd
+    for (index i = 0; i < n; ++i) y[i] = T(x[i]);
+  }
+}
+
 template <class T>
 double dot(index n, const T* x, const T* y) {
   double sum = 0;
@@ -98,7 +112,7 @@ void hadamard(index rows, index cols, T weight, const T* s, const T* t, index ld
 
 template <class T>
 const Simd<T>* make_table() {
-  static const Simd<T> table = {muladd<T>, dot<T>, axpby<T>, hadamard<T>};
+  static const Simd<T> table = {evaluate<T, T>, evaluate<T, float>, muladd<T>, dot<T>, axpby<T>, hadamard<T>};
   return &table;
 }
 

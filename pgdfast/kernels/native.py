@@ -50,7 +50,7 @@ class Kernels:
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
-        self._plan = plan(program.buffers, [op.as_tuple() for op in program.instructions], program.layouts)
+        self._plan = plan(program.buffers, [op.as_tuple() for op in program.instructions], program.layouts, program.function_numbers())
         self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 LIMITS = "real floating-point tensors"
+_FUNCTIONS = {"c": lambda c: c, "1 - c^2": lambda c: 1 - c * c, "c - c^2": lambda c: c - c * c}
 _CHUNK = 64   # Jacobian rows per batched sweep
 
 
@@ -36,7 +37,8 @@ class Kernels:
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
         self._constants = [
-            _widened(c, self.dtype) if isinstance(c, torch.Tensor) and c.dtype != self.dtype else c for c in constants
+            _prepared(c, self.dtype, function) if isinstance(c, torch.Tensor) else c
+            for c, function in zip(constants, self._program.functions, strict=True)
         ]
 
     def set_rows(self, rows) -> None:
@@ -107,10 +109,13 @@ def _window(buffer: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
     return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *strides), buffer.storage_offset() + offset)
 
 
-def _widened(c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`c` in another dtype under the same strides, which Tensor.to keeps for dense tensors only."""
+def _prepared(c: torch.Tensor, dtype: torch.dtype, function: str) -> torch.Tensor:
+    """function(c) in `dtype` under the strides of c, which operators keep for dense tensors only."""
+    if c.dtype == dtype and function == "c":
+        return c
     span = 1 + sum((n - 1) * s for n, s in zip(c.shape, c.stride(), strict=True)) if c.numel() else 0
-    return c.as_strided((span,), (1,), c.storage_offset()).to(dtype).as_strided(c.shape, c.stride(), 0)
+    flat = c.detach().as_strided((span,), (1,), c.storage_offset()).to(dtype)
+    return _FUNCTIONS[function](flat).as_strided(c.shape, c.stride(), 0)
 
 
 def _constant(c: torch.Tensor, shape, strides) -> torch.Tensor:

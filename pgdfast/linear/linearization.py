@@ -58,6 +58,8 @@ class Linearizer:
 
     def __call__(self, closure) -> Linearization:
         """Run the closure once and read its tape."""
+        if torch.is_grad_enabled():
+            return self.read(closure())
         with torch.enable_grad():
             result = closure()
         return self.read(result)
@@ -107,14 +109,18 @@ class Linearization:
         self.residual = trace.residual if dtype is None else trace.residual.to(dtype)
         self.params = params
         self.num_residuals = trace.residual.numel()
-        self.num_parameters = sum(p.numel() for p in params)
+        self.num_parameters = operator.num_parameters
         self.dtype = self.residual.dtype
         self.device = params[0].device
         self.penalties = trace.penalties
         self._operator, self._plan, self._constants = operator, plan, trace.constants
         self._trace = trace
-        self.has_squares_only = all(block.kind == "squares" for block in trace.blocks)
         self.parameters_unchanged()
+
+    @property
+    def has_squares_only(self) -> bool:
+        """True without cross-entropies."""
+        return all(block.kind == "squares" for block in self._trace.blocks)
 
     def widened(self) -> Linearization:
         """The same linearisation with products in float64, or itself where that is not to be had.

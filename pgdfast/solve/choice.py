@@ -24,11 +24,15 @@ _NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
 _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
 
 
-def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8):
+def solve(
+    linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
+    wide: bool = False,
+) -> Solution:
     """Solve (mu D + J^T J) delta = J^T r at a linearisation.
 
     damping: mu >= 0; 0 is Gauss-Newton, the pseudo-inverse cut at rcond. scale: (P,) positive diagonal D, or None for the
-    identity. solver: one of SOLVERS. cg: options of CG. Returns a Solution; its step is subtracted from the parameters.
+    identity. solver: one of SOLVERS. cg: options of CG. wide: for a float32 problem, sum in float64 at once instead of when
+    float32 turns out too narrow. Returns a Solution; its step is subtracted from the parameters.
     Raises ValueError for a negative or non-finite damping, a scale of the wrong shape and an unknown solver.
     """
     if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
@@ -46,7 +50,7 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
     problem = Problem.of(lin, float(damping), scale)
     options = cg or CG()
     name, reason = choose(problem, solver, options)
-    found = _run(name, problem, options, rcond)
+    found, wide = _run(name, problem, options, rcond, wide)
     step, status, iterations, residual_norm, gain, square, _ = found
     damped = problem.damped(step, square)
     step = step.to(lin.dtype)
@@ -55,23 +59,25 @@ def solve(linearization, damping: float, *, scale=None, solver: str = "auto", cg
     if name != "cg":
         residual_norm = None
     return Solution(
-        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm
+        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide
     )
 
 
-def _run(name: str, problem: Problem, options: CG, rcond: float) -> Found:
-    """Run a solver, in float64 where float32 could not give four digits and the problem is small."""
+def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> tuple[Found, bool]:
+    """Run a solver, in float64 where float32 could not give four digits and the problem is small; was that needed?"""
     lin = problem.linearization
     small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
     if name == "cg":
-        return run_cg(problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem, options)
+        return run_cg(problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem, options), False
     if name == "eigh":
-        return dense.eigh(problem.widened() if small else problem, rcond)
+        return dense.eigh(problem.widened() if small else problem, rcond), False
     run = dense.dual if name == "dual" else dense.primal
-    found = run(problem)
-    if small and (found.trace > _NARROW_CONDITION or found.status != "solved"):
-        found = run(problem.widened())
-    return found
+    if not (small and wide):
+        found = run(problem)
+        if not small or (found.trace <= _NARROW_CONDITION and found.status == "solved"):
+            return found, False
+    found = run(problem.widened())
+    return found, found.trace > _NARROW_CONDITION
 
 
 def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:

@@ -35,6 +35,7 @@ class Solution:
     linearization: object = field(repr=False, default=None)
     damping_diagonal: object = field(repr=False, default=None)
     known_residual_norm: float | None = None
+    wide: bool = False                  # a float32 problem needed float64 sums
 
     @property
     def usable(self) -> bool:

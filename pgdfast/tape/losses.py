@@ -142,7 +142,9 @@ class _Reader:
                 raise UnrecognisedLoss(f"its operation {name} leads to no sum of squares and no cross-entropy")
             self.form.consumed.add(position)
             node, edges = self.tape.nodes[position], self.tape.edges[position]
-            stack.extend(reversed(list(reader(self, position, node, edges, weight))))
+            following = reader(self, position, node, edges, weight)
+            if following:
+                stack.extend(reversed(following))
         for position, q in self.log_softmax.items():
             self._softmax_block(position, q)
         return self.form
@@ -279,15 +281,15 @@ class _Reader:
         return self.pull(position, node, edges, weight)
 
     def mse(self, position, node, edges, weight):
-        a, b = node._saved_self.detach(), node._saved_target.detach()
+        a, b = node._saved_self, node._saved_target
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
         scale = _root_of(weight)
         if edges[0] is None:
-            self.form.blocks.append(Squares((edges[1],), (b - a) * scale, scale))
+            self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale))
         else:
             kept = edges if edges[1] is not None else edges[:1]
-            self.form.blocks.append(Squares(kept, (a - b) * scale, scale))
+            self.form.blocks.append(Squares(kept, (a - b).mul_(scale), scale))
         return ()
 
     def negative_log_likelihood(self, position, node, edges, weight):

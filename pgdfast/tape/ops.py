@@ -37,8 +37,11 @@ class Refresh:
     def add(self, i, alpha=1.0, out=0, where=None):
         """out[where] += alpha * in_i, broadcast; alpha belongs to the structure."""
 
-    def scale(self, i, c, out=0, where=None):
-        """out[where] += c * in_i, broadcast; c is a number or a tensor and may change from step to step."""
+    def scale(self, i, c, out=0, where=None, function="c"):
+        """out[where] += function(c) * in_i, broadcast; c is a number or a tensor and may change from step to step.
+
+        The functions of FUNCTIONS are evaluated by the kernels, cheaper than by operators here.
+        """
         if isinstance(c, torch.Tensor):
             self.constants.append(c if c.dtype is self.dtype else c.to(self.dtype))
         else:
@@ -123,6 +126,7 @@ class Record:
         c = self.constants[-1]
         layout = (tuple(c.shape), c.stride()) if isinstance(c, torch.Tensor) else None
         self.program.layouts.append(layout)
+        self.program.functions.append("c")
         return len(self.constants) - 1
 
     def _muladd(self, y: Slot, x: Slot, constant: int, alpha: float, shape) -> None:
@@ -146,8 +150,9 @@ class Record:
         y = y if where is None else Slot(y.buffer, where(y.view))
         self._muladd(y, self._input(i), -1, float(alpha), y.view.shape)
 
-    def scale(self, i, c, out=0, where=None):
+    def scale(self, i, c, out=0, where=None, function="c"):
         constant = self._constant(self._collect.scale, i, c)
+        self.program.functions[-1] = function
         y = self.output(out)
         y = y if where is None else Slot(y.buffer, where(y.view))
         self._muladd(y, self._input(i), constant, 1.0, y.view.shape)

@@ -18,6 +18,8 @@ import torch
 PARAMETER, RESIDUAL, WORKSPACE = 0, 1, 2
 MULADD, MATMUL = 0, 1
 MAX_DIMS = 6
+# What the kernels make of a constant c when it is bound; numbered as in csrc/cpu/simd.h.
+FUNCTIONS = ("c", "1 - c^2", "c - c^2")
 
 
 class UnsupportedStructure(Exception):
@@ -52,18 +54,23 @@ class Instruction:
 
 @dataclass(slots=True)
 class Program:
-    """Buffers (role, elements), instructions in forward order, and the layouts that constants must have."""
+    """Buffers (role, elements), instructions in forward order, and the layouts and functions of constants."""
 
     dtype: torch.dtype
     buffers: list[tuple[int, int]] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     layouts: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = field(default_factory=list)
+    functions: list[str] = field(default_factory=list)   # of each constant: a key of FUNCTIONS
     residual_shapes: list[torch.Size] = field(default_factory=list)
 
     def add_buffer(self, role: int, size: int) -> int:
         """Append a buffer and return its number."""
         self.buffers.append((role, size))
         return len(self.buffers) - 1
+
+    def function_numbers(self) -> list[int]:
+        """The constants' functions as the native plan numbers them."""
+        return [FUNCTIONS.index(name) for name in self.functions]
 
     def sizes(self, role: int) -> list[int]:
         """Element counts of all buffers with this role, in order."""

@@ -133,22 +133,20 @@ class Tracer:
 
     def _residual(self, form: losses.Form, like: torch.Tensor) -> torch.Tensor:
         parts = [block.residual.reshape(-1) for block in form.blocks]
-        if len(parts) == 1:
-            return parts[0].to(self.dtype).contiguous()
+        if len(parts) == 1:   # a reshaped view or copy: contiguous unless it was one strided dimension
+            part = parts[0] if parts[0].dtype is self.dtype else parts[0].to(self.dtype)
+            return part.contiguous()
         if not parts:
             return torch.empty(0, dtype=self.dtype, device=like.device)
         return torch.cat([part.to(self.dtype) for part in parts])
 
     def _program(self, tape: Tape, form: losses.Form) -> tuple[Program, list]:
-        number = tape.structure.number
+        number, nodes = tape.structure.number, tape.nodes
         work, key = [], [number]
-        for position, node in tape.nodes.items():
-            if position in form.consumed:
-                continue
-            rule = rule_of(node)
-            values = rule.read(node)
-            if values:
-                key.extend(map(describe, values))
+        for position, rule in self._rules(tape, form):
+            values = rule.read(nodes[position])
+            for value in values:
+                key.append(describe(value))
             work.append((position, rule, values))
         for block in form.blocks:
             key.append(block.signature())
@@ -174,6 +172,16 @@ class Tracer:
             if any(needs):
                 block.apply(op)
         return known.program, op.constants
+
+    @staticmethod
+    def _rules(tape: Tape, form: losses.Form) -> list:
+        """(position, rule) of every active node below the loss, found once per structure."""
+        consumed = frozenset(form.consumed)
+        rules = tape.structure.rules.get(consumed)
+        if rules is None:
+            rules = [(position, rule_of(node)) for position, node in tape.nodes.items() if position not in consumed]
+            tape.structure.rules[consumed] = rules
+        return rules
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[_Known, list]:
         program = Program(self.dtype)

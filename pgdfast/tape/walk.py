@@ -44,6 +44,7 @@ class Structure:
             self.leaf.append(number)
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
+        self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
 
 

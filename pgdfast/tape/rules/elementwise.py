@@ -29,10 +29,8 @@ def _leaky(slope: float, x: torch.Tensor) -> torch.Tensor:
     return torch.full_like(x, slope).masked_fill_(x > 0, 1.0)
 
 
-_unary("TanhBackward0", "result", lambda y: torch.rsub(y * y, 1))
 _unary("ReluBackward0", "result", _relu_like)
 _unary("GeluBackward0", "approximate self", _gelu_derivative)
-_unary("SigmoidBackward0", "result", lambda y: y - y * y)
 _unary("SinBackward0", "self", torch.cos)
 _unary("CosBackward0", "self", lambda x: -torch.sin(x))
 _unary("TanBackward0", "result", lambda y: 1 + y * y)
@@ -56,6 +54,16 @@ _unary("ClampMinBackward0", "min self", lambda low, x: (x >= low).to(x.dtype))
 _unary("ClampMaxBackward0", "max self", lambda high, x: (x <= high).to(x.dtype))
 _unary("MaskedFillBackward0", "mask", lambda mask: ~mask)
 _unary("SgnBackward0", "", lambda: 0.0)
+
+
+@rule("TanhBackward0", saved="result")
+def tanh(op, y):
+    op.scale(0, y, function="1 - c^2")
+
+
+@rule("SigmoidBackward0", saved="result")
+def sigmoid(op, y):
+    op.scale(0, y, function="c - c^2")
 
 
 @rule("SiluBackward0", saved="self")
@@ -244,7 +252,7 @@ def minimum(op, other, self):
 def tanh_backward(op, grad, y):
     """f(g, y) = g (1 - y^2)."""
     if op.needs[0]:
-        op.scale(0, 1 - y * y)
+        op.scale(0, y, function="1 - c^2")
     if op.needs[1]:
         op.scale(1, -2 * grad * y)
 
@@ -253,7 +261,7 @@ def tanh_backward(op, grad, y):
 def sigmoid_backward(op, grad, y):
     """f(g, y) = g y (1 - y)."""
     if op.needs[0]:
-        op.scale(0, y - y * y)
+        op.scale(0, y, function="c - c^2")
     if op.needs[1]:
         op.scale(1, grad * (1 - 2 * y))
 
