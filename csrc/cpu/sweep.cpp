@@ -112,7 +112,7 @@ template <class T>
 void adjoint(const Bound<T>& program, const Memory<T>& memory, Part part) {
   const Structure& s = *program.structure;
   clear(s, s.zero_adjoint, memory, part);
-  BlasThreads threads(threads_for(s.flops / double(s.instructions.size() + 1)));
+  BlasThreads threads(threads_for(s.largest));
   for (std::size_t i = s.instructions.size(); i-- > 0;) {
     const Instruction& op = s.instructions[i];
     const Buffer& x = s.buffers[std::size_t(op.x)];
@@ -135,7 +135,7 @@ void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
   const Structure& s = *program.structure;
   const Memory<T> memory{const_cast<T*>(v), u, arena};   // parameters are only read in this direction
   clear(s, s.zero_forward, memory, Part::inner);
-  BlasThreads threads(threads_for(s.flops / double(s.instructions.size() + 1)));
+  BlasThreads threads(threads_for(s.largest));
   for (const Instruction& op : s.instructions) {
     const T* from = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
     T* to = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;

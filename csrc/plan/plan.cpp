@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <algorithm>
+
 namespace pgdfast {
 namespace {
 
@@ -64,9 +66,10 @@ void Structure::finalize() {
   std::vector<char> written(count, 0), read(count, 0);
   zero_forward.assign(count, 0);
   zero_adjoint.assign(count, 0);
-  flops = 0;
+  flops = largest = 0;
   for (Instruction& op : instructions) {
     flops += flops_of(op);
+    largest = std::max(largest, flops_of(op));
     if (!written[op.y]) {
       op.overwrite_y = covers_y(op, buffers[op.y].size);
       zero_forward[op.y] = !op.overwrite_y;

@@ -107,7 +107,7 @@ struct Structure {
   int num_parameter_buffers = 0;
   int num_constants = 0;
   std::vector<char> zero_forward, zero_adjoint;   // buffers to clear before a sweep
-  double flops = 0;                               // of one sweep
+  double flops = 0, largest = 0;                  // operations of one sweep, and of its largest instruction
 
   // Lays out the arena and finds which writes may overwrite. Call once after filling the lists.
   void finalize();
