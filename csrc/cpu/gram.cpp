@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "../plan/blas.h"
 #include "simd.h"
 
@@ -154,28 +158,23 @@ void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights
   if (i0 >= i1 || j0 >= j1) return;
   const index rows = i1 - i0, cols = j1 - j0;
   const T weight = weights[p.parameter];
-  const T bias = p.companion >= 0 ? weights[p.companion] / weight : T(0);
   // A bias added to the same result contributes Y Y'^T: as if the constant rows had one more column of ones.
-  const auto with_bias = [&](const Factor<T>& f, std::vector<T>& constant_product) {
-    if (bias == T(0) || f.by_section) return;
-    for (index i = 0; i < rows * cols; ++i) constant_product[std::size_t(i)] += bias;
-  };
+  const T bias = p.companion >= 0 ? weights[p.companion] : T(0);
+  const bool constant_is_high = !p.high.by_section;
   const auto changes = [](const Factor<T>& f, const Factor<T>& g, bool first, bool first_inner) {
     return first || (g.by_section) || (first_inner && f.by_section);
   };
   for (index o = 0; o < ti.sections; ++o)
     for (index o2 = diagonal ? o : 0; o2 < tj.sections; ++o2) {
       const bool inner = o2 == (diagonal ? o : 0), first = o == 0 && inner;
-      if (changes(p.high, q.high, first, inner)) {
+      if (changes(p.high, q.high, first, inner))
         product(p.high, i0 - p.row0, rows, o, q.high, j0 - q.row0, cols, o2, arena_size, scratch.high.data());
-        with_bias(p.high, scratch.high);
-      }
-      if (changes(p.low, q.low, first, inner)) {
+      if (changes(p.low, q.low, first, inner))
         product(p.low, i0 - p.row0, rows, o, q.low, j0 - q.row0, cols, o2, arena_size, scratch.low.data());
-        with_bias(p.low, scratch.low);
-      }
       T* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
-      simd<T>().hadamard(rows, cols, weight, scratch.high.data(), scratch.low.data(), cols, block, M);
+      const T* constants = (constant_is_high ? scratch.high : scratch.low).data();
+      const T* cotangents = (constant_is_high ? scratch.low : scratch.high).data();
+      simd<T>().hadamard(rows, cols, weight, bias, constants, cotangents, cols, block, M);
     }
 }
 
@@ -272,12 +271,13 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
 
   const int threads = blocks.size() > 1 ? threads_for(flops) : 1;
   const int before = set_blas_threads ? set_blas_threads(threads > 1 ? 1 : threads_for(flops)) : 0;
+  if (work.scratch.size() < std::size_t(threads)) work.scratch.resize(std::size_t(threads));
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
       const int own = set_blas_threads ? set_blas_threads(1) : 0;
-      Scratch<T> scratch;
+      Scratch<T>& scratch = work.scratch[std::size_t(omp_get_thread_num())];
 #pragma omp for schedule(dynamic, 1)
       for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(blocks.size()); ++i) run(blocks[std::size_t(i)], scratch);
       if (set_blas_threads) set_blas_threads(own);
@@ -286,7 +286,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
     return;
   }
 #endif
-  for (const Block& block : blocks) run(block, work.scratch);
+  for (const Block& block : blocks) run(block, work.scratch[0]);
   if (set_blas_threads) set_blas_threads(before);
 }
 

@@ -21,7 +21,7 @@ struct Workspace {
   std::vector<T> arenas;            // one arena per section
   std::vector<T> unit;              // M: a unit cotangent
   std::vector<T> rows;              // M x P_explicit: Jacobian of the parameters whose uses are explicit
-  Scratch<T> scratch;
+  std::vector<Scratch<T>> scratch;  // one per thread
 };
 
 // K index order (see Tile), upper triangle, row-major, M x M. `weights` has one factor per parameter buffer.

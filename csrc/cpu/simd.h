@@ -19,8 +19,8 @@ struct Simd {
   double (*dot)(index n, const T* x, const T* y);
   // y = alpha * x + beta * y.
   void (*axpby)(index n, T alpha, const T* x, T beta, T* y);
-  // acc[i, j] += weight * s[i, j] * t[i, j].
-  void (*hadamard)(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc);
+  // acc[i, j] += (weight * s[i, j] + shift) * t[i, j].
+  void (*hadamard)(index rows, index cols, T weight, T shift, const T* s, const T* t, index ld, T* acc, index ld_acc);
 };
 
 template <class T>

@@ -101,12 +101,12 @@ void axpby(index n, T alpha, const T* x, T beta, T* y) {
 }
 
 template <class T>
-void hadamard(index rows, index cols, T weight, const T* s, const T* t, index ld, T* acc, index ld_acc) {
+void hadamard(index rows, index cols, T weight, T shift, const T* s, const T* t, index ld, T* acc, index ld_acc) {
   for (index i = 0; i < rows; ++i) {
     const T *si = s + i * ld, *ti = t + i * ld;
     T* out = acc + i * ld_acc;
 #pragma omp simd
-    for (index j = 0; j < cols; ++j) out[j] += weight * si[j] * ti[j];
+    for (index j = 0; j < cols; ++j) out[j] += (weight * si[j] + shift) * ti[j];
   }
 }
 

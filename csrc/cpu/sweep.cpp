@@ -58,6 +58,13 @@ void run_matmul(const MatMul& g, T alpha, const T* c, const T* x, T* y, bool ove
 
 template <class T>
 void run_matmul_adjoint(const MatMul& g, T alpha, const T* c, const T* y, T* x, bool overwrite) {
+  if (g.n == 1 && g.xk == 1) {   // an outer product, row by row: what a BLAS does slowly
+    for (index b = 0; b < g.b; ++b)
+      for (index m = 0; m < g.m; ++m)
+        simd<T>().muladd(g.k, alpha * y[b * g.yb + m * g.ym], nullptr, 0, c + b * g.cb, g.ck, x + b * g.xb + m * g.xm, 1,
+                         overwrite);
+    return;
+  }
   for (index b = 0; b < g.b; ++b)
     gemm<T>(g.m, g.k, g.n, alpha, y + b * g.yb, g.ym, g.yn, c + b * g.cb, g.cn, g.ck, T(overwrite ? 0 : 1),
             x + b * g.xb, g.xm, g.xk);
