@@ -148,12 +148,12 @@ def test_quick_gives_way_to_what_is_given():
     assert values("--quick", "--steps", "9", "--lr", "3") == (9, 2, 3.0)
 
 
-def test_python_m_pgdfast_is_the_command_and_imports_no_extra():
+def test_python_m_pgdfast_is_the_command_and_imports_no_extra(tmp_path):
     code = ("import runpy, sys; sys.argv = ['pgdfast', 'run', 'nothing']\n"
             "try:\n    runpy.run_module('pgdfast', run_name='__main__')\n"
             "except SystemExit as stop:\n    print(stop.code)\n"
             "print([name for name in ('matplotlib', 'rich') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.stdout.splitlines() == ["2", "[]"]
     assert done.stderr.startswith("pgdfast run: unknown task 'nothing'")
     assert done.stderr.count("\n") == 1
