@@ -261,8 +261,6 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
               work.rows.data() + b.base * columns.total, 1, columns.total, T(0), corner, M, 1);
     else
       for (index i = 0; i < rows; ++i) std::memset(corner + i * M, 0, sizeof(T) * std::size_t(cols));
-    ensure(scratch.high, std::size_t(a.rows * b.rows));
-    ensure(scratch.low, std::size_t(a.rows * b.rows));
     for (std::size_t p = 0; p < uses.size(); ++p)
       for (std::size_t q = 0; q < uses.size(); ++q)
         if (uses[p].parameter == uses[q].parameter)
@@ -271,7 +269,14 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
 
   const int threads = blocks.size() > 1 ? threads_for(flops) : 1;
   const int before = set_blas_threads ? set_blas_threads(threads > 1 ? 1 : threads_for(flops)) : 0;
+  // All threads' scratch at once: which thread meets the largest block differs from step to step.
+  index largest = 0;
+  for (const Block& block : blocks) largest = std::max(largest, block.rows.rows * block.cols.rows);
   if (work.scratch.size() < std::size_t(threads)) work.scratch.resize(std::size_t(threads));
+  for (Scratch<T>& scratch : work.scratch) {
+    ensure(scratch.high, std::size_t(largest));
+    ensure(scratch.low, std::size_t(largest));
+  }
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
