@@ -65,6 +65,10 @@ class Kernels:
             raise RuntimeError("pgdfast: a tape of known structure holds tensors of another layout; please report this.")
         self._constants = constants
 
+    def release(self) -> None:
+        """Forget the constants; bind others before the next product."""
+        self._constants = None
+
     def set_rows(self, rows) -> None:
         """Give the plan the row structure that Gram and dense forms need."""
         self._plan.set_rows(

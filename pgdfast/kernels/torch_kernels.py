@@ -41,6 +41,10 @@ class Kernels:
             for c, function in zip(constants, self._program.functions, strict=True)
         ]
 
+    def release(self) -> None:
+        """Forget the constants; bind others before the next product."""
+        self._constants = []
+
     def set_rows(self, rows) -> None:
         """No row structure is used here."""
 

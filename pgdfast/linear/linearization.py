@@ -39,6 +39,14 @@ class _Plan:
                 self.kernels.set_rows(self._rows)
         return self._rows
 
+    def release(self) -> None:
+        """Let go of the constants of the last linearisation; one that is used again binds them anew."""
+        if self.owner is not None:
+            self.owner = None
+            self.kernels.release()
+        if self._wide is not None:
+            self._wide.release()
+
     @property
     def wide(self) -> _Plan:
         """The same program in float64, over constants of the program's own dtype."""
@@ -82,6 +90,7 @@ class Linearizer:
             if len(self._plans) >= 32:
                 self._plans.clear()
             plan = self._plans[id(trace.program)] = _Plan(trace.program, trace.residual.device, self.backend)
+        plan.release()
         return Linearization(trace, self.params, plan.kernels, plan)
 
     def _announce(self, operation: str) -> None:
