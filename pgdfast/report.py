@@ -10,12 +10,12 @@ class Report:
     """The last step of an optimizer.
 
     loss: before the step. loss_after: of the point kept, None where no trial was evaluated. gain_ratio: actual over
-    predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next. status:
-    "accepted", "rejected" (no trial descended; parameters as before), "failed" (no usable solve), "stalled" (the
-    predicted reduction is at rounding level; a step that did not raise the loss was kept) or "empty" (no residuals). advice: what to do about it, or "". solver and
-    reason: what solved and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is
-    known for CG). attempts: dampings tried; trials: losses evaluated after the first; line_search: accepted t, None
-    without a search. seconds: wall time of the phases linearize, solve, trial.
+    predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next.
+    status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
+    predicted reduction is at rounding level; a step that did not raise the loss was kept); "empty" (no residuals).
+    advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
+    residual_norm: of the last solve (the norm is known for CG). attempts: dampings tried; trials: losses evaluated after
+    the first; line_search: accepted t, None without a search. seconds: wall time of the phases linearize, solve, trial.
     """
 
     loss: float

@@ -268,7 +268,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   };
 
   const int threads = blocks.size() > 1 ? threads_for(flops) : 1;
-  const int before = set_blas_threads ? set_blas_threads(threads > 1 ? 1 : threads_for(flops)) : 0;
+  const BlasThreads outside(threads > 1 ? 1 : threads_for(flops));
   // All threads' scratch at once: which thread meets the largest block differs from step to step.
   index largest = 0;
   for (const Block& block : blocks) largest = std::max(largest, block.rows.rows * block.cols.rows);
@@ -281,18 +281,15 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      const int own = set_blas_threads ? set_blas_threads(1) : 0;
+      const BlasThreads inside(1);
       Scratch<T>& scratch = work.scratch[std::size_t(omp_get_thread_num())];
 #pragma omp for schedule(dynamic, 1)
       for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(blocks.size()); ++i) run(blocks[std::size_t(i)], scratch);
-      if (set_blas_threads) set_blas_threads(own);
     }
-    if (set_blas_threads) set_blas_threads(before);
     return;
   }
 #endif
   for (const Block& block : blocks) run(block, work.scratch[0]);
-  if (set_blas_threads) set_blas_threads(before);
 }
 
 template <class T>

@@ -16,16 +16,6 @@ void ensure(std::vector<T>& buffer, index size) {
   if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
 }
 
-struct BlasThreads {
-  int previous = 0;
-  explicit BlasThreads(double flops) {
-    if (set_blas_threads) previous = set_blas_threads(threads_for(flops));
-  }
-  ~BlasThreads() {
-    if (set_blas_threads) set_blas_threads(previous);
-  }
-};
-
 double cholesky_flops(index n) { return double(n) * double(n) * double(n) / 3.0; }
 
 // Copies the upper triangle (row-major) plus a diagonal, widening where F is wider, and factors it. LAPACK reads it as a
@@ -38,7 +28,7 @@ int factor(const S* matrix, index n, D diagonal, std::vector<F>& out) {
     out[std::size_t(i * n + i)] += F(diagonal(i));
   }
   // Small factors are faster on one thread: below some 400 in double and 600 in float, measured with MKL.
-  BlasThreads threads(n < (std::is_same_v<F, float> ? 600 : 400) ? 0.0 : cholesky_flops(n));
+  BlasThreads threads(n < (std::is_same_v<F, float> ? 600 : 400) ? 1 : threads_for(cholesky_flops(n)));
   return blas<F>().potrf('L', int(n), out.data(), int(n));
 }
 
@@ -185,7 +175,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     held = Held::nothing;
     ensure(J, M * P);
     dense(program, layout, work, J.data());
-    BlasThreads threads(double(M) * double(P) * double(P));
+    BlasThreads threads(threads_for(double(M) * double(P) * double(P)));
     // Upper triangle of J^T J by row panels; float rows are widened a chunk at a time where the factor is wide.
     const auto panels = [&](auto* H, const auto* rows, index count, bool first) {
       using F = std::remove_const_t<std::remove_reference_t<decltype(*H)>>;

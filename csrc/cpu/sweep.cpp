@@ -94,16 +94,6 @@ struct Memory {
   }
 };
 
-struct BlasThreads {
-  int previous = 0;
-  explicit BlasThreads(int count) {
-    if (set_blas_threads) previous = set_blas_threads(count);
-  }
-  ~BlasThreads() {
-    if (set_blas_threads) set_blas_threads(previous);
-  }
-};
-
 // Which instructions of the adjoint sweep to run: those that write intermediate results, those that write parameters.
 enum class Part { inner, uses, all };
 

@@ -27,6 +27,20 @@ extern int (*set_blas_threads)(int);
 extern int max_threads;
 int threads_for(double flops);
 
+// Sets the BLAS threads of this thread for a scope.
+class BlasThreads {
+ public:
+  explicit BlasThreads(int count) : previous_(set_blas_threads ? set_blas_threads(count) : 0) {}
+  ~BlasThreads() {
+    if (set_blas_threads) set_blas_threads(previous_);
+  }
+  BlasThreads(const BlasThreads&) = delete;
+  BlasThreads& operator=(const BlasThreads&) = delete;
+
+ private:
+  int previous_;
+};
+
 // c[m, n] = beta * c + alpha * a[m, k] b[k, n] for operands given by (row stride, column stride), one of which is
 // 1 wherever both extents exceed 1.
 template <class T>

@@ -50,7 +50,8 @@ class Kernels:
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
-        self._plan = plan(program.buffers, [op.as_tuple() for op in program.instructions], program.layouts, program.function_numbers())
+        instructions = [op.as_tuple() for op in program.instructions]
+        self._plan = plan(program.buffers, instructions, program.layouts, program.function_numbers())
         self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters
@@ -109,7 +110,10 @@ class Kernels:
         return d
 
     def dual(self, r, weights, shift, q):
-        """The dual step in one call: (step, status, iterations, residual norm, g . step, ||step||^2, trace J D^-1 J^T); needs rows."""
+        """The dual step in one call; needs rows.
+
+        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T).
+        """
         step = self._new(self.num_parameters)
         weights = self._unit_weights if weights is None else weights
         status, *rest = self._plan.dual(r, weights, shift, q, step)

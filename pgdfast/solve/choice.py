@@ -64,7 +64,7 @@ def solve(
 
 
 def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> tuple[Found, bool]:
-    """Run a solver, in float64 where float32 could not give four digits and the problem is small; was that needed?"""
+    """Run a solver, in float64 where float32 could not give four digits and the problem is small; and whether it was so."""
     lin = problem.linearization
     small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
     if name == "cg":
