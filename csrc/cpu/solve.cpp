@@ -53,48 +53,6 @@ int factor_and_solve(const S* matrix, index n, D diagonal, std::vector<F>& facto
   return 0;
 }
 
-// The same with a float factor, made as good as a double one by refinement: residuals in double against the matrix.
-// False if the factor fails or the corrections do not fall fast.
-bool factor_and_refine(const float* matrix, index n, double shift, std::vector<float>& factored, const float* b, float* x) {
-  if (factor(matrix, n, [&](index) { return shift; }, factored) != 0) return false;
-  std::vector<double> y(std::size_t(n), 0.0), residual(b, b + n);
-  std::vector<float> correction(static_cast<std::size_t>(n));
-  double before = 0;
-  for (int round = 0; round < 4; ++round) {
-    std::copy(residual.begin(), residual.end(), correction.begin());
-    solve_in_place(factored, n, correction.data());
-    double size = 0, total = 0;
-    for (index i = 0; i < n; ++i) {
-      y[std::size_t(i)] += correction[std::size_t(i)];
-      size += double(correction[std::size_t(i)]) * correction[std::size_t(i)];
-      total += y[std::size_t(i)] * y[std::size_t(i)];
-    }
-    if (!(size < 1e300) || (round > 0 && size > 1e-2 * before)) return false;
-    // Corrections shrink by a constant factor: stop when the next one would not show in float.
-    const double next = round > 0 ? size * (size / before) : size;
-    if (next <= 1e-15 * total) {
-      std::copy(y.begin(), y.end(), x);
-      return true;
-    }
-    before = size;
-    for (index i = 0; i < n; ++i) residual[std::size_t(i)] = double(b[i]) - shift * y[std::size_t(i)];
-    for (index i = 0; i < n; ++i) {   // upper triangle, each element used for both its places
-      const float* row = matrix + i * n;
-      const double yi = y[std::size_t(i)];
-      double sum = double(row[i]) * yi;
-      double* r = residual.data();
-      const double* v = y.data();
-#pragma omp simd reduction(+ : sum)
-      for (index j = i + 1; j < n; ++j) {
-        sum += double(row[j]) * v[j];
-        r[j] -= double(row[j]) * yi;
-      }
-      r[i] -= sum;
-    }
-  }
-  return false;
-}
-
 }  // namespace
 
 template <class T>
@@ -107,7 +65,6 @@ template <class T>
 Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, T* delta) {
   const index M = structure.num_residuals, P = structure.num_parameters;
   const int buffers = structure.num_parameter_buffers;
-  const bool use_wide = std::is_same_v<T, double> || M <= kWideFactor;
   const bool fresh = held != Held::gram || !std::equal(weights, weights + buffers, weights_used.begin());
   if (fresh) {
     held = Held::nothing;
@@ -137,12 +94,11 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   }
   for (index e = 0; e < M; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = scratch_u[std::size_t(e)];
   const auto diagonal = [&](index) { return shift; };
-  int info = -1;
-  if constexpr (std::is_same_v<T, float>) {
-    if (M > kNarrowFactor && factor_and_refine(matrix.data(), M, shift, narrow_factor, rhs.data(), rhs.data())) info = 0;
-  }
-  if (info != 0 && use_wide) info = factor_and_solve(matrix.data(), M, diagonal, wide_factor, rhs.data(), rhs.data());
-  else if (info != 0) info = factor_and_solve(matrix.data(), M, diagonal, narrow_factor, rhs.data(), rhs.data());
+  int info;
+  if (std::is_same_v<T, double> || M <= kDoubleFactor)
+    info = factor_and_solve(matrix.data(), M, diagonal, wide_factor, rhs.data(), rhs.data());
+  else
+    info = factor_and_solve(matrix.data(), M, diagonal, narrow_factor, rhs.data(), rhs.data());
   if (info != 0) {
     std::fill(delta, delta + P, T(0));
     outcome.status = Status::not_positive_definite;

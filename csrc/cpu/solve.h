@@ -18,10 +18,11 @@ struct Outcome {
   double trace = 0;           // of J D^-1 J^T: bounds the condition of the damped matrix; 0 from CG
 };
 
-// Up to this order the small dense factor is held in double even for float programs.
+// Up to this order the normal matrix of a float program is summed and factored in double.
 constexpr index kWideFactor = 2048;
-// Beyond this order a float dual problem tries a float factor with double refinement first: about half the time.
-constexpr index kNarrowFactor = 192;
+// Up to this order so is the factor of its Gram matrix. Beyond, a float factor is twice as fast and, for the conditions
+// that float sums are good for at all, loses little (bench/NOTES.md); the caller takes a double program for others.
+constexpr index kDoubleFactor = 192;
 
 template <class T>
 struct Solver {
