@@ -1,5 +1,6 @@
 """Which implementation runs where, and every instruction set of the native one."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -90,3 +91,16 @@ def test_instruction_sets_agree(name, tmp_path):
     limits = [1e-5] * 6 + [1e-4] + [1e-12] * 4 + [1e-9] * 2 + [1e-5]
     for a, b, limit in zip(torch.load(out), results("torch"), limits, strict=True):
         assert relative(a, b) < limit
+
+
+def test_every_blas_agrees():
+    """The table filled from the vendor BLAS and from ATen gives the same steps."""
+    core = importlib.import_module("pgdfast._C")
+    used = core.blas()
+    try:
+        assert core.select_blas("aten") == "aten"
+        limits = [1e-5] * 6 + [1e-4] + [1e-12] * 4 + [1e-9] * 2 + [1e-5]
+        for a, b, limit in zip(results("native"), results("torch"), limits, strict=True):
+            assert relative(a, b) < limit
+    finally:
+        assert core.select_blas(used) == used
