@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -38,6 +39,15 @@ def requested(backend: str) -> str:
     return name
 
 
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
 def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype | None = None):
     """Bindable kernels for a program: the requested implementation, or the first that applies.
 
@@ -45,7 +55,10 @@ def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype 
     """
     dtype = dtype or program.dtype
     for name, module in IMPLEMENTATIONS.items():
-        if backend not in ("auto", name) or module.available():
+        if backend not in ("auto", name):
+            continue
+        if module.available():
+            _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
             continue
         if module.applies(device, dtype):
             return module.Kernels(program, dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import mlp, rand, relative
+from helpers import fit, mlp, rand, relative
 
 import pgdfast
 from pgdfast import kernels
@@ -104,3 +104,12 @@ def test_every_blas_agrees():
             assert relative(a, b) < limit
     finally:
         assert core.select_blas(used) == used
+
+
+def test_a_missing_core_is_said_once(monkeypatch):
+    params, closure = fit()
+    monkeypatch.setattr(kernels.native, "_C", None)
+    monkeypatch.setattr(kernels, "_said", set())
+    with pytest.warns(RuntimeWarning, match="C\\+\\+ core is not built; run pip install"):
+        assert pgdfast.linearize(closure, params).operator.name == "torch"
+    assert pgdfast.linearize(closure, params).operator.name == "torch"
