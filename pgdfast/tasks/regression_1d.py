@@ -49,7 +49,7 @@ MODES = tuple(range(1, 11))
 TARGET_MODES = (3, 5, 7)
 
 DEFAULTS = {"optimizers": "sgd,lm-0.5,lm-0.1,gn", "steps": 800, "seeds": 5, "lr": 1e-2}
-QUICK = {"steps": 300, "seeds": 2}
+QUICK = {"steps": 800, "seeds": 3}   # shorter runs end within the transients
 
 _NAME = "regression-1d"
 _COLUMNS = ("loss", *(f"mode_{k}" for k in MODES))
