@@ -61,7 +61,6 @@ class Plan {
         layouts_.push_back({false, sizes, strides, static_cast<Function>(functions.at(layouts_.size()))});
       }
     }
-    s.num_constants = int(layouts_.size());
     s.finalize();
     solver_.program.constants.resize(layouts_.size());
   }
@@ -171,7 +170,6 @@ class Plan {
   index M() const { return solver_.structure.num_residuals; }
   index P() const { return solver_.structure.num_parameters; }
   double flops() const { return solver_.structure.flops; }
-  index arena_size() const { return solver_.structure.arena_size; }
 
  private:
   // A function of a constant, or a float constant for a double plan: over the memory it spans, under the same strides.
@@ -287,7 +285,6 @@ void bind_plan(py::module_& m, const char* name) {
       .def("cg", &P::cg)
       .def_property_readonly("num_residuals", &P::M)
       .def_property_readonly("num_parameters", &P::P)
-      .def_property_readonly("arena_size", &P::arena_size)
       .def_property_readonly("flops", &P::flops);
 }
 
@@ -313,7 +310,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
   m.def("set_max_threads", [](int count) { max_threads = count; });
   m.def("instruction_set", [] { return std::string(simd_name()); });
-  m.def("select_instruction_set", [](const std::string& name) { return simd_select(name.c_str()); });
   m.def("blas", [] { return std::string(blas_name); });
   m.def("select_blas", [](const std::string& name) { return std::string(blas_name = fill_blas(name.c_str())); });
 }

@@ -49,7 +49,7 @@ const Variant* start() {
   return forced ? forced : find(nullptr);
 }
 
-const Variant* current = start();
+const Variant* const current = start();
 
 }  // namespace
 
@@ -63,11 +63,5 @@ const Simd<double>& simd<double>() {
 }
 
 const char* simd_name() { return current->name; }
-
-bool simd_select(const char* name) {
-  const Variant* variant = find(name);
-  if (variant) current = variant;
-  return variant != nullptr;
-}
 
 }  // namespace pgdfast

@@ -28,7 +28,5 @@ const Simd<T>& simd();
 
 // "avx512", "avx2" or "baseline"; the best this processor runs unless PGDFAST_ISA names another it can run.
 const char* simd_name();
-// Forces one of the built variants, for tests. False if this processor cannot run it or it was not built.
-bool simd_select(const char* name);
 
 }  // namespace pgdfast

@@ -105,7 +105,6 @@ struct Structure {
   std::vector<Instruction> instructions;
   index num_parameters = 0, num_residuals = 0, arena_size = 0;
   int num_parameter_buffers = 0;
-  int num_constants = 0;
   std::vector<char> zero_forward, zero_adjoint;   // buffers to clear before a sweep
   double flops = 0, largest = 0;                  // operations of one sweep, and of its largest instruction
 
