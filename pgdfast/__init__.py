@@ -6,15 +6,19 @@ loss = opt.step(lambda: F.mse_loss(model(x), y))
 
 from . import reference
 from .build import build_info, check_build
+from .hybrid import Hybrid
 from .kernels import backends
 from .linear import Linearization, linearize
 from .lm import LM
 from .report import Report
 from .solve import CG, Solution, solve
+from .spectra import kernel_alignment, kernel_drift
+from .switches import Alignment, KernelDrift, Plateau
 
 check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Linearization", "Report", "Solution", "backends", "build_info", "linearize", "reference", "solve",
+    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Plateau", "Report", "Solution", "backends",
+    "build_info", "kernel_alignment", "kernel_drift", "linearize", "reference", "solve",
 ]

@@ -69,6 +69,15 @@ class _ReferenceLinearization:
     def parameters_unchanged(self) -> None:
         """An explicit Jacobian does not depend on the parameters' memory."""
 
+    @property
+    def residual(self) -> torch.Tensor:
+        """(M,), float64."""
+        return self.reference.residual
+
+    def gram(self) -> torch.Tensor:
+        """J J^T, (M, M), float64."""
+        return self.reference.gram()
+
     def gradient(self) -> torch.Tensor:
         """J^T r, (P,)."""
         return self.reference.vjp(self.reference.residual)

@@ -73,6 +73,11 @@ class LM(torch.optim.Optimizer):
         own = ("_rule", "_search", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
+    @property
+    def predicts(self) -> bool:
+        """Whether steps are tried before they are kept, and the report predicts their reduction."""
+        return self._rule.tries or self._search is not None
+
     @_hooked
     def step(self, closure=None) -> torch.Tensor:
         """Take one step and return the loss before it, a 0-dim tensor.
@@ -104,7 +109,7 @@ class LM(torch.optim.Optimizer):
         """Try dampings until one gives a step that is kept."""
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale = self._scale(lin, move.params)
-        trying = self._rule.tries or self._search is not None
+        trying = self.predicts
         if trying or any(decays):
             move.save()
         failures = 0
