@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from pgdfast import tasks
+from pgdfast.tasks import experiment, options
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.options import OneLineParser
 from pgdfast.tasks.records import WriteError
@@ -35,7 +36,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return _fail(
             prog,
-            "interrupted; results are written once a run is complete, so none is half written",
+            "interrupted; no result is half written, and --resume goes on from the last checkpoint if there is one",
             code=130,
         )
 
@@ -58,8 +59,9 @@ def _run(argv):
         description=task.SUMMARY,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    options.add_common(parser, task)
     task.add_options(parser)
-    return task.run(parser.parse_args(argv[1:]))
+    return experiment.run(task, parser.parse_args(argv[1:]))
 
 
 _COMMANDS = {"run": _run}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_without_a_known_command_one_line(capsys, argv):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgdfast.tasks.regression_1d.train", pytest.fail)
+    monkeypatch.setattr("pgdfast.tasks.experiment.train", pytest.fail)
     (tmp_path / "file").write_text("")
     line = _refused(capsys, [*TINY, "--out", str(tmp_path / "file")])
     assert "--out" in line and str(tmp_path / "file") in line
@@ -93,7 +94,7 @@ def test_ctrl_c_ends_with_130_and_no_file(capsys, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.regression_1d.train", interrupted)
+    monkeypatch.setattr("pgdfast.tasks.experiment.train", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert "pgdfast run: interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -103,9 +104,9 @@ def test_ctrl_c_while_the_files_are_written_leaves_none(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.regression_1d.picture", interrupted)
+    monkeypatch.setattr("pgdfast.tasks.regression_1d.pictures", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"], "the training is kept, and no half result"
 
 
 def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkey
     monkeypatch.setattr("pgdfast.tasks.records.write_json", full)
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     assert "No space left" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"]
 
 
 @pytest.mark.parametrize(("argv", "words"), [
@@ -134,16 +135,19 @@ def test_help_and_version(capsys, argv, words):
 def test_quick_gives_way_to_what_is_given():
     from pgdfast.tasks.options import OneLineParser, add_common, fill
 
-    defaults = {"optimizers": "sgd", "steps": 800, "seeds": 5, "lr": 0.1}
-    quick = {"steps": 300, "seeds": 2}
+    task = SimpleNamespace(NAME=TASK, KNOWN=("sgd", "lm-MU"), RATES={"sgd": 0.1, "lm": 0.5},
+                           DEFAULTS={"optimizers": "sgd", "steps": {"sgd": 800, "lm": 9}, "seeds": 5, "threads": 1},
+                           QUICK={"steps": 300, "seeds": 2})
     parser = OneLineParser()
-    add_common(parser, TASK, defaults, quick)
+    add_common(parser, task)
 
     def values(*argv):
-        filled = fill(parser.parse_args(argv), defaults, quick)
-        return filled["steps"], filled["seeds"], filled["lr"]
+        filled = fill(task, parser.parse_args(argv))
+        method = filled.optimizers[0]
+        return filled.steps_of(method), filled.seeds, filled.rate(method)
 
     assert values() == (800, 5, 0.1)
+    assert values("--optimizers", "lm-2") == (9, 5, 0.5)
     assert values("--quick") == (300, 2, 0.1)
     assert values("--quick", "--steps", "9", "--lr", "3") == (9, 2, 3.0)
 

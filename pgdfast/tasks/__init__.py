@@ -1,13 +1,20 @@
 """The experiments: one file each, and this table.
 
-A new task is one file and one line in `TASKS`. Its module has three names:
+A new task is one file and one line in `TASKS`. Its module has these names:
 
-    SUMMARY                a paragraph for `--help`: data, model, loss, what is compared
-    add_options(parser)    its command-line options (`options.add_common` has those of every task)
-    run(arguments) -> int  check the values, train, write the files, print the table; an exit code
+    NAME, SUMMARY          its name on the command line, and a paragraph for `--help`
+    SOURCE, PAPER          which figure it stands for, and what the paper reports there
+    KNOWN, RATES           names of the optimizers it takes, and their learning rates
+    DEFAULTS, QUICK        values of the options, and those that `--quick` puts in their place
+    add_options(parser)    options of its own, beside those of every task (`options.add_common`)
+    cases(settings)        the runs to be made: a list of `training.Case`
+    summarise(runs, settings), judge(summary, settings)      numbers, and checks made from them alone
+    table(summary, settings), pictures(runs, summary, settings), describe(settings)      what is shown and recorded
+    problem(dtype, seed)   what `pgdfast verify` compares the backends on
 
+and optionally extra(settings): figures measured beside the runs. `experiment` puts them together.
 What the tasks share lies beside them: `options` (command-line values), `methods` (optimizers by
-name), `models`, `training` (the loop and its clock), `measures` (Fourier modes, decay fits,
+name), `models`, `training` (the loop, its clock, minibatches), `checkpoints`, `measures` (Fourier modes, decay fits,
 checks), `records` (CSV, JSON, all-or-nothing writing), `plotting` and `terminal`.
 Tasks use the public names of pgdfast alone, as any user would.
 """
@@ -16,6 +23,12 @@ import importlib
 
 TASKS = {
     "regression-1d": ("regression_1d", "three sines by a tanh network: the error by Fourier mode"),
+    "regression-2d": ("regression_2d", "a checkerboard by a tanh network: the error by 2-D Fourier mode"),
+    "poisson-pinn": ("poisson_pinn", "Poisson's equation at three frequencies by a physics-informed network"),
+    "modular-mlp": ("modular_mlp", "a + b mod 23 by a quadratic network: grokking at several scales"),
+    "polynomial": ("polynomial", "a quadratic target by a nearly linear network: from rich to lazy"),
+    "transformer": ("transformer", "a + b mod 97 by a transformer: GGN steps, Adam, and a hybrid"),
+    "mnist": ("mnist", "digits from few images and large weights: grokking, and a hybrid"),
 }
 
 

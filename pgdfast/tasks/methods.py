@@ -8,69 +8,58 @@ import torch
 import pgdfast
 from pgdfast.tasks.errors import UsageError
 
-NAMES = "sgd, adam, gn, lm-MU with MU > 0 (for example sgd,lm-0.5,gn)"
-
 GN_RCOND = 1e-8
 """Gauss-Newton leaves out eigenvalues of J J^T below this fraction of the largest."""
+
+_FIRST_ORDER = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 @dataclass(frozen=True)
 class Method:
     """An optimizer with the settings that its name implies.
 
-    `damping` is mu for LM (0: Gauss-Newton by the pseudo-inverse), None for a first-order method.
+    kind: "sgd", "adam", "adamw", "lm" or "hybrid". damping: mu where the name gives it (0 for Gauss-Newton by the
+    pseudo-inverse), None where the task sets it, and for first-order methods.
     """
 
     name: str
     label: str
+    kind: str
     damping: float | None = None
 
     @property
     def second_order(self):
-        """Whether the closure returns a residual tensor (LM); else a loss, after its backward."""
-        return self.damping is not None
+        """Whether the closure is LM's: a loss or residuals without backward()."""
+        return self.kind in ("lm", "hybrid")
 
-    def build(self, params, lr, backend="auto"):
-        """Return the optimizer over `params`: the paper's plain LM, or the one of torch.optim."""
-        if self.second_order:
-            return pgdfast.LM(
-                params,
-                lr=lr,
-                damping=self.damping,
-                damping_rule="constant",
-                rcond=GN_RCOND,
-                backend=backend,
-            )
-        return {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[self.name](params, lr=lr)
-
-    def settings(self, lr, backend):
-        """Return what `build` passes on, as plain values for the record."""
-        if self.second_order:
-            return {
-                "optimizer": "pgdfast.LM",
-                "lr": lr,
-                "damping": self.damping,
-                "damping_rule": "constant",
-                "rcond": GN_RCOND,
-                "backend": backend,
-                "loss": "1/2 sum of squared residuals",
-            }
-        kind = {"sgd": "torch.optim.SGD", "adam": "torch.optim.Adam"}[self.name]
-        return {"optimizer": kind, "lr": lr, "loss": "1/2 mean of squared residuals"}
+    def build(self, params, lr, backend="auto", **options):
+        """Return the optimizer over `params`; `options` go to it, and for LM go before the paper's plain LM."""
+        if self.kind == "lm":
+            settings = {"damping_rule": "constant", "rcond": GN_RCOND, **options}
+            if self.damping is not None:
+                settings["damping"] = self.damping
+            return pgdfast.LM(params, lr=lr, backend=backend, **settings)
+        return _FIRST_ORDER[self.kind](params, lr=lr, **options)
 
 
 _PLAIN = {
-    "sgd": Method("sgd", "SGD"),
-    "adam": Method("adam", "Adam"),
-    "gn": Method("gn", "Gauss-Newton", damping=0.0),
+    "sgd": Method("sgd", "SGD", "sgd"),
+    "adam": Method("adam", "Adam", "adam"),
+    "adamw": Method("adamw", "AdamW", "adamw"),
+    "gn": Method("gn", "Gauss-Newton", "lm", damping=0.0),
+    "lm": Method("lm", "LM", "lm"),
+    "hybrid": Method("hybrid", "hybrid", "hybrid"),
 }
 
 
-def parse(name):
-    """Return the method called `name`, or None when there is none of that name."""
+def parse(name, known=tuple(_PLAIN)):
+    """Return the method called `name`, or None when there is none of that name among the `known`.
+
+    `lm-MU` with a number MU > 0 is known where "lm-MU" is.
+    """
     if name in _PLAIN:
-        return _PLAIN[name]
-    if not name.startswith("lm-"):
+        return _PLAIN[name] if name in known else None
+    if not name.startswith("lm-") or "lm-MU" not in known:
         return None
     try:
         mu = float(name.removeprefix("lm-"))
@@ -78,7 +67,7 @@ def parse(name):
         return None
     if not (math.isfinite(mu) and mu > 0):
         return None
-    return Method(f"lm-{mu:g}", f"LM, mu = {mu:g}", damping=mu)
+    return Method(f"lm-{mu:g}", f"LM, mu = {mu:g}", "lm", damping=mu)
 
 
 def check_backend(methods, backend):
@@ -87,7 +76,6 @@ def check_backend(methods, backend):
         return
     weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
     try:
-        optimizer = parse("lm-0.5").build([weight], lr=1.0, backend=backend)
-        optimizer.step(lambda: weight * 2 - 1)
+        pgdfast.LM([weight], damping=0.5, backend=backend).step(lambda: weight * 2 - 1)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UsageError(f"--backend {backend} cannot run here: {error}") from error

@@ -23,3 +23,21 @@ def tanh_mlp(inputs, width, hidden_layers, outputs, seed, dtype=torch.float64):
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def relu_mlp(sizes, alpha, seed, dtype=torch.float32):
+    """Return a ReLU network of these layer sizes with a linear last layer.
+
+    Weights are alpha times Glorot uniform (Glorot and Bengio 2010, eq. 16), biases zero, from a generator of the
+    seed's own. Input (N, sizes[0]), output (N, sizes[-1]).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            linear.weight.mul_(alpha)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import types
 
 from pgdfast.tasks.errors import UsageError
 
@@ -48,58 +49,105 @@ def positive_number(text):
     return value
 
 
-def methods(text):
-    """Read a comma list of optimizer names, such as `sgd,lm-0.5,gn`, into a tuple of methods."""
-    from pgdfast.tasks.methods import NAMES, parse
-
-    chosen = []
-    for name in text.split(","):
-        method = parse(name.strip())
-        if method is None:
-            raise argparse.ArgumentTypeError(
-                f"got {name.strip()!r}; needed: a comma list of {NAMES}"
-            )
-        if method.name in [other.name for other in chosen]:
-            raise argparse.ArgumentTypeError(f"got {method.name!r} twice; needed: each name once")
-        chosen.append(method)
-    return tuple(chosen)
+def numbers(text):
+    """Read a comma list of finite numbers above 0, such as `0.5,1,2`, into a tuple."""
+    return tuple(positive_number(part.strip()) for part in text.split(","))
 
 
-def add_common(parser, task, defaults, quick):
-    """Add the options of every task.
+def methods(known):
+    """Return a reader of comma lists of optimizer names out of `known`, such as `sgd,lm-0.5,gn`."""
+    from pgdfast.tasks.methods import parse
 
-    Args:
-        parser: the task's parser.
-        task: its name, for the default folder.
-        defaults: dict of default values by option (`optimizers`, `steps`, `seeds`, `lr`).
-        quick: the values that `--quick` puts in place of some of them.
+    def read(text):
+        chosen = []
+        for name in text.split(","):
+            method = parse(name.strip(), known)
+            if method is None:
+                raise argparse.ArgumentTypeError(
+                    f"got {name.strip()!r}; needed: a comma list of {_listing(known)}"
+                )
+            if method.name in [other.name for other in chosen]:
+                raise argparse.ArgumentTypeError(f"got {method.name!r} twice; needed: each name once")
+            chosen.append(method)
+        return tuple(chosen)
 
+    return read
+
+
+def _listing(known):
+    names = ["lm-MU with MU > 0 (for example lm-0.5)" if name == "lm-MU" else name for name in known]
+    return ", ".join(names)
+
+
+def add_common(parser, task):
+    """Add the options of every task to `parser`.
+
+    task: its module, with NAME, KNOWN (optimizer names), RATES (learning rate by kind), DEFAULTS and QUICK (values that
+    `--quick` puts in place of the defaults), dicts by option: optimizers, steps, seeds, threads.
     """
-    faster = ", ".join(f"--{name} {value}" for name, value in quick.items())
+    defaults = task.DEFAULTS
+    faster = ", ".join(f"--{name.replace('_', '-')} {_shown(value)}" for name, value in task.QUICK.items())
+    rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in task.RATES.items())
     add = parser.add_argument
-    add("--optimizers", type=methods, default=defaults["optimizers"], metavar="LIST",
-        help="comma list of sgd, adam, gn, lm-MU with any MU > 0 (default: %(default)s)")
+    add("--optimizers", type=methods(task.KNOWN), metavar="LIST",
+        help=f"comma list of {_listing(task.KNOWN)} (default: {defaults['optimizers']})")
     add("--steps", type=whole_number(1), metavar="N",
-        help=f"optimizer steps of every run (default: {defaults['steps']})")
+        help=f"steps of every optimizer (default: {_shown(defaults['steps'])})")
     add("--seeds", type=whole_number(1), metavar="N",
         help=f"how many runs of each optimizer, from seed 0 up (default: {defaults['seeds']})")
     add("--lr", type=positive_number, metavar="ETA",
-        help=f"learning rate of every optimizer (default: {defaults['lr']:g})")
+        help=f"learning rate of every optimizer (default: {rates})")
     add("--quick", action="store_true",
-        help=f"a short run that still shows the mechanism: {faster}, where not given")
-    add("--out", default=f"runs/{task}", metavar="DIR",
+        help=f"a run of at most a minute that still shows the mechanism: {faster}, where not given")
+    add("--out", default=f"runs/{task.NAME}", metavar="DIR",
         help="folder for the results, made where missing (default: %(default)s)")
+    add("--resume", action="store_true",
+        help="go on where an interrupted run with the same options in the same folder stopped")
     add("--backend", choices=("auto", "native", "torch", "reference"), default="auto",
         help="which implementation of LM runs (default: %(default)s)")
-    add("--threads", type=whole_number(1), default=1, metavar="N",
-        help="CPU threads of PyTorch (default: %(default)s)")
+    add("--threads", type=whole_number(1), metavar="N",
+        help=f"CPU threads of PyTorch (default: {defaults['threads']})")
 
 
-def fill(arguments, defaults, quick):
-    """Return `arguments` as a dict; what was not given comes from `defaults` or `quick`."""
+def _shown(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{_shown(item)} for {kind}" for kind, item in value.items())
+    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
+
+
+def fill(task, arguments):
+    """Return `arguments` as a namespace; what was not given comes from the task's DEFAULTS, or QUICK."""
     values = vars(arguments)
+    defaults, quick = task.adjust(values) if hasattr(task, "adjust") else (task.DEFAULTS, task.QUICK)
     fallback = {**defaults, **quick} if values["quick"] else defaults
-    return {
-        name: fallback[name] if value is None and name in fallback else value
-        for name, value in values.items()
-    }
+    filled = {name: fallback[name] if value is None and name in fallback else value for name, value in values.items()}
+    if isinstance(filled["optimizers"], str):
+        filled["optimizers"] = methods(task.KNOWN)(filled["optimizers"])
+    return Settings(task.RATES, **filled)
+
+
+class Settings(types.SimpleNamespace):
+    """The values of a run's options, with what depends on the optimizer."""
+
+    def __init__(self, rates, **values):
+        super().__init__(**values)
+        self._rates = rates
+
+    def rate(self, method):
+        """Return the learning rate of a method: --lr, or the task's for its kind."""
+        return self.lr if self.lr is not None else self._rates.get(method.name, self._rates.get(method.kind))
+
+    def steps_of(self, method):
+        """Return how many steps a method takes: --steps, or the task's for its kind."""
+        if not isinstance(self.steps, dict):
+            return self.steps
+        return self.steps.get(method.name, self.steps.get(method.kind))
+
+    def plain(self):
+        """Return everything that decides what is computed, as plain values for records and checkpoints."""
+        silent = ("out", "resume", "quick", "_rates")
+        values = {name: value for name, value in vars(self).items() if name not in silent}
+        values["optimizers"] = [method.name for method in self.optimizers]
+        values["lr"] = {method.name: self.rate(method) for method in self.optimizers}
+        values["steps"] = {method.name: self.steps_of(method) for method in self.optimizers}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,6 +1,6 @@
 """Pictures: a grid of panels with one look, curves with their band over seeds, one legend below."""
 
-import math
+from math import ceil
 
 import numpy as np
 
@@ -13,18 +13,18 @@ SEQUENCE = ("#111111", "#6A3D9A", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 INK = "#222222"
 
 
-def panels(title, count, columns=3, width=4.0, height=3.1):
+def panels(title, count, columns=3, width=4.0, height=3.1, legend_rows=2):
     """Return a figure titled `title`, `count` axes in rows of `columns`, and the legend's place.
 
     The legend goes into the cell after the last panel where the grid has one left, else below
-    (None). Sizes are in inches, per panel.
+    (None), where there is room for `legend_rows`. Sizes are in inches, per panel.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
     from matplotlib.ticker import MaxNLocator
 
     columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    foot = 0.0 if count < rows * columns else 0.9
+    rows = ceil(count / columns)
+    foot = 0.0 if count < rows * columns else 0.25 + 0.3 * legend_rows
     total = rows * height + foot + 0.4
     figure = Figure(figsize=(columns * width, total), dpi=150, layout="constrained")
     below = foot / total
@@ -42,25 +42,44 @@ def panels(title, count, columns=3, width=4.0, height=3.1):
     return figure, list(grid[:count]), grid[count] if count < len(grid) else None
 
 
-def band(axes, curves, color, label=None, width=1.8, fill=0.15, order=2, **line):
-    """Draw the median of `curves` (S seeds, T + 1 steps); fill from their minimum to their maximum.
+def band(axes, steps, curves, color, label=None, width=1.8, fill=0.15, order=2, log=True, **line):
+    """Draw the median of `curves` (S seeds, R rows) over `steps` (R,); fill from their minimum to their maximum.
 
-    Values that are not positive finite numbers leave a gap, since the axis is logarithmic.
+    On a logarithmic axis (`log`) values that are not positive leave a gap, as those that are not finite do anywhere.
     """
-    curves = np.where(np.isfinite(curves) & (curves > 0), curves, np.nan)
+    good = np.isfinite(curves) & (curves > 0) if log else np.isfinite(curves)
+    curves = np.where(good, curves, np.nan)
     shown = np.flatnonzero(~np.isnan(curves).all(axis=0))
     middle = np.full(curves.shape[1], np.nan)
     low, high = middle.copy(), middle.copy()
     middle[shown] = np.nanmedian(curves[:, shown], axis=0)
     low[shown] = np.nanmin(curves[:, shown], axis=0)
     high[shown] = np.nanmax(curves[:, shown], axis=0)
-    steps = np.arange(curves.shape[1])
     if fill and len(curves) > 1:
-        axes.fill_between(steps, low, high, color=color, alpha=fill, linewidth=0,
-                          zorder=order - 0.5)
-    (drawn,) = axes.plot(steps, middle, color=color, linewidth=width, label=label, zorder=order,
-                         **line)
+        axes.fill_between(steps, low, high, color=color, alpha=fill, linewidth=0, zorder=order - 0.5)
+    (drawn,) = axes.plot(steps, middle, color=color, linewidth=width, label=label, zorder=order, **line)
     return drawn
+
+
+def seeds(count):
+    """Return "1 seed" or "5 seeds"."""
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def of_seeds(count):
+    """Return what the bands of a picture show."""
+    return f"median and range of {seeds(count)}" if count > 1 else "1 seed"
+
+
+def math(label):
+    """Return a label with the Greek letter for mu."""
+    return label.replace("mu", "\u03bc")
+
+
+def of(runs, column, optimizer=None, variant=None):
+    """Return (steps (R,), curves (S, R)) of the runs of one optimizer and variant; None takes all of them."""
+    mine = [run for run in runs if optimizer in (None, run.optimizer) and variant in (None, run.variant)]
+    return mine[0].at, np.stack([run.columns[column] for run in mine])
 
 
 def name_panel(axes, title, note=""):
@@ -76,14 +95,32 @@ def share_log_range(panels, lowest=1e-14, highest=1e4):
     high = np.clip(max(panel.dataLim.y1 for panel in panels), low * 10, highest) * 1.5
     for panel in panels:
         panel.set_ylim(low, high)  # first: a change of scale looks at the limits in force
-        panel.set_yscale("log")
+        log_axis(panel, "y")
+
+
+def log_axis(axes, which):
+    """Make the x or y axis of a panel logarithmic, with labels at decades, or at 1, 2, 5 where it spans few of them.
+
+    To be called when the limits stand.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{which}axis")
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    if high / max(low, 1e-300) > 150:
+        axis.set_minor_formatter(NullFormatter())
+        return
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure, place, handles, rows_below=2):
     """Put one legend for all panels into the free cell `place`; below them when it is None."""
     style = {"handles": handles, "frameon": False, "fontsize": 10.5, "handlelength": 2.4}
     if place is None:
-        ncols = math.ceil(len(handles) / rows_below)
+        ncols = ceil(len(handles) / rows_below)
         figure.legend(loc="lower center", ncols=ncols, columnspacing=1.8, **style)
     else:
         place.legend(loc="center left", labelspacing=0.9, **style)

@@ -57,20 +57,19 @@ def all_or_nothing(folder):
 
 
 def write_csv(path, runs):
-    """Write one row per optimizer, seed and step, with every digit (a float reads back as itself).
+    """Write one row per optimizer, variant, seed and measured step, with every digit (a float reads back as itself).
 
-    A run that stopped early has rows up to where it stopped. `step_seconds` is empty at step 0.
+    A run that ended early has rows up to where it ended. `seconds` is the wall time spent in steps so far.
     """
     names = list(runs[0].columns)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["optimizer", "seed", "step", *names, "step_seconds"])
+        writer.writerow(["optimizer", "variant", "seed", "step", *names, "seconds"])
         for run in runs:
-            last = run.steps if run.stopped_at is None else run.stopped_at
             table = np.stack([run.columns[name] for name in names], axis=1).tolist()
-            seconds = ["", *run.step_seconds[1:].tolist()]
-            for step in range(last + 1):
-                writer.writerow([run.optimizer, run.seed, step, *table[step], seconds[step]])
+            for step, row, seconds in zip(run.at.tolist(), table, run.seconds.tolist(), strict=True):
+                if step <= run.last:
+                    writer.writerow([*run.key, step, *row, seconds])
 
 
 def write_json(path, record):
@@ -108,6 +107,10 @@ def _plain(value):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

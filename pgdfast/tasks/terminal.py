@@ -21,7 +21,7 @@ def require_extras():
 
 @contextlib.contextmanager
 def progress(total):
-    """Show a bar of `total` steps; yields `announce(text)` and `advance()`."""
+    """Show a bar of `total` steps; yields `announce(text)` and `advance(count)`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -44,7 +44,7 @@ def progress(total):
         transient=True,
     ) as bar:
         task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
+        yield lambda text: bar.update(task, description=text), lambda count: bar.advance(task, count)
 
 
 def show_table(title, columns, rows, notes=()):

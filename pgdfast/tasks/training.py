@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,30 +11,76 @@ import torch
 
 
 @dataclass(frozen=True)
-class Run:
-    """One optimizer, one seed.
+class Case:
+    """One training run to be made: an optimizer, a variant of the problem ("" where there is one), a seed.
+
+    start: makes the `Session`, from the seed alone; called when the run begins.
+    """
+
+    optimizer: str
+    variant: str
+    seed: int
+    steps: int
+    start: Callable
+
+    @property
+    def key(self):
+        """What tells the runs of a task apart."""
+        return self.optimizer, self.variant, self.seed
+
+
+@dataclass
+class Session:
+    """A model with its optimizer, ready to train.
 
     Attributes:
-        optimizer: name of the method.
-        seed: seed of the initial weights.
-        columns: measured quantities by name, each of shape (T + 1,): before the first step, and
-            after each of the T steps.
-        step_seconds: wall time of each step, shape (T + 1,); NaN at 0, where no step was taken.
+        model: the module whose state a checkpoint keeps.
+        optimizer: a torch.optim.Optimizer.
+        closure: function of the step's number 1..T, returning what `optimizer.step` takes. Minibatches depend on
+            that number alone, so that a resumed run sees the same ones.
+        measure: returns one row of numbers, in the order of `columns`.
+        columns: their names.
+        rows: increasing step numbers at which to measure, the first 0 and the last T.
+        done: function of a row (a dict by column); True ends the run early.
+
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    closure: Callable
+    measure: Callable
+    columns: tuple[str, ...]
+    rows: np.ndarray
+    done: Callable = lambda row: False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer, one variant, one seed, trained.
+
+    Attributes:
+        optimizer, variant, seed: those of the `Case`.
+        at: step numbers of the rows, shape (R,).
+        columns: measured quantities by name, each of shape (R,); NaN after the end of a run that ended early.
+        step_seconds: wall time of each step, shape (T,); NaN where no step was taken.
+        last: number of the last step taken.
         stopped_at: the step after which the measured values were no longer finite, or None.
-            The columns are NaN from the step after it on.
 
     """
 
     optimizer: str
+    variant: str
     seed: int
+    at: np.ndarray
     columns: dict[str, np.ndarray]
     step_seconds: np.ndarray
+    last: int
     stopped_at: int | None = None
 
     @property
-    def steps(self):
-        """T, the number of steps."""
-        return len(self.step_seconds) - 1
+    def key(self):
+        """That of the run's `Case`."""
+        return self.optimizer, self.variant, self.seed
 
     @property
     def step_ms(self):
@@ -41,38 +88,93 @@ class Run:
         taken = self.step_seconds[np.isfinite(self.step_seconds)]
         return 1e3 * float(np.median(taken)) if taken.size else float("nan")
 
+    @property
+    def seconds(self):
+        """Wall time spent in steps up to each row, shape (R,)."""
+        total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(self.step_seconds))])
+        return total[self.at]
 
-def train(name, seed, optimizer, closure, measure, columns, steps, advance=lambda: None):
-    """Take `steps` steps and measure before the first and after each.
+    def first_step(self, column, reached):
+        """Return the first measured step whose value in `column` satisfies `reached`, or None."""
+        hits = np.flatnonzero(reached(self.columns[column]))
+        return int(self.at[hits[0]]) if hits.size else None
 
-    The clock runs during `optimizer.step(closure)` alone: forward, backward or linear solve, and
-    update; `measure()` is not timed. A run whose values stop being finite ends there.
+
+def every(steps, interval, dense=0):
+    """Return the step numbers 0, 1 .. `dense`, then every `interval`-th, and `steps`."""
+    return np.unique(np.concatenate([np.arange(min(dense, steps) + 1), np.arange(0, steps, interval), [steps]]))
+
+
+def geometric(steps, per_decade=40):
+    """Return 0, `steps`, and step numbers between that lie evenly on a logarithmic axis."""
+    count = int(per_decade * np.log10(max(steps, 10))) + 1
+    return np.unique(np.concatenate([[0], np.geomspace(1, steps, count).round().astype(int)]))
+
+
+def train(case, session, saved=None, advance=lambda count: None, keep=lambda state: None):
+    """Train one case: take its steps and measure at its rows.
+
+    The clock runs during `optimizer.step(closure)` alone: forward, backward or linear solve, and update; `measure()`
+    is not timed. A run whose values stop being finite ends there.
 
     Args:
-        name: name of the method, handed on to the `Run`.
-        seed: seed of the initial weights, handed on likewise.
-        optimizer: a torch.optim.Optimizer.
-        closure: what its `step` takes.
-        measure: returns one row of numbers, in the order of `columns`.
-        columns: their names.
-        steps: T.
-        advance: called after each step, for a progress bar.
+        case: what to run.
+        session: what `case.start()` made.
+        saved: state that an earlier, interrupted call handed to `keep`; training goes on from it.
+        advance: called with the number of steps done, for a progress bar.
+        keep: called after each step with a function that returns the state to be saved.
 
     """
-    table = np.full((steps + 1, len(columns)), np.nan)
-    seconds = np.full(steps + 1, np.nan)
+    rows = session.rows
+    table = np.full((len(rows), len(session.columns)), np.nan)
+    seconds = np.full(case.steps, np.nan)
+    taken = filled = 0
     stopped_at = None
+
+    def state():
+        return {
+            "key": list(case.key), "taken": taken, "filled": filled,
+            "table": torch.from_numpy(table.copy()), "seconds": torch.from_numpy(seconds.copy()),
+            "model": session.model.state_dict(), "optimizer": session.optimizer.state_dict(),
+        }
+
+    def measured():
+        nonlocal filled
+        table[filled] = session.measure()
+        filled += 1
+        return table[filled - 1]
+
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for below
-        table[0] = measure()
-        for step in range(1, steps + 1):
-            seconds[step] = _timed_step(optimizer, closure)
-            table[step] = measure()
-            advance()
-            if not np.isfinite(table[step]).all():
-                stopped_at = step
+        if saved is None:
+            row = measured()
+        else:
+            taken, filled = saved["taken"], saved["filled"]
+            table[:], seconds[:] = saved["table"].numpy(), saved["seconds"].numpy()
+            session.model.load_state_dict(saved["model"])
+            session.optimizer.load_state_dict(saved["optimizer"])
+            row = table[filled - 1]
+            advance(taken)
+        over = not np.isfinite(row).all() or session.done(dict(zip(session.columns, row, strict=True)))
+        stopped_at = None if np.isfinite(row).all() else taken
+        while taken < case.steps and not over:
+            try:
+                seconds[taken] = _timed_step(session.optimizer, session.closure(taken + 1))
+            except ValueError as error:
+                # LM refuses to step from a loss that is not finite; between two rows this is where it shows.
+                if "loss before the step is" not in str(error):
+                    raise
+                stopped_at = taken
                 break
-    values = {column: table[:, index] for index, column in enumerate(columns)}
-    return Run(name, seed, values, seconds, stopped_at)
+            taken += 1
+            advance(1)
+            if taken == rows[filled]:
+                row = measured()
+                if not np.isfinite(row).all():
+                    stopped_at = taken
+                over = stopped_at is not None or session.done(dict(zip(session.columns, row, strict=True)))
+            keep(state)
+    columns = {name: table[:, index].copy() for index, name in enumerate(session.columns)}
+    return Run(*case.key, rows.copy(), columns, seconds, taken, stopped_at)
 
 
 def least_squares_closure(optimizer, residual, second_order):
@@ -83,14 +185,39 @@ def least_squares_closure(optimizer, residual, second_order):
     """
     if second_order:
         return residual
+    return backward_closure(optimizer, lambda: residual().square().mean() / 2)
+
+
+def backward_closure(optimizer, loss):
+    """Return the closure of a first-order optimizer that minimises `loss()`."""
 
     def closure():
         optimizer.zero_grad()
-        loss = residual().square().mean() / 2
-        loss.backward()
-        return loss
+        value = loss()
+        value.backward()
+        return value
 
     return closure
+
+
+class Batches:
+    """Minibatches without replacement that depend on seed and step number alone.
+
+    Each pass over `total` samples takes a fresh permutation; a remainder smaller than `size` is left out of the pass.
+    """
+
+    def __init__(self, total, size, seed):
+        self.total, self.size, self.seed = total, min(size, total), seed
+        self._pass, self._order = None, None
+
+    def __call__(self, step):
+        """Return the sample indices of step 1, 2, ..., an int64 tensor."""
+        per_pass = self.total // self.size
+        number, place = divmod(step - 1, per_pass)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self._pass, self._order = number, torch.randperm(self.total, generator=generator)
+        return self._order[place * self.size:(place + 1) * self.size]
 
 
 def adam_step_ms(model, residual, lr, steps=50, warm_up=5):

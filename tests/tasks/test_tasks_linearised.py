@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pgdfast.tasks.methods import parse
+from pgdfast.tasks.spectral import KNOWN
 from pgdfast.tasks.training import least_squares_closure
 
 LR, STEPS = 0.1, 25
@@ -28,7 +29,7 @@ def test_every_ntk_mode_decays_at_its_rate(name):
     def residual():
         return jacobian @ theta - target
 
-    method = parse(name)
+    method = parse(name, KNOWN)
     optimizer = method.build([theta], LR)
     closure = least_squares_closure(optimizer, residual, method.second_order)
     start = left.T @ residual().detach()

@@ -13,8 +13,9 @@ from pgdfast.tasks.training import Run
 
 
 def _run(optimizer="gn", seed=3, stopped_at=None):
-    return Run(optimizer, seed, {"loss": np.array([1 / 3, 0.1, np.pi]), "mode_1": np.ones(3)},
-               np.array([np.nan, 1e-3, 2e-3]), stopped_at)
+    columns = {"loss": np.array([1 / 3, 0.1, np.pi]), "mode_1": np.ones(3)}
+    return Run(optimizer, "alpha=2", seed, np.array([0, 1, 3]), columns, np.array([1e-3, 2e-3, 3e-3]),
+               3 if stopped_at is None else stopped_at, stopped_at)
 
 
 def test_csv_reads_back_to_the_last_digit(tmp_path):
@@ -22,9 +23,10 @@ def test_csv_reads_back_to_the_last_digit(tmp_path):
     with open(tmp_path / "n.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["optimizer"] for row in rows] == ["gn"] * 3 + ["lm-0.5"] * 3
-    assert [int(row["step"]) for row in rows[:3]] == [0, 1, 2]
+    assert {row["variant"] for row in rows} == {"alpha=2"}
+    assert [int(row["step"]) for row in rows[:3]] == [0, 1, 3]
     assert [float(row["loss"]) for row in rows[:3]] == [1 / 3, 0.1, np.pi]
-    assert [row["step_seconds"] for row in rows[:3]] == ["", "0.001", "0.002"]
+    assert [float(row["seconds"]) for row in rows[:3]] == pytest.approx([0, 1e-3, 6e-3])
 
 
 def test_csv_ends_where_a_run_stopped(tmp_path):

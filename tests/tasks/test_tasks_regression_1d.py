@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,12 +44,13 @@ def _exponential(optimizer, factor, seeds=3, steps=400):
     factors = np.broadcast_to(factor, len(task.MODES))
     columns = {f"mode_{k}": f ** (step / 100) for k, f in zip(task.MODES, factors, strict=True)}
     columns["loss"] = columns["mode_7"] ** 2
-    return [Run(optimizer, seed, columns, np.full(steps + 1, 1e-3)) for seed in range(seeds)]
+    return [Run(optimizer, "", seed, step, dict(columns), np.full(steps, 1e-3), steps) for seed in range(seeds)]
 
 
 def _outcomes(*groups, steps=400, lr=1e-2):
-    summary = task.summarise([run for group in groups for run in group])
-    return [check.outcome for check in task.judge(summary, steps, lr)]
+    settings = SimpleNamespace(steps=steps, lr=lr)
+    summary = task.summarise([run for group in groups for run in group], settings)
+    return [check.outcome for check in task.judge(summary, settings)]
 
 
 def test_curves_as_the_theory_has_them_pass():
@@ -108,8 +110,8 @@ def test_a_short_run_writes_what_it_says(tmp_path, capsys):
 
     with open(out / "regression-1d.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["optimizer", "seed", "step", "loss",
-                             *(f"mode_{k}" for k in range(1, 11)), "step_seconds"]
+    assert list(rows[0]) == ["optimizer", "variant", "seed", "step", "loss",
+                             *(f"mode_{k}" for k in range(1, 11)), "seconds"]
     assert [(r["optimizer"], r["seed"], r["step"]) for r in rows] == [
         (name, str(seed), str(step)) for seed in range(2) for name in names for step in range(5)]
     starts = {(r["seed"], r["loss"]) for r in rows if r["step"] == "0"}
@@ -117,11 +119,13 @@ def test_a_short_run_writes_what_it_says(tmp_path, capsys):
 
     record = json.loads((out / "regression-1d.json").read_text())
     assert record["seeds"] == [0, 1]
-    assert record["settings"]["steps"] == 4 and record["settings"]["width"] == 12
-    assert list(record["optimizers"]) == names
-    assert record["optimizers"]["lm-0.5"]["damping"] == 0.5
+    assert record["settings"]["steps"] == dict.fromkeys(names, 4) and record["settings"]["width"] == 12
+    assert record["settings"]["optimizers"] == names
+    assert record["settings"]["lr"] == dict.fromkeys(names, 0.01)
+    assert [figure["file"] for figure in record["figures"]] == ["regression-1d.png"]
+    assert record["table"]["rows"] and record["paper"] and set(record["step_ms"]) == set(names)
     assert set(record["versions"]) == {"pgdfast", "torch", "numpy", "python"}
-    assert record["adam_step_ms"] > 0
+    assert record["summary"]["adam_step_ms"] > 0
 
     assert (out / "regression-1d.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

@@ -1,5 +1,6 @@
 """Network initialisation, optimizers by name, and the training loop."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,7 +10,18 @@ import torch
 import pgdfast
 from pgdfast.tasks.methods import parse
 from pgdfast.tasks.models import tanh_mlp
-from pgdfast.tasks.training import adam_step_ms, least_squares_closure, torch_threads, train
+from pgdfast.tasks.spectral import KNOWN
+from pgdfast.tasks.training import (
+    Batches,
+    Case,
+    Session,
+    adam_step_ms,
+    every,
+    geometric,
+    least_squares_closure,
+    torch_threads,
+    train,
+)
 
 
 @pytest.mark.parametrize("hidden_layers", [1, 2, 3])
@@ -43,23 +55,22 @@ def test_the_same_seed_gives_the_same_network_and_leaves_the_global_generator_al
     ("lm-2", pgdfast.LM, 2.0),
 ])
 def test_a_name_gives_its_optimizer(name, kind, damping):
-    method = parse(name)
+    method = parse(name, KNOWN)
     assert method.damping == damping
     optimizer = method.build([torch.zeros(2, requires_grad=True)], lr=0.25)
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.25
-    assert method.settings(0.25, "auto")["lr"] == 0.25
 
 
 @pytest.mark.parametrize(
-    "name", ["", "lm", "lm-", "lm-0", "lm--1", "lm-nan", "lm-inf", "lm-x", "lbfgs"]
+    "name", ["", "lm", "adamw", "lm-", "lm-0", "lm--1", "lm-nan", "lm-inf", "lm-x", "lbfgs"]
 )
 def test_no_other_name_is_known(name):
-    assert parse(name) is None
+    assert parse(name, KNOWN) is None
 
 
 def test_one_number_has_one_name():
-    assert parse("lm-0.10") == parse("lm-1e-1") == parse("lm-0.1")
+    assert parse("lm-0.10", KNOWN) == parse("lm-1e-1", KNOWN) == parse("lm-0.1", KNOWN)
 
 
 def test_first_order_closures_have_the_gradient_of_the_mean_and_lm_the_residual():
@@ -75,26 +86,81 @@ def test_first_order_closures_have_the_gradient_of_the_mean_and_lm_the_residual(
     assert weight.grad.tolist() == pytest.approx([9 / 2, 18 / 2])
 
 
-def test_the_loop_measures_before_the_first_step_and_after_each():
-    weight = torch.tensor([1.0], requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=0.5)
+def _session(weight, optimizer, measure, rows, done=lambda row: False):
+    model = torch.nn.Module()
+    model.weight = weight
     closure = least_squares_closure(optimizer, lambda: weight, second_order=False)
+    return Session(model, optimizer, lambda step: closure, measure, ("w",), np.asarray(rows), done)
+
+
+def _case(steps):
+    return Case("sgd", "alpha=1", 7, steps, None)
+
+
+def _halving(rows, done=lambda row: False):
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    return _session(weight, torch.optim.SGD([weight], lr=0.5), lambda: (weight.item(),), rows, done)
+
+
+def test_the_loop_measures_before_the_first_step_and_at_its_rows():
     seen = []
-    run = train("sgd", 7, optimizer, closure, lambda: (weight.item(),), ("w",), 3,
-                lambda: seen.append(1))
-    assert (run.optimizer, run.seed, run.steps, run.stopped_at) == ("sgd", 7, 3, None)
-    assert run.columns["w"].tolist() == [1.0, 0.5, 0.25, 0.125]
-    assert np.isnan(run.step_seconds[0]) and (run.step_seconds[1:] > 0).all()
-    assert run.step_ms > 0 and len(seen) == 3
+    run = train(_case(4), _halving([0, 1, 4]), advance=seen.append)
+    assert (run.key, run.last, run.stopped_at) == (("sgd", "alpha=1", 7), 4, None)
+    assert run.at.tolist() == [0, 1, 4] and run.columns["w"].tolist() == [1.0, 0.5, 0.0625]
+    assert (run.step_seconds > 0).all() and run.step_seconds.shape == (4,) and sum(seen) == 4
+    assert run.seconds[0] == 0 and run.seconds[2] == pytest.approx(run.step_seconds.sum())
 
 
 def test_a_run_that_is_no_longer_finite_ends_there():
     values = iter([1.0, 2.0, math.inf, 3.0])
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    run = train("sgd", 0, optimizer, lambda: 0.0, lambda: (next(values),), ("w",), 9)
-    assert run.stopped_at == 2
+    weight = torch.nn.Parameter(torch.zeros(1))
+    session = _session(weight, torch.optim.SGD([weight], lr=0.1), lambda: (next(values),), range(10))
+    run = train(_case(9), session)
+    assert run.stopped_at == run.last == 2
     assert run.columns["w"][:3].tolist() == [1.0, 2.0, math.inf]
-    assert np.isnan(run.columns["w"][3:]).all() and np.isnan(run.step_seconds[3:]).all()
+    assert np.isnan(run.columns["w"][3:]).all() and np.isnan(run.step_seconds[2:]).all()
+
+
+def test_a_run_that_is_done_ends_there():
+    run = train(_case(9), _halving(range(10), lambda row: row["w"] < 0.3))
+    assert run.last == 2 and run.stopped_at is None and np.isnan(run.columns["w"][3:]).all()
+
+
+def test_a_loss_that_lm_refuses_between_two_rows_ends_the_run():
+    weight = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = pgdfast.LM([weight], lr=1.0, damping=1.0, damping_rule="constant")
+    session = _session(weight, optimizer, lambda: (1.0,), [0, 5])
+    session.closure = lambda step: lambda: weight * (float("nan") if step == 3 else 1.0)
+    run = train(_case(5), session)
+    assert run.stopped_at == run.last == 2
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_run_goes_on_from_its_saved_state_on_the_same_trajectory(stop):
+    def session():
+        weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = torch.optim.Adam([weight], lr=0.1)
+        return _session(weight, optimizer, lambda: (float(weight.detach().sum()),), [0, 1, 3, 6])
+
+    states = []
+    whole = train(_case(6), session(), keep=lambda state: states.append(copy.deepcopy(state())))
+    again = train(_case(6), session(), saved=states[stop - 1])
+    assert again.columns["w"].tolist() == whole.columns["w"].tolist()
+    assert again.last == 6 and np.isfinite(again.step_seconds).all()
+
+
+def test_minibatches_depend_on_seed_and_step_alone():
+    one, two = Batches(10, 3, seed=4), Batches(10, 3, seed=4)
+    first = [one(step) for step in range(1, 8)]
+    assert torch.equal(two(5), first[4]) and torch.equal(two(2), first[1])
+    assert sorted(torch.cat(first[:3]).tolist()) == sorted(set(torch.cat(first[:3]).tolist()))
+    assert not torch.equal(Batches(10, 3, seed=5)(1), first[0])
+    assert Batches(2, 3, seed=0)(9).shape == (2,)
+
+
+@pytest.mark.parametrize("rows", [every(100, 7), every(100, 10, dense=5), geometric(100), geometric(3), every(1, 5)])
+def test_rows_rise_from_zero_to_the_last_step(rows):
+    assert rows[0] == 0 and (np.diff(rows) > 0).all() and rows[-1] in (100, 3, 1)
 
 
 def test_timing_adam_leaves_the_model_alone():

@@ -1,0 +1,141 @@
+"""One experiment from end to end: train every case, judge the curves, write the files, print the table.
+
+What a task module gives (see `pgdfast.tasks`) is put together here, so that tasks hold data, model, loss and pictures
+and nothing else.
+"""
+
+import time
+from dataclasses import dataclass
+
+from pgdfast.tasks import options, records, terminal
+from pgdfast.tasks.checkpoints import Checkpoint
+from pgdfast.tasks.errors import UsageError
+from pgdfast.tasks.measures import FAIL, OPEN, PASS, Check
+from pgdfast.tasks.methods import check_backend
+from pgdfast.tasks.training import torch_threads, train
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a run prints: a title, headings, rows of text, and notes below."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def run(task, arguments):
+    """Run a task with its parsed options; returns the exit code."""
+    settings = options.fill(task, arguments)
+    terminal.require_extras()
+    folder = records.prepare_folder(settings.out)
+    called = task.name(settings) if hasattr(task, "name") else task.NAME
+    checkpoint = Checkpoint(folder / f"{called}.checkpoint", settings.plain())
+    _continue_or_start(task, checkpoint, settings.resume)
+
+    started, clock = time.gmtime(), time.perf_counter()
+    with torch_threads(settings.threads):
+        check_backend(settings.optimizers, settings.backend)
+        cases = task.cases(settings)
+        resumed = bool(checkpoint.runs or checkpoint.current)
+        runs = _train(cases, checkpoint)
+        checkpoint.write(None)  # whatever goes wrong below loses no training
+        extra = task.extra(settings) if hasattr(task, "extra") else {}
+    summary = task.summarise(runs, settings) | extra
+    checks = task.judge(summary, settings)
+    table = task.table(summary, settings)
+    pictures = task.pictures(runs, summary, settings)
+
+    names = {suffix: f"{called}{suffix}.png" for suffix in pictures}
+    record = {
+        "task": called,
+        "source": task.SOURCE,
+        "paper": task.PAPER,
+        "figures": [{"file": names[suffix], "caption": caption} for suffix, (_, caption) in pictures.items()],
+        "settings": settings.plain(),
+        "problem": task.describe(settings),
+        "seeds": list(range(settings.seeds)),
+        "summary": summary,
+        "step_ms": _step_times(runs),
+        "table": vars(table),
+        "checks": [vars(check) for check in checks],
+        "versions": records.versions(),
+        "machine": records.machine(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", started),
+        "seconds": round(time.perf_counter() - clock, 3),
+        "resumed": resumed,
+        "quick": settings.quick,
+    }
+    with records.all_or_nothing(folder) as scratch:
+        records.write_csv(scratch / f"{called}.csv", runs)
+        records.write_json(scratch / f"{called}.json", record)
+        for suffix, (figure, _) in pictures.items():
+            figure.savefig(scratch / names[suffix])
+    checkpoint.remove()
+
+    terminal.show_table(table.title, table.columns, table.rows, table.notes)
+    terminal.show_checks(checks)
+    terminal.show_files(folder / name for name in (*names.values(), f"{called}.csv", f"{called}.json"))
+    return 0
+
+
+def _continue_or_start(task, checkpoint, resume):
+    if resume and checkpoint.exists:
+        checkpoint.load()
+    elif checkpoint.exists:
+        raise UsageError(
+            f"{str(checkpoint.path)!r} is left of an interrupted run of {task.NAME}; add --resume to go on with it, or "
+            "delete it to start again"
+        )
+
+
+def _train(cases, checkpoint):
+    runs = []
+    with terminal.progress(sum(case.steps for case in cases)) as (announce, advance):
+        for case in cases:
+            announce(" ".join(filter(None, (case.optimizer, case.variant, f"seed {case.seed}"))))
+            run = checkpoint.done(case.key)
+            if run is None:
+                seen = 0
+
+                def step_on(count):
+                    nonlocal seen
+                    seen += count
+                    advance(count)
+
+                run = train(case, case.start(), checkpoint.saved(case.key), step_on, checkpoint.keep)
+                checkpoint.finish(run)
+                advance(case.steps - seen)  # a run that ended early
+            else:
+                advance(case.steps)
+            runs.append(run)
+    return runs
+
+
+def _step_times(runs):
+    """Median milliseconds of a step by optimizer and variant."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(" ".join(filter(None, (run.optimizer, run.variant))), []).append(run.step_ms)
+    return {name: sorted(times)[len(times) // 2] for name, times in groups.items()}
+
+
+def check(claim, summary, needed, verdict, ready=True, why=""):
+    """Return the `Check` of a claim.
+
+    Args:
+        claim: what is claimed.
+        summary: by run name; entries may hold "stopped_at", the seeds that were no longer finite.
+        needed: the names in `summary` that the claim is about; None among them means it cannot be judged.
+        verdict: called if all `needed` ran; returns (held or None, text).
+        ready: whether the settings allow a judgement.
+        why: why not, otherwise.
+
+    """
+    if None in needed or not set(needed) <= set(summary):
+        return Check(claim, "the optimizers or settings that it is about were not run", OPEN)
+    if not ready:
+        return Check(claim, why, OPEN)
+    held, text = verdict()
+    return Check(claim, text, OPEN if held is None else PASS if held else FAIL)
