@@ -12,13 +12,14 @@ from .linear import Linearization, linearize
 from .lm import LM
 from .report import Report
 from .solve import CG, Solution, solve
-from .spectra import kernel_alignment, kernel_drift
+from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
 from .switches import Alignment, KernelDrift, Plateau
 
 check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Plateau", "Report", "Solution", "backends",
-    "build_info", "kernel_alignment", "kernel_drift", "linearize", "reference", "solve",
+    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Plateau", "Report", "Solution", "Spectrum",
+    "SpectrumHistory", "backends", "build_info", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "reference",
+    "solve",
 ]

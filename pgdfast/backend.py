@@ -74,6 +74,10 @@ class _ReferenceLinearization:
         """(M,), float64."""
         return self.reference.residual
 
+    def widened(self) -> _ReferenceLinearization:
+        """Itself: float64 throughout."""
+        return self
+
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), float64."""
         return self.reference.gram()
