@@ -597,3 +597,14 @@ BAD = {
 def test_bad_options_of_switches(message):
     with pytest.raises((ValueError, TypeError), match="pgdfast." + message):
         BAD[message]()
+
+
+def test_schedulers_made_before_the_hybrid():
+    params, closure = fit()
+    lm, adamw = pgdfast.LM(params), torch.optim.AdamW(params)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (lm, adamw)]
+    optimizer = pgdfast.Hybrid(lm, adamw, 1)   # a scheduler wraps its optimizer's step
+    for scheduler in schedulers:
+        optimizer.step(closure)
+        scheduler.step()
+    assert (lm.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 5e-4)
