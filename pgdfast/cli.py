@@ -64,7 +64,17 @@ def _run(argv):
     return experiment.run(task, parser.parse_args(argv[1:]))
 
 
-_COMMANDS = {"run": _run}
+def _verify(argv):
+    """`pgdfast verify [TASK ...]`."""
+    from pgdfast.tasks import verify
+
+    parser = OneLineParser(prog="pgdfast verify", description=verify.SUMMARY,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    verify.add_options(parser)
+    return verify.run(parser.parse_args(argv))
+
+
+_COMMANDS = {"run": _run, "verify": _verify}
 
 
 def _command_parser():
@@ -73,7 +83,8 @@ def _command_parser():
         usage="pgdfast COMMAND [options]",
         description="A Levenberg-Marquardt optimizer for PyTorch: its experiments.",
         epilog="commands:\n"
-        "  run TASK    train on one of the experiments; write a picture, numbers and a record\n\n"
+        "  run TASK       train on one of the experiments, or all; write pictures, numbers and a record\n"
+        "  verify [TASK]  compare the fast solver with the reference on every task\n\n"
         "'pgdfast COMMAND --help' says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -82,6 +82,14 @@ def show_checks(checks):
     console.print()
 
 
+def say(text, style):
+    """Print one line in a style."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(soft_wrap=True).print(Text(text, style=style))
+
+
 def show_files(files):
     """Print where the results lie."""
     from rich.console import Console
