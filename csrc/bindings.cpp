@@ -79,6 +79,13 @@ class Plan {
       }
       if (!THPVariable_Check(object)) return false;
       const at::Tensor& t = THPVariable_Unpack(object);
+      if (layouts_[i].function == Function::positions) {
+        if (!t.device().is_cpu() || t.scalar_type() != at::kLong || !t.is_contiguous() ||
+            t.sizes() != at::IntArrayRef(layouts_[i].sizes))
+          return false;
+        target = {nullptr, T(0), t.const_data_ptr<std::int64_t>()};
+        continue;
+      }
       if (!t.device().is_cpu() || t.sizes() != at::IntArrayRef(layouts_[i].sizes) ||
           t.strides() != at::IntArrayRef(layouts_[i].strides))
         return false;
@@ -89,7 +96,18 @@ class Plan {
       else
         return false;
     }
+    for (const Instruction& op : solver_.structure.instructions) {
+      if (op.kind != Kind::gather) continue;
+      const index* positions = solver_.program.constants[std::size_t(op.constant)].positions;
+      for (index i = 0; i < op.gather.rows; ++i)
+        if (positions[i] < -1 || positions[i] >= op.gather.count) throw py::index_error("a position outside of its tensor");
+    }
     return true;
+  }
+
+  void clear_rows() {
+    solver_.layout = {};
+    solver_.invalidate();
   }
 
   void set_rows(index num_rows, index max_sections, std::vector<index> section_of, std::vector<index> k_of,
@@ -211,7 +229,23 @@ class Plan {
     if (op.kind == Kind::matmul) {
       const auto& g = list.at(0);
       op.matmul = {g.at(0), g.at(1), g.at(2),  g.at(3),  g.at(4),  g.at(5), g.at(6),
-                   g.at(7), g.at(8), g.at(9), g.at(10), g.at(11), g.at(12)};
+                   g.at(7), g.at(8), g.at(9), g.at(10), g.at(11), g.at(12), g.at(13), g.at(14), g.at(15), g.at(16)};
+    } else if (op.kind == Kind::gather) {
+      const auto& g = list.at(0);
+      op.gather = {g.at(0), g.at(1), g.at(2), g.at(3), g.at(4)};
+    } else if (op.kind == Kind::project) {
+      Project& p = op.project;
+      p.ndim = int(list.at(0).size());
+      const std::size_t operands = list.size() - 4;   // all but shape, strides of y and x, and the numbers
+      if (p.ndim > kMaxDims + 1 || operands > p.constants.size()) throw py::value_error("a projection beyond the limits");
+      p.terms = int(operands - 1) / 2;
+      for (std::size_t d = 0; d < list[0].size(); ++d) {
+        p.shape[d] = list[0][d];
+        p.ys[d] = list.at(1).at(d);
+        p.xs[d] = list.at(2).at(d);
+        for (std::size_t c = 0; c < operands; ++c) p.cs[c][d] = list.at(3 + c).at(d);
+      }
+      for (std::size_t c = 0; c < operands; ++c) p.constants[c] = int(list.back().at(c));
     } else {
       op.muladd.ndim = int(list.at(0).size());
       if (op.muladd.ndim > kMaxDims) throw py::value_error("more than 6 dimensions in one instruction");
@@ -275,6 +309,7 @@ void bind_plan(py::module_& m, const char* name) {
            py::arg("buffers"), py::arg("instructions"), py::arg("constants"), py::arg("functions"))
       .def("bind", &P::bind)
       .def("set_rows", &P::set_rows)
+      .def("clear_rows", &P::clear_rows)
       .def("jvp", &P::jvp)
       .def("vjp", &P::vjp)
       .def("dense", &P::dense)

@@ -86,7 +86,7 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
   if (op.constant >= 0) {
     const Constant<T>& constant = program.constants[std::size_t(op.constant)];
     if (constant.data) c = constant.data + op.c_offset;
-    else alpha *= constant.value;
+    else if (constant.positions == nullptr) alpha *= constant.value;
   }
   if (op.kind == Kind::matmul) {
     // J[x(b, m, k)] += alpha * y[b, m, n] * c[b, k, n]
@@ -107,6 +107,23 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
             body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * g.xb + m * g.xm, g.xk, false);
         }
       }
+    return;
+  }
+  if (op.kind == Kind::gather) {
+    // J[x(p[i], :)] += alpha * y[i, :]
+    const Gather& g = op.gather;
+    const index* positions = program.constants[std::size_t(op.constant)].positions;
+    for (index i = 0; i < g.rows; ++i) {
+      if (positions[i] < 0) continue;
+      const index at = positions[i] * g.x_row;
+      if (use.row_per_n) {
+        if (T* row = row_of(i * g.y_row))
+          body.muladd(g.width, alpha, nullptr, 0, y + i * g.y_row, 1, row + at, 1, false);
+        continue;
+      }
+      for (index j = 0; j < g.width; ++j)
+        if (T* row = row_of(i * g.y_row + j)) row[at + j] += alpha * y[i * g.y_row + j];
+    }
     return;
   }
   // J[x(i)] += alpha * c[i] * y[i], over the innermost index at once where that stays in one row.

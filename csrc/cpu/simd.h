@@ -6,7 +6,15 @@
 namespace pgdfast {
 
 // What becomes of a constant c when it is bound; FUNCTIONS in pgdfast/tape/program.py.
-enum class Function : int { identity = 0, one_minus_square = 1, minus_square = 2 };
+enum class Function : int { identity = 0, one_minus_square = 1, minus_square = 2, positions = 3 };
+
+// Element i of a row's coefficient is data[i * step], or `value` where there is no data.
+template <class T>
+struct Coefficients {
+  const T* data;
+  index step;
+  T value;
+};
 
 template <class T>
 struct Simd {
@@ -21,6 +29,13 @@ struct Simd {
   void (*axpby)(index n, T alpha, const T* x, T beta, T* y);
   // acc[i, j] += (weight * s[i, j] + shift) * t[i, j].
   void (*hadamard)(index rows, index cols, T weight, T shift, const T* s, const T* t, index ld, T* acc, index ld_acc);
+  // c[i, j] (+)= alpha * sum_l a[i, l] * b[l, j] for products too small for a BLAS; strides by rows and columns.
+  void (*small_gemm)(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
+                     index b_col, T* c, index c_row, index c_col, bool overwrite);
+  // y (+)= post * (pre * x - alpha * sum_t left_t * <right_t, pre * x>), t < terms <= kMaxTerms; one row of n.
+  void (*project)(index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
+                  const Coefficients<T>* left, const Coefficients<T>* right, const T* x, index ix, T* y, index iy,
+                  bool overwrite);
 };
 
 template <class T>

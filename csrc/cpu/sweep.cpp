@@ -1,6 +1,11 @@
 #include "sweep.h"
 
+#include <algorithm>
 #include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "../plan/blas.h"
 #include "simd.h"
@@ -8,78 +13,212 @@
 namespace pgdfast {
 namespace {
 
-constexpr index kParallelElements = 1 << 17;   // below this a second thread costs more than it saves
+constexpr index kParallelElements = 1 << 16;   // below this a second thread costs more than it saves
+constexpr index kSmallProduct = 1 << 13;       // multiply-adds below which a call of the BLAS costs more than it saves
+
+// Runs body(begin, end) over [0, n), split over the threads where the work is worth it. Every part writes elements of its
+// own, so results do not depend on the number of threads.
+template <class F>
+void in_parts(index n, bool worth, F&& body) {
+#ifdef _OPENMP
+  const index threads = std::min<index>(max_threads, n);
+  if (worth && threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+    {
+      const index part = omp_get_thread_num(), parts = omp_get_num_threads();
+      body(n * part / parts, n * (part + 1) / parts);
+    }
+    return;
+  }
+#endif
+  (void)worth;
+  body(index(0), n);
+}
+
+// Offsets of the rows of a strided index space, one after the other: dimensions before the last, for several operands.
+template <int operands>
+struct Rows {
+  int ndim;
+  const index* shape;
+  const index* strides[operands];
+
+  template <class F>
+  void each(index begin, index end, F&& body) const {
+    for (index i = begin; i < end; ++i) {
+      index rest = i, offset[operands] = {};
+      for (int d = ndim - 1; d >= 0; --d) {
+        const index id = rest % shape[d];
+        rest /= shape[d];
+        for (int k = 0; k < operands; ++k) offset[k] += id * strides[k][d];
+      }
+      body(offset);
+    }
+  }
+};
+
+index product(int ndim, const index* shape) {
+  index count = 1;
+  for (int d = 0; d < ndim; ++d) count *= shape[d];
+  return count;
+}
 
 // One muladd with source and target given explicitly, so that the adjoint is the same code with the two exchanged.
 template <class T>
-void run_muladd(const MulAdd& op, T alpha, const T* c, const index* cs, const T* source, const index* ss, T* target,
-                const index* ts, bool overwrite) {
+void run_muladd(const MulAdd& op, T alpha, const T* c, const T* source, const index* ss, T* target, const index* ts,
+                bool overwrite) {
   const Simd<T>& body = simd<T>();
+  const index *shape = op.shape.data(), *cs = op.cs.data();
   if (op.ndim == 0) {
     body.muladd(1, alpha, c, 0, source, 0, target, 1, overwrite);
     return;
   }
-  const int inner = op.ndim - 1;
-  const index n = op.shape[inner];
-  index outer = 1;
-  for (int d = 0; d < inner; ++d) outer *= op.shape[d];
-  auto rows = [&](index begin, index end) {
-    for (index i = begin; i < end; ++i) {
-      index rest = i, so = 0, to = 0, co = 0;
-      for (int d = inner - 1; d >= 0; --d) {
-        const index id = rest % op.shape[d];
-        rest /= op.shape[d];
-        so += id * ss[d];
-        to += id * ts[d];
-        co += id * cs[d];
-      }
-      body.muladd(n, alpha, c ? c + co : nullptr, cs[inner], source + so, ss[inner], target + to, ts[inner],
-                  overwrite);
+  // Split where the target moves: the outermost such dimension.
+  int split = 0;
+  while (split < op.ndim && (ts[split] == 0 || shape[split] == 1)) ++split;
+  const bool worth = split < op.ndim && product(op.ndim, shape) >= kParallelElements;
+  const int last = op.ndim - 1;
+  in_parts(worth ? shape[split] : 1, worth, [&](index begin, index end) {
+    std::array<index, kMaxDims> part = op.shape;
+    index so = 0, to = 0, co = 0;
+    if (worth) {
+      part[std::size_t(split)] = end - begin;
+      so = begin * ss[split];
+      to = begin * ts[split];
+      co = begin * cs[split];
     }
+    const Rows<3> rows{last, part.data(), {ss, ts, cs}};
+    rows.each(0, product(last, part.data()), [&](const index* at) {
+      body.muladd(part[std::size_t(last)], alpha, c ? c + co + at[2] : nullptr, cs[last], source + so + at[0], ss[last],
+                  target + to + at[1], ts[last], overwrite);
+    });
+  });
+}
+
+// A strided stack of matrices.
+template <class T>
+struct Stack {
+  T* data;
+  index outer, batch, row, column;
+  T* at(index i, index batches) const { return data + i / batches * outer + i % batches * batch; }
+};
+
+// out[b] (+)= alpha * left[b] @ right[b], (m, k) @ (k, n).
+template <class T>
+void multiply(index outer, index batches, index m, index n, index k, T alpha, const Stack<const T>& left,
+              const Stack<const T>& right, const Stack<T>& out, bool overwrite) {
+  const bool small = m * n * k <= kSmallProduct && outer * batches > 1;
+  const auto one = [&](index i) {
+    const T *a = left.at(i, batches), *b = right.at(i, batches);
+    T* c = out.at(i, batches);
+    if (small)
+      simd<T>().small_gemm(m, n, k, alpha, a, left.row, left.column, b, right.row, right.column, c, out.row, out.column,
+                           overwrite);
+    else
+      gemm<T>(m, n, k, alpha, a, left.row, left.column, b, right.row, right.column, T(overwrite ? 0 : 1), c, out.row,
+              out.column);
   };
-#ifdef _OPENMP
-  // Rows are independent when the outermost dimension moves the target.
-  if (inner > 0 && ts[0] != 0 && outer * n >= kParallelElements && max_threads > 1) {
-    const index per = outer / op.shape[0];
-#pragma omp parallel for schedule(static) num_threads(max_threads)
-    for (index i = 0; i < op.shape[0]; ++i) rows(i * per, (i + 1) * per);
+  // A stack is split by its matrices, each then on one thread.
+  const bool apart = (outer == 1 || out.outer != 0) && (batches == 1 || out.batch != 0);
+  const index count = outer * batches;
+  if (count >= max_threads && count > 1 && apart) {
+    in_parts(count, count * m * n * k >= kParallelElements, [&](index begin, index end) {
+      const BlasThreads inside(1);
+      for (index i = begin; i < end; ++i) one(i);
+    });
     return;
   }
-#endif
-  rows(0, outer);
+  for (index i = 0; i < count; ++i) one(i);
 }
 
 template <class T>
 void run_matmul(const MatMul& g, T alpha, const T* c, const T* x, T* y, bool overwrite) {
-  for (index b = 0; b < g.b; ++b)
-    gemm<T>(g.m, g.n, g.k, alpha, x + b * g.xb, g.xm, g.xk, c + b * g.cb, g.ck, g.cn, T(overwrite ? 0 : 1),
-            y + b * g.yb, g.ym, g.yn);
+  multiply<T>(g.outer, g.b, g.m, g.n, g.k, alpha, {x, g.xo, g.xb, g.xm, g.xk}, {c, g.co, g.cb, g.ck, g.cn},
+              {y, g.yo, g.yb, g.ym, g.yn}, overwrite);
 }
 
 template <class T>
 void run_matmul_adjoint(const MatMul& g, T alpha, const T* c, const T* y, T* x, bool overwrite) {
-  if (g.n == 1 && g.xk == 1) {   // an outer product, row by row: what a BLAS does slowly
+  if (g.n == 1 && g.xk == 1 && g.outer == 1) {   // an outer product, row by row: what a BLAS does slowly
     for (index b = 0; b < g.b; ++b)
       for (index m = 0; m < g.m; ++m)
         simd<T>().muladd(g.k, alpha * y[b * g.yb + m * g.ym], nullptr, 0, c + b * g.cb, g.ck, x + b * g.xb + m * g.xm, 1,
                          overwrite);
     return;
   }
-  for (index b = 0; b < g.b; ++b)
-    gemm<T>(g.m, g.k, g.n, alpha, y + b * g.yb, g.ym, g.yn, c + b * g.cb, g.cn, g.ck, T(overwrite ? 0 : 1),
-            x + b * g.xb, g.xm, g.xk);
+  multiply<T>(g.outer, g.b, g.m, g.k, g.n, alpha, {y, g.yo, g.yb, g.ym, g.yn}, {c, g.co, g.cb, g.cn, g.ck},
+              {x, g.xo, g.xb, g.xm, g.xk}, overwrite);
+}
+
+template <class T>
+void run_gather(const Gather& g, T alpha, const index* positions, const T* x, T* y, bool overwrite) {
+  const Simd<T>& body = simd<T>();
+  in_parts(g.rows, g.rows * g.width >= kParallelElements, [&](index begin, index end) {
+    for (index i = begin; i < end; ++i) {
+      T* row = y + i * g.y_row;
+      if (positions[i] >= 0) body.muladd(g.width, alpha, nullptr, 0, x + positions[i] * g.x_row, 1, row, 1, overwrite);
+      else if (overwrite) std::fill(row, row + g.width, T(0));
+    }
+  });
+}
+
+// Rows may meet in one row of x: threads take columns each, so that sums keep their order.
+template <class T>
+void run_gather_adjoint(const Gather& g, T alpha, const index* positions, const T* y, T* x) {
+  const Simd<T>& body = simd<T>();
+  in_parts(g.width, g.width >= 32 && g.rows * g.width >= kParallelElements, [&](index begin, index end) {
+    for (index i = 0; i < g.rows; ++i)
+      if (positions[i] >= 0)
+        body.muladd(end - begin, alpha, nullptr, 0, y + i * g.y_row + begin, 1, x + positions[i] * g.x_row + begin, 1, false);
+  });
+}
+
+// In the adjoint the scale comes first and each term's l and r change places.
+template <class T>
+void run_project(const Project& p, T alpha, const std::vector<Constant<T>>& constants, bool adjoint, const T* source,
+                 const index* ss, T* target, const index* ts, bool overwrite) {
+  const Simd<T>& body = simd<T>();
+  constexpr int kOperands = 1 + 2 * kMaxTerms;
+  const int last = p.ndim - 1, operands = 1 + 2 * p.terms;
+  const index n = p.shape[std::size_t(last)], rows = product(last, p.shape.data());
+  Coefficients<T> base[kOperands];
+  Rows<2 + kOperands> walk{last, p.shape.data(), {ss, ts}};
+  for (int k = 0; k < kOperands; ++k) {
+    const int number = k < operands ? p.constants[std::size_t(k)] : -1;
+    base[k] = {number < 0 ? nullptr : constants[std::size_t(number)].data, p.cs[std::size_t(k)][std::size_t(last)], T(1)};
+    walk.strides[2 + k] = p.cs[std::size_t(k)].data();
+  }
+  in_parts(rows, rows * n >= kParallelElements, [&](index begin, index end) {
+    walk.each(begin, end, [&](const index* at) {
+      Coefficients<T> c[kOperands], left[kMaxTerms], right[kMaxTerms];
+      for (int k = 0; k < operands; ++k) {
+        c[k] = base[k];
+        if (c[k].data == nullptr) continue;
+        c[k].data += at[2 + k];
+        if (c[k].step == 0) c[k] = {nullptr, 0, *c[k].data};   // one value for the row
+      }
+      for (int t = 0; t < p.terms; ++t) {
+        left[t] = c[1 + 2 * t + adjoint];
+        right[t] = c[2 + 2 * t - adjoint];
+      }
+      const Coefficients<T> one{nullptr, 0, T(1)};
+      body.project(n, alpha, p.terms, adjoint ? c[0] : one, adjoint ? one : c[0], left, right, source + at[0], ss[last],
+                   target + at[1], ts[last], overwrite);
+    });
+  });
 }
 
 template <class T>
 struct Operands {
   T alpha;
   const T* c;
+  const index* positions = nullptr;
 };
 
 template <class T>
 Operands<T> operands(const Bound<T>& program, const Instruction& op) {
   if (op.constant < 0) return {T(op.alpha), nullptr};
   const Constant<T>& constant = program.constants[std::size_t(op.constant)];
+  if (constant.positions) return {T(op.alpha), nullptr, constant.positions};
   if (constant.data == nullptr) return {T(op.alpha) * constant.value, nullptr};
   return {T(op.alpha), constant.data + op.c_offset};
 }
@@ -117,11 +256,21 @@ void adjoint(const Bound<T>& program, const Memory<T>& memory, Part part) {
     const T* from = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
     T* to = memory.at(x) + op.x_offset;
     const Operands<T> o = operands(program, op);
-    if (op.kind == Kind::muladd)
-      run_muladd(op.muladd, o.alpha, o.c, op.muladd.cs.data(), from, op.muladd.ys.data(), to, op.muladd.xs.data(),
-                 op.overwrite_x);
-    else
-      run_matmul_adjoint(op.matmul, o.alpha, o.c, from, to, op.overwrite_x);
+    switch (op.kind) {
+      case Kind::muladd:
+        run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.ys.data(), to, op.muladd.xs.data(), op.overwrite_x);
+        break;
+      case Kind::matmul:
+        run_matmul_adjoint(op.matmul, o.alpha, o.c, from, to, op.overwrite_x);
+        break;
+      case Kind::gather:
+        run_gather_adjoint(op.gather, o.alpha, o.positions, from, to);
+        break;
+      case Kind::project:
+        run_project(op.project, o.alpha, program.constants, true, from, op.project.ys.data(), to, op.project.xs.data(),
+                    op.overwrite_x);
+        break;
+    }
   }
 }
 
@@ -137,11 +286,21 @@ void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
     const T* from = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
     T* to = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
     const Operands<T> o = operands(program, op);
-    if (op.kind == Kind::muladd)
-      run_muladd(op.muladd, o.alpha, o.c, op.muladd.cs.data(), from, op.muladd.xs.data(), to, op.muladd.ys.data(),
-                 op.overwrite_y);
-    else
-      run_matmul(op.matmul, o.alpha, o.c, from, to, op.overwrite_y);
+    switch (op.kind) {
+      case Kind::muladd:
+        run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.xs.data(), to, op.muladd.ys.data(), op.overwrite_y);
+        break;
+      case Kind::matmul:
+        run_matmul(op.matmul, o.alpha, o.c, from, to, op.overwrite_y);
+        break;
+      case Kind::gather:
+        run_gather(op.gather, o.alpha, o.positions, from, to, op.overwrite_y);
+        break;
+      case Kind::project:
+        run_project(op.project, o.alpha, program.constants, false, from, op.project.xs.data(), to, op.project.ys.data(),
+                    op.overwrite_y);
+        break;
+    }
   }
 }
 

@@ -18,24 +18,33 @@ bool covers(index size, int ndim, const index* shape, const index* strides) {
 
 bool covers_y(const Instruction& op, index size) {
   if (op.kind == Kind::muladd) return covers(size, op.muladd.ndim, op.muladd.shape.data(), op.muladd.ys.data());
+  if (op.kind == Kind::project) return covers(size, op.project.ndim, op.project.shape.data(), op.project.ys.data());
+  if (op.kind == Kind::gather) return op.gather.rows * op.gather.width == size;
   const MatMul& g = op.matmul;
-  const index shape[3] = {g.b, g.m, g.n}, strides[3] = {g.yb, g.ym, g.yn};
-  return covers(size, 3, shape, strides);
+  const index shape[4] = {g.outer, g.b, g.m, g.n}, strides[4] = {g.yo, g.yb, g.ym, g.yn};
+  return covers(size, 4, shape, strides);
 }
 
 bool covers_x(const Instruction& op, index size) {
   if (op.kind == Kind::muladd) return covers(size, op.muladd.ndim, op.muladd.shape.data(), op.muladd.xs.data());
+  if (op.kind == Kind::project) return covers(size, op.project.ndim, op.project.shape.data(), op.project.xs.data());
+  if (op.kind == Kind::gather) return false;   // a position may be missing
   const MatMul& g = op.matmul;
-  const index shape[3] = {g.b, g.m, g.k}, strides[3] = {g.xb, g.xm, g.xk};
-  return covers(size, 3, shape, strides);
+  const index shape[4] = {g.outer, g.b, g.m, g.k}, strides[4] = {g.xo, g.xb, g.xm, g.xk};
+  return covers(size, 4, shape, strides);
 }
 
 double flops_of(const Instruction& op) {
   if (op.kind == Kind::matmul) {
     const MatMul& g = op.matmul;
-    return 2.0 * double(g.b) * double(g.m) * double(g.n) * double(g.k);
+    return 2.0 * double(g.outer) * double(g.b) * double(g.m) * double(g.n) * double(g.k);
   }
   double count = 2.0;
+  if (op.kind == Kind::gather) return count * double(op.gather.rows) * double(op.gather.width);
+  if (op.kind == Kind::project) {
+    for (int d = 0; d < op.project.ndim; ++d) count *= double(op.project.shape[std::size_t(d)]);
+    return count * (1 + 2 * op.project.terms);
+  }
   for (int d = 0; d < op.muladd.ndim; ++d) count *= double(op.muladd.shape[d]);
   return count;
 }

@@ -38,9 +38,24 @@ struct MatMul {
   index yb, ym, yn;
   index xb, xm, xk;
   index cb, ck, cn;
+  index outer = 1, yo = 0, xo = 0, co = 0;   // a second batch dimension
 };
 
-enum class Kind : int { muladd = 0, matmul = 1 };
+// y[i, :] += alpha * x[positions[i], :]; a position of -1 gives nothing. Rows are contiguous.
+struct Gather {
+  index rows, width, y_row, x_row, count;   // count: rows of x
+};
+
+// y[i, :] += a * (x[i, :] - alpha * sum_t l_t * <r_t, x[i, :]>), the last dimension being the row.
+constexpr int kMaxTerms = 2;
+struct Project {
+  int ndim = 0, terms = 0;                            // ndim counts the row
+  std::array<index, kMaxDims + 1> shape{}, ys{}, xs{};
+  std::array<int, 1 + 2 * kMaxTerms> constants{};     // a, then l and r of each term; -1: ones
+  std::array<std::array<index, kMaxDims + 1>, 1 + 2 * kMaxTerms> cs{};
+};
+
+enum class Kind : int { muladd = 0, matmul = 1, gather = 2, project = 3 };
 
 struct Instruction {
   Kind kind;
@@ -51,6 +66,8 @@ struct Instruction {
   double alpha;
   MulAdd muladd;
   MatMul matmul;
+  Gather gather;
+  Project project;
   bool overwrite_y = false;     // first write of y in the forward sweep, and it covers all of y
   bool overwrite_x = false;     // first write of x in the adjoint sweep, and it covers all of x
 };
@@ -67,7 +84,7 @@ struct Use {
   index row0;        // factored: rows row0 .. row0 + n - 1 are the n dimension of the product
   bool m_is_high;    // factored: which dimension of the weight has the larger stride
   int companion;     // factored: the bias added to the same result, whose rows are Y itself; -1: none
-  bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd)
+  bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd, gather)
 };
 
 // Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders them tile, section, row.
@@ -93,11 +110,12 @@ struct RowLayout {
   void finalize();
 };
 
-// A bound constant: a strided tensor or one number.
+// A bound constant: a strided tensor, one number, or the positions of a gather.
 template <class T>
 struct Constant {
   const T* data = nullptr;
   T value{};
+  const index* positions = nullptr;
 };
 
 struct Structure {

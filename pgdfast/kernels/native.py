@@ -71,7 +71,10 @@ class Kernels:
         self._constants = None
 
     def set_rows(self, rows) -> None:
-        """Give the plan the row structure that Gram and dense forms need."""
+        """Give the plan the row structure that Gram and dense forms need, or take it away with None."""
+        if rows is None:
+            self._plan.clear_rows()
+            return
         self._plan.set_rows(
             rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.tiles, rows.uses, rows.labels
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 LIMITS = "real floating-point tensors"
@@ -37,7 +39,7 @@ class Kernels:
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
         self._constants = [
-            _prepared(c, self.dtype, function) if isinstance(c, torch.Tensor) else c
+            _prepared(c, self.dtype, function) if isinstance(c, torch.Tensor) and function != "positions" else c
             for c, function in zip(constants, self._program.functions, strict=True)
         ]
 
@@ -90,14 +92,41 @@ class Kernels:
         constant = None if op.constant < 0 else self._constants[op.constant]
         if op.kind == 1:
             b, m, n, k, *strides = op.extents[0]
-            ys, xs, cs = strides[:3], strides[3:6], strides[6:]
-            c = _constant(constant, (b, k, n), cs)
+            a, *outer = strides[9:]
+            ys, xs, cs = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
+            c = _constant(constant, (a, b, k, n), cs)
             if adjoint:
-                value = _window(source, (b, m, n), ys, source_offset) @ c.mT
-                _accumulate(target, (b, m, k), xs, target_offset, op.alpha * value)
+                value = _window(source, (a, b, m, n), ys, source_offset) @ c.mT
+                _accumulate(target, (a, b, m, k), xs, target_offset, op.alpha * value)
             else:
-                value = _window(source, (b, m, k), xs, source_offset) @ c
-                _accumulate(target, (b, m, n), ys, target_offset, op.alpha * value)
+                value = _window(source, (a, b, m, k), xs, source_offset) @ c
+                _accumulate(target, (a, b, m, n), ys, target_offset, op.alpha * value)
+            return
+        if op.kind == 2:
+            rows, width, y_row, x_row, count = op.extents[0]
+            xs, ys = (count, width, (x_row, 1)), (rows, width, (y_row, 1))
+            if adjoint:
+                value = _window(source, ys[:2], ys[2], source_offset)
+                _add_rows(_window(target, xs[:2], xs[2], target_offset), constant, op.alpha * value)
+            else:
+                value = _take_rows(_window(source, xs[:2], xs[2], source_offset), constant)
+                _accumulate(target, ys[:2], ys[2], target_offset, op.alpha * value)
+            return
+        if op.kind == 3:
+            shape, ys, xs, *strides, numbers = op.extents
+            a, *terms = (
+                None if number < 0 else _constant(self._constants[number], shape, s)
+                for number, s in zip(numbers, strides, strict=True)
+            )
+            pairs = list(zip(terms[::2], terms[1::2], strict=True))
+            if adjoint:
+                z = _times(_window(source, shape, ys, source_offset), a)
+                value = z - op.alpha * sum(_times(_times(z, left).sum(-1, keepdim=True), right) for left, right in pairs)
+                _accumulate(target, shape, xs, target_offset, value)
+            else:
+                x = _window(source, shape, xs, source_offset)
+                value = x - op.alpha * sum(_times(_times(x, right).sum(-1, keepdim=True), left) for left, right in pairs)
+                _accumulate(target, shape, ys, target_offset, _times(value, a))
             return
         shape, ys, xs, cs = op.extents
         ss, ts = (ys, xs) if adjoint else (xs, ys)
@@ -126,6 +155,26 @@ def _constant(c: torch.Tensor, shape, strides) -> torch.Tensor:
     return c.as_strided(shape, strides, c.storage_offset())
 
 
+def _times(x: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    return x if c is None else x * c
+
+
+def _take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The rows (dimension 1) of x at these positions, zero where they are negative."""
+    taken = x.index_select(1, positions.clamp_min(0)) if x.shape[1] else x.new_zeros(len(x), len(positions), x.shape[2])
+    return taken.masked_fill_((positions < 0)[:, None], 0)
+
+
+def _add_rows(x: torch.Tensor, positions: torch.Tensor, value: torch.Tensor) -> None:
+    """Add rows of a value to the rows (dimension 1) of x at these positions, in an order that never changes."""
+    kept = positions >= 0
+    positions, value = positions[kept], value[:, kept]
+    if x.device.type == "cpu":
+        x.index_add_(1, positions, value)
+    else:   # index_add_ adds atomically there, in any order; this sorts
+        x.transpose(0, 1).index_put_((positions,), value.transpose(0, 1), accumulate=True)
+
+
 def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.Tensor) -> None:
     # Zero strides reduce: PyTorch must not write to overlapping windows.
     reduced = [d for d, s in enumerate(strides) if s == 0 and shape[d] != 1]
@@ -136,7 +185,10 @@ def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.
 
 
 def _flops(op) -> int:
-    count = 2
-    for n in op.extents[0][: 4 if op.kind == 1 else None]:
-        count *= n
-    return count
+    if op.kind == 1:
+        factors = (*op.extents[0][:4], op.extents[0][13])
+    elif op.kind == 2:
+        factors = op.extents[0][:2]
+    else:
+        factors = op.extents[0]
+    return 2 * math.prod(factors)

@@ -20,23 +20,25 @@ _announced: set[str] = set()
 class _Plan:
     """Kernels of one program with its row structure, shared by all linearisations of that structure."""
 
-    __slots__ = ("_backend", "_device", "_rows", "_wide", "kernels", "owner", "program")
+    __slots__ = ("_backend", "_base", "_device", "_mixing", "_rows", "_rows_for", "_wide", "kernels", "owner", "program")
 
-    def __init__(self, program, device, backend, dtype=None, rows=None):
-        self.program, self._device, self._backend = program, device, backend
+    def __init__(self, program, device, backend, dtype=None, base=None):
+        self.program, self._device, self._backend, self._base = program, device, backend, base
         self.kernels = kernels.kernels_for(program, device, backend, dtype)
         self.owner = self._wide = None
-        self._rows = rows
-        if rows:
-            self.kernels.set_rows(rows)
+        self._mixing = program.positions_that_mix()
+        self._rows = self._rows_for = None
 
-    @property
-    def rows(self):
-        """The row layout, found when first asked for; False if the residuals do not separate."""
-        if self._rows is None:
-            self._rows = row_layout(self.program) or False
-            if self._rows:
-                self.kernels.set_rows(self._rows)
+    def rows(self, constants):
+        """The row layout, found when first asked for; False if the residuals do not separate.
+
+        Where a gather reads the workspace it depends on the positions, and is found anew when those change.
+        """
+        asked = [constants[k] for k in self._mixing]
+        if self._rows is None or any(not torch.equal(a, b) for a, b in zip(asked, self._rows_for, strict=True)):
+            self._rows = self._base.rows(constants) if self._base else row_layout(self.program, constants) or False
+            self._rows_for = [a.clone() for a in asked]
+            self.kernels.set_rows(self._rows or None)
         return self._rows
 
     def release(self) -> None:
@@ -51,7 +53,7 @@ class _Plan:
     def wide(self) -> _Plan:
         """The same program in float64, over constants of the program's own dtype."""
         if self._wide is None:
-            self._wide = _Plan(self.program, self._device, self._backend, torch.float64, self.rows)
+            self._wide = _Plan(self.program, self._device, self._backend, torch.float64, self)
         return self._wide
 
 
@@ -162,7 +164,7 @@ class Linearization:
     @property
     def rows(self):
         """The row layout of the residuals, or None."""
-        return self._plan.rows or None if self._plan is not None else None
+        return self._plan.rows(self._constants) or None if self._plan is not None else None
 
     @property
     def penalty(self) -> torch.Tensor | None:

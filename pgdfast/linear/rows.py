@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..tape.program import MULADD, PARAMETER, RESIDUAL, Program
+from ..tape.program import GATHER, MATMUL, MULADD, PARAMETER, PROJECT, RESIDUAL, Program
 
 _ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
 _TILE = 128   # residuals per tile of K: two float tiles and their product stay in the second-level cache
@@ -32,13 +32,17 @@ class RowLayout:
     explicit_columns: int
 
 
-def row_layout(program: Program) -> RowLayout | None:
-    """The finest row structure of a program, or None if its residuals do not separate (batch statistics, say)."""
+def row_layout(program: Program, constants=()) -> RowLayout | None:
+    """The finest row structure of a program, or None if its residuals do not separate (batch statistics, say).
+
+    constants: those of the linearisation, needed where the program gathers from its workspace: which residuals an element
+    reaches depends on their positions there.
+    """
     if not any(shape.numel() for shape in program.residual_shapes):
         return None
     deepest = max((len(shape) for shape in program.residual_shapes), default=0)
     for depth in range(deepest, 0, -1):
-        labels = _propagate(program, depth)
+        labels = _propagate(program, depth, constants)
         if labels is not None:
             return _layout(program, depth, labels)
     return None
@@ -55,7 +59,7 @@ def _windows(array: np.ndarray, shape, strides, offset: int) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(array[offset:], shape, [s * size for s in strides])
 
 
-def _propagate(program: Program, depth: int) -> dict[int, np.ndarray] | None:
+def _propagate(program: Program, depth: int, constants) -> dict[int, np.ndarray] | None:
     """Row label of every buffer element (-1: reaches no residual), or None on a conflict."""
     labels = {
         k: np.full(size, -1, np.int32) for k, (role, size) in enumerate(program.buffers) if role != PARAMETER
@@ -69,29 +73,52 @@ def _propagate(program: Program, depth: int) -> dict[int, np.ndarray] | None:
     for op in reversed(program.instructions):
         if program.buffers[op.x][0] == PARAMETER:
             continue
-        if op.kind == MULADD:
-            shape, ys, xs, _ = op.extents
+        if op.kind == GATHER:
+            if not _scatter(op, labels, constants[op.constant]):
+                return None
+            continue
+        if op.kind == MATMUL:
+            b, m, n, k, yb, ym, yn, xb, xm, xk, _, _, _, a, ya, xa, _ = op.extents[0]
+            seen = _windows(labels[op.y], (a, b, m, n), (ya, yb, ym, yn), op.y_offset)
+            target = _windows(labels[op.x], (a, b, m, k), (xa, xb, xm, xk), op.x_offset)
+            merged = tuple(d for d, (size, s) in enumerate(((a, xa), (b, xb))) if s == 0 and size > 1)
+            target = target[tuple(slice(0, 1) if d in merged else slice(None) for d in range(4))]
+            merged += (3,)
+        else:
+            shape, ys, xs = op.extents[:3]
             seen = _windows(labels[op.y], shape, ys, op.y_offset)
             target = _windows(labels[op.x], shape, xs, op.x_offset)
             merged = tuple(d for d, s in enumerate(xs) if s == 0)
-        else:
-            b, m, n, k, yb, ym, yn, xb, xm, xk = op.extents[0][:10]
-            seen = _windows(labels[op.y], (b, m, n), (yb, ym, yn), op.y_offset)
-            target = _windows(labels[op.x], (b, m, k), (xb, xm, xk), op.x_offset)
-            merged = (2,) if xb != 0 or b == 1 else (0, 2)
+            target = target[(..., *(slice(0, 1) if d in merged else slice(None) for d in range(target.ndim)))]
+            if op.kind == PROJECT:
+                merged = (*merged, len(shape) - 1)
         highest = seen.max(axis=merged, keepdims=True) if merged else seen
         lowest = np.where(seen < 0, np.iinfo(np.int32).max, seen)
         lowest = lowest.min(axis=merged, keepdims=True) if merged else lowest
         known = highest >= 0
         if (known & (lowest != highest)).any():
             return None
-        target = target[(..., *(slice(0, 1) if d in merged and op.kind == MULADD else slice(None) for d in range(target.ndim)))]
-        if op.kind != MULADD and 0 in merged:
-            target = target[:1]
         if (known & (target >= 0) & (target != highest)).any():
             return None
         np.copyto(target, np.broadcast_to(highest, target.shape), where=np.broadcast_to(known, target.shape))
     return labels
+
+
+def _scatter(op, labels, positions) -> bool:
+    """Push the labels of a gather's rows to the rows they were taken from; False on a conflict."""
+    rows, width, y_row, x_row, count = op.extents[0]
+    positions = positions.numpy(force=True)
+    kept = positions >= 0
+    positions, seen = positions[kept], _windows(labels[op.y], (rows, width), (y_row, 1), op.y_offset)[kept]
+    target = _windows(labels[op.x], (count, width), (x_row, 1), op.x_offset)
+    highest, lowest = target.copy(), np.where(target < 0, np.iinfo(np.int32).max, target)
+    np.maximum.at(highest, positions, seen)
+    np.minimum.at(lowest, positions, np.where(seen < 0, np.iinfo(np.int32).max, seen))
+    known = highest >= 0
+    if (known & (lowest != highest)).any():
+        return False
+    np.copyto(target, highest, where=known)
+    return True
 
 
 def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowLayout:
@@ -178,7 +205,7 @@ class _Outer:
 
 def _factored(op, labels) -> _Outer | None:
     """The outer-product form of a use, if its n dimension runs over consecutive rows."""
-    if op.kind == MULADD:
+    if op.kind != MATMUL:
         return None
     b, m, n, k, yb, ym, yn, xb, xm, xk = op.extents[0][:10]
     if b != 1 or op.alpha != 1:
@@ -234,8 +261,8 @@ def _is_bias(op, m: int, n: int, ym: int, yn: int) -> bool:
 def _row_per_n(program: Program, i: int, labels) -> bool:
     """Say whether an explicit use's row depends on n alone (matmul), or not on the innermost index (muladd)."""
     op = program.instructions[i]
-    if op.kind == MULADD:
-        shape, ys, _, _ = op.extents
+    if op.kind != MATMUL:
+        shape, ys = op.extents[:2] if op.kind == MULADD else (op.extents[0][:2], (op.extents[0][2], 1))
         seen = _windows(labels[op.y], shape, ys, op.y_offset)
         return bool(shape) and bool((seen == seen[..., :1]).all())
     b, m, n, _, yb, ym, yn = op.extents[0][:7]

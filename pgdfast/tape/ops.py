@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 
 from .program import (
+    GATHER,
     MATMUL,
     MULADD,
     PARAMETER,
+    PROJECT,
     WORKSPACE,
     Instruction,
     Program,
@@ -20,6 +22,7 @@ from .program import (
     blas_constant,
     coalesce,
     fits_blas,
+    rows_last,
     whole,
 )
 
@@ -56,6 +59,22 @@ class Refresh:
         """Out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
         c = right if left is None else left
         self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
+
+    def gather(self, i, positions, lead, out=0):
+        """Out[r] += in_i[positions[r]], rows being in_i's first `lead` dimensions flattened; -1 gives zero.
+
+        Positions may change from step to step. They have as many elements as out has rows.
+        """
+        self.constants.append(positions.to(torch.int64).reshape(-1).contiguous())
+
+    def project(self, i, dims, scale, terms, alpha=1.0, out=0):
+        """Out += scale * (in_i - alpha * sum over terms (l, r) of l * <r, in_i>), inner products over `dims` of in_i.
+
+        scale, l and r are tensors of in_i's dimensions, broadcast, or None for ones; they may change from step to step.
+        """
+        for c in (scale, *(c for term in terms for c in term)):
+            if c is not None:
+                self.constants.append(rows_last(c if c.dtype is self.dtype else c.to(self.dtype), dims))
 
     def view(self, i, window, out=0):
         """Out is a window on in_i: `window` maps a tensor to its view."""
@@ -177,18 +196,83 @@ class Record:
             x, y = x.unsqueeze(-1), y.unsqueeze(-1)
         if left is not None:
             x, y, c = x.mT, y.mT, c.mT
-        if x.dim() == 2:
-            x, y, c = x.unsqueeze(0), y.unsqueeze(0), c.unsqueeze(0)
-        b, m, k = x.shape
-        n = c.shape[2]
-        if 0 in (b, m, k, n):
+        if x.dim() > 4:
+            raise UnsupportedStructure("a product of matrices stacked along more than two dimensions")
+        c = c.expand(*x.shape[:-2], *c.shape[-2:])
+        x, y, c = ([t] if t.dim() == 4 else [t[(None,) * (4 - t.dim())]] for t in (x, y, c))
+        x, y, c = x[0], y[0], c[0]
+        outer, b, m, k = x.shape
+        n = c.shape[3]
+        if 0 in (outer, b, m, k, n):
             return
-        c = c.expand(b, k, n)
-        extents = [[b, m, n, k, *y.stride(), *x.stride(), *c.stride()]]
+        inner, outers = [t.stride()[1:] for t in (y, x, c)], [t.stride(0) for t in (y, x, c)]
+        if b == 1 or all(o == b * s[0] for o, s in zip(outers, inner, strict=True)):   # one batch dimension will do
+            if b == 1:
+                inner = [(o, *s[1:]) for o, s in zip(outers, inner, strict=True)]
+            outer, b, outers = 1, outer * b, (0, 0, 0)
+        extents = [[b, m, n, k, *(s for strides in inner for s in strides), outer, *outers]]
         self.program.instructions.append(
             Instruction(
                 MATMUL, self.output(out).buffer, y.storage_offset(), buffer, x.storage_offset(), constant,
                 float(alpha), extents,
+            )
+        )
+
+    def gather(self, i, positions, lead, out=0):
+        constant = self._constant(self._collect.gather, i, positions, lead)
+        self.program.functions[-1] = "positions"
+        y, x = self.output(out), self._input(i)
+        shape = x.view.shape
+        count, width = shape[:lead].numel(), shape[lead:].numel()
+        try:
+            rows = x.view.view(count, width)
+        except RuntimeError:
+            rows = None
+        # Windows with zero strides are copied, here and in project: an adjoint may not add to one element twice at once.
+        if rows is None or (width > 1 and rows.stride(1) != 1) or (count > 1 and rows.stride(0) == 0):
+            x = self._copy(x)
+            rows = x.view.view(count, width)
+        n = len(self.constants[constant])
+        if n * width == 0:
+            return
+        self.program.instructions.append(
+            Instruction(
+                GATHER, y.buffer, y.view.storage_offset(), x.buffer, rows.storage_offset(), constant, 1.0,
+                [[n, width, width, rows.stride(0), count]],
+            )
+        )
+
+    def project(self, i, dims, scale, terms, alpha=1.0, out=0):
+        # A parameter is copied first: only the simple instructions use parameters directly.
+        x, y = self.off_parameters(self._input(i)), self.output(out).view
+        if y.numel() == 0:
+            return
+        given = [scale, *(c for term in terms for c in term)]
+        first = len(self.constants)
+        self._collect.project(i, dims, scale, terms)
+        for c in self.constants[first:]:
+            self.program.layouts.append((tuple(c.shape), c.stride()))
+            self.program.functions.append("c")
+        numbers, following = [], iter(range(first, len(self.constants)))
+        for c in given:
+            numbers.append(-1 if c is None else next(following))
+        try:
+            xv = rows_last(x.view, dims, copy=False)
+        except RuntimeError:
+            xv = None
+        if xv is None or any(s == 0 and n > 1 for n, s in zip(xv.shape, xv.stride(), strict=True)):
+            x = self._copy(x)
+            xv = rows_last(x.view, dims)
+        yv = rows_last(y, dims, copy=False)
+        shape = xv.shape
+        strides = [yv.stride(), xv.stride()]
+        for number in numbers:
+            strides.append((0,) * len(shape) if number < 0 else self.constants[number].expand(shape).stride())
+        outer, *merged = coalesce(shape[:-1], *(s[:-1] for s in strides))
+        extents = [[*outer, shape[-1]], *([*m, s[-1]] for m, s in zip(merged, strides, strict=True)), numbers]
+        self.program.instructions.append(
+            Instruction(
+                PROJECT, self.output(out).buffer, yv.storage_offset(), x.buffer, xv.storage_offset(), -1, float(alpha), extents
             )
         )
 
@@ -198,6 +282,8 @@ class Record:
             return x
         # A window with zero strides, or none of unit length, is copied first: its adjoint must be writable.
         view = x.view
+        if view.dim() > 3:
+            x = self.off_parameters(x)
         broadcast = any(s == 0 and n > 1 for n, s in zip(view.shape[-2:], view.stride()[-2:], strict=True))
         if broadcast or not fits_blas(view.shape, view.stride()):
             x = self._copy(x)

@@ -1,12 +1,14 @@
-"""The linear program: what a closure's tape does to a parameter tangent, in two kinds of instruction.
+"""The linear program: what a closure's tape does to a parameter tangent, in four kinds of instruction.
 
 Every operation's derivative is written with
 
     muladd   y[i] += alpha * c[i] * x[i]          over a strided index space; zero strides broadcast or reduce
     matmul   y[b] += alpha * x[b] @ c[b]          a constant on the left is the same form transposed
+    gather   y[i] += alpha * x[p[i]]              rows of x at positions p; -1 gives none
+    project  y[i] += a[i] * (x[i] - alpha * sum_t l_t[i] <r_t[i], x[i]>)   row by row: softmax, layer norm
 
-where `c` is a constant read off the tape. Views cost nothing: a slot is a strided window on a buffer. Run forward the
-list is J v; run backward, with x and y exchanged in each instruction, it is J^T u.
+where all but x and y are constants read off the tape. Views cost nothing: a slot is a strided window on a buffer. Run
+forward the list is J v; run backward, with x and y exchanged in each instruction, it is J^T u.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 
 PARAMETER, RESIDUAL, WORKSPACE = 0, 1, 2
-MULADD, MATMUL = 0, 1
+MULADD, MATMUL, GATHER, PROJECT = 0, 1, 2, 3
 MAX_DIMS = 6
-# What the kernels make of a constant c when it is bound; numbered as in csrc/cpu/simd.h.
-FUNCTIONS = ("c", "1 - c^2", "c - c^2")
+# What the kernels make of a constant c when it is bound; numbered as in csrc/cpu/simd.h. Positions are 64-bit integers.
+FUNCTIONS = ("c", "1 - c^2", "c - c^2", "positions")
 
 
 class UnsupportedStructure(Exception):
-    """A tape that the two instructions cannot express; the closure takes the double-backward form."""
+    """A tape that the instructions cannot express; the closure takes the double-backward form."""
 
 
 @dataclass(slots=True)
@@ -36,7 +38,16 @@ class Slot:
 
 @dataclass(slots=True)
 class Instruction:
-    """One muladd or matmul; `extents` are its index space and strides, in the order of csrc/plan/plan.h."""
+    """One instruction; `extents` are its index space and strides, in the order of csrc/plan/plan.h.
+
+    muladd   shape, strides of y, of x, of c
+    matmul   one list: b, m, n, k, strides of y (b, m, n), of x (b, m, k), of c (b, k, n); a second batch dimension and its
+             strides in y, x, c
+    gather   one list: rows, width, strides of a row in y and in x, rows of x
+    project  shape, strides of y, of x, of a, of l and r of each term; last, the numbers of those constants (-1: ones)
+
+    In a project the last dimension is the row; the others are batch.
+    """
 
     kind: int
     y: int
@@ -67,6 +78,10 @@ class Program:
         """Append a buffer and return its number."""
         self.buffers.append((role, size))
         return len(self.buffers) - 1
+
+    def positions_that_mix(self) -> list[int]:
+        """Constants with positions in the workspace: their values decide which elements reach which residuals."""
+        return [op.constant for op in self.instructions if op.kind == GATHER and self.buffers[op.x][0] == WORKSPACE]
 
     def function_numbers(self) -> list[int]:
         """The constants' functions as the native plan numbers them."""
@@ -111,3 +126,15 @@ def blas_constant(c: torch.Tensor) -> torch.Tensor:
     if strides[-1] == 1 and strides[-2] >= shape[-1] or strides[-2] == 1 and strides[-1] >= shape[-2]:
         return c
     return c.contiguous()
+
+
+def rows_last(c: torch.Tensor, dims, copy: bool = True) -> torch.Tensor:
+    """`c` with these dimensions moved to the end and merged; a view, unless that takes a copy and it may be one."""
+    dims = [d % c.dim() for d in dims] if c.dim() else []
+    if not dims:
+        return c.reshape(1)
+    moved = c.movedim(dims, tuple(range(c.dim() - len(dims), c.dim()))) if len(dims) < c.dim() else c
+    if len(dims) == 1:
+        return moved
+    shape = (*moved.shape[: -len(dims)], moved.shape[-len(dims) :].numel())
+    return moved.reshape(shape) if copy else moved.view(shape)

@@ -151,13 +151,10 @@ class Tracer:
         for block in form.blocks:
             key.append(block.signature())
         key = tuple(key)
-        try:
-            known = self._known.get(key) if number >= 0 else None
-        except TypeError:   # a saved field that cannot be hashed, such as a list of index tensors
-            known, key = None, None
+        known = self._known.get(key) if number >= 0 else None
         if known is None:
             known, constants = self._record(tape, form, work)
-            if key is not None and number >= 0:
+            if number >= 0:
                 if len(self._known) >= _STRUCTURES_KEPT:
                     self._known.pop(next(iter(self._known)))
                 self._known[key] = known

@@ -136,5 +136,9 @@ def rule_of(node):
 
 
 def describe(value):
-    """A saved field's part of the structure: a tensor's layout, anything else itself."""
-    return (value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
+    """A saved field's part of the structure: a tensor's layout, those of a list's tensors, anything else itself."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride()
+    if type(value) in (tuple, list) and any(type(v) is not int for v in value):
+        return tuple([describe(v) for v in value])
+    return value

@@ -43,7 +43,6 @@ OPERATIONS = {  # name on the tape: a function of the network's outputs (6, 4)
     "CumsumBackward0": lambda z: z.cumsum(0),
     "CubeBackward": Cube.apply,
     "RollBackward0": lambda z: z.roll(1, 0) * z,
-    "LogsumexpBackward0": lambda z: z.logsumexp(1),
     "ProdBackward1": lambda z: z.prod(1),
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast.linear import Linearizer
 from pgdfast.tape.rules import RULES
@@ -13,6 +14,10 @@ C = rand(3, 4, seed=9)  # a constant
 SINGLE = C.float()
 MASK = C > 0
 PARTS = (1, 3)
+IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
+PLACES = rand(3, 4, seed=8).argsort(1)
+SCORES = rand(2, 1, 3, 3, seed=7)
+ALLOWED = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])
 
 
 # Functions of parameters a (3, 4), b (3, 4), c (4,), m (4, 5): a residual tensor or several.
@@ -373,7 +378,136 @@ NESTED = {f"derivatives of {name}": nested(act) for name, act in ACTIVATIONS.ite
         gradient(a.mean() ** 3, a),
     ),
 }
-CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED
+
+
+def heads(x):
+    """A (3, 4) matrix as (batch, heads, length, width) = (2, 1, 3, 2)."""
+    return x.reshape(3, 2, 1, 2).permute(1, 2, 0, 3)
+
+
+def attend(a, b, m, **options):
+    """Attention with queries, keys and values from parameters."""
+    return F.scaled_dot_product_attention(heads(a), heads(b), heads(torch.tanh(m[:3, :4])), **options)
+
+
+def attend_plainly(a, b, m, **options):
+    """The same by its parts."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return attend(a, b, m, **options)
+
+
+NORMALIZING = {
+    "softmax": lambda a, b, c, m: (a.softmax(1), (2 * b).softmax(0), c.softmax(0), (a @ m).softmax(-1)),
+    "softmax of stacks": lambda a, b, c, m: (
+        a.view(3, 2, 2).softmax(1),
+        a.view(3, 2, 2).softmax(-1),
+        (a.T.reshape(2, 2, 3) * 2).softmax(0),
+        c.expand(3, 4).softmax(1),
+        c[:, None].expand(4, 3).softmax(1) + a.sum(),
+    ),
+    "softmax of masked scores": lambda a, b, c, m: (
+        (a @ b.T).masked_fill(~ALLOWED, -torch.inf).softmax(-1),
+        aten._safe_softmax((a @ b.T).masked_fill(ALLOWED[:1], -torch.inf), -1),
+    ),
+    "log_softmax": lambda a, b, c, m: (a.log_softmax(1), (2 * a).log_softmax(0), c.log_softmax(-1)),
+    "logsumexp": lambda a, b, c, m: (a.logsumexp(1), b.logsumexp((0, -1)).view(1), b.logsumexp(0, keepdim=True)),
+    "layer_norm": lambda a, b, c, m: (
+        F.layer_norm(a, (4,), c, m[:, 0]),
+        F.layer_norm(2 * a, (4,)),
+        F.layer_norm(a.view(3, 2, 2), (2, 2), c.view(2, 2)),
+        F.layer_norm(C, (4,), c),
+        F.layer_norm(a @ m, (5,), None, m[0]),
+    ),
+    "layer_norm of windows": lambda a, b, c, m: (
+        F.layer_norm(a.T, (3,), a[:, 0]),
+        F.layer_norm(a.view(3, 2, 2).transpose(0, 1), (3, 2)),
+        F.layer_norm((a @ m)[:, ::2], (3,)),
+    ),
+    "rms_norm": lambda a, b, c, m: (F.rms_norm(a, (4,), c), F.rms_norm(2 * b, (4,))),
+    "attention": lambda a, b, c, m: (attend(a, b, m), attend(a, C, m, scale=0.3), attend(C, C, m), attend(C, b, m)),
+    "attention with masks": lambda a, b, c, m: (
+        attend(a, b, m, is_causal=True),
+        attend(a, b, m, attn_mask=ALLOWED),
+        attend(a, b, m, attn_mask=SCORES),
+        attend(a, b, m, attn_mask=ALLOWED & ~ALLOWED[:1]),
+    ),
+    "attention by parts": lambda a, b, c, m: (
+        attend_plainly(a, b, m),
+        attend_plainly(a, b, m, is_causal=True),
+        attend_plainly(a, b, m, attn_mask=SCORES),
+        attend_plainly(a, b, m, attn_mask=ALLOWED & ~ALLOWED[:1]),
+    ),
+    "attention with a learned mask": lambda a, b, c, m: attend(a, b, m, attn_mask=a[:, :3]),
+    "maxima": lambda a, b, c, m: (
+        a.amax(1),
+        a.amin((0, -1)).view(1),
+        b.amax(0, keepdim=True),
+        a.max().view(1),
+        b.min().view(1),
+        torch.amax(torch.stack([a, a, b]), 0),
+    ),
+}
+GATHERS = {
+    "embedding": lambda a, b, c, m: (
+        F.embedding(IDS, a),
+        F.embedding(IDS, a, padding_idx=2),
+        F.embedding(IDS, a[:, 1:3]),
+        F.embedding(IDS, m.T),
+        F.embedding(IDS[0], 2 * a) @ m,
+        F.embedding(IDS, b) @ m,
+        F.embedding(IDS[:0], a),
+    ),
+    "index": lambda a, b, c, m: (
+        a[IDS],
+        a[:, IDS],
+        a[IDS[0], :2],
+        a[IDS[0], -IDS[1]],
+        a.view(3, 2, 2)[:, IDS[:, :2] // 2, -1],
+        a.view(3, 2, 2)[IDS[0], :, IDS[1] // 2],
+        (2 * a)[torch.tensor([0, -1])],
+    ),
+    "index by masks": lambda a, b, c, m: (a[MASK], a[:, MASK[0]], (a * b)[MASK[:, 1]], a.T[MASK.T]),
+    "index_select": lambda a, b, c, m: (
+        a.index_select(1, IDS[0]),
+        m.index_select(0, IDS[1]),
+        (a @ m).index_select(-2, IDS[0]),
+        (2 * c).index_select(0, IDS[1]),
+    ),
+    "gather": lambda a, b, c, m: (
+        a.gather(1, PLACES),
+        a.gather(0, IDS[:, [0, 1, 2, 0]]),
+        torch.take_along_dim(2 * a, PLACES[:, :1], 1),
+        c.gather(0, IDS[0]),
+    ),
+    "masked_select": lambda a, b, c, m: (a.masked_select(MASK), c.masked_select(MASK), (2 * a).masked_select(MASK[0])),
+    "take": lambda a, b, c, m: (a.take(IDS), a.T.take(-IDS - 1), (a * b).take(IDS)),
+    "sorted": lambda a, b, c, m: (
+        a.sort(1)[0],
+        (2 * a).sort(0, descending=True)[0],
+        a.topk(2, 1)[0],
+        b.topk(2, 0, largest=False)[0],
+        c.sort()[0],
+    ),
+    "largest": lambda a, b, c, m: (a.max(1)[0], b.min(0, keepdim=True)[0], (a @ m).max(-1)[0], a.sum().max(0)[0].view(1)),
+    "triangles": lambda a, b, c, m: (a.tril(), a.triu(1), m.view(2, 2, 5).tril(-1), (a @ m).triu(-1)),
+    "dropout": lambda a, b, c, m: (
+        drop(a, 0.4),
+        drop(a @ m, 0.5),
+        torch.native_dropout(a, 1.0, True)[0],
+        torch.native_dropout(a, 0.0, False)[0],
+    ),
+    "glu": lambda a, b, c, m: (F.glu(a), F.glu(2 * b), F.glu(m, 0), F.glu(c)),
+}
+
+
+def drop(x, p):
+    """Dropout whose mask is the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return torch.native_dropout(x, p, True)[0]
+
+
+CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS
 
 
 def problem(name):

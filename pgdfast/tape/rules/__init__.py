@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import elementwise, linear_algebra, structural
+from . import elementwise, gathers, linear_algebra, normalizing, structural
 from .table import RULES, Rule
 
-__all__ = ["RULES", "Rule", "elementwise", "linear_algebra", "structural"]
+__all__ = ["RULES", "Rule", "elementwise", "gathers", "linear_algebra", "normalizing", "structural"]

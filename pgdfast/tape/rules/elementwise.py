@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .table import rule
+from ..program import UnsupportedStructure
+from .table import rule, signed
 
 
 def _unary(node: str, saved: str, derivative) -> None:
@@ -112,6 +113,36 @@ def clamp(op, high, low, x):
 @rule("HardtanhBackward0", saved="max_val min_val self")
 def hardtanh(op, high, low, x):
     op.scale(0, ((x > low) & (x < high)).to(x.dtype))
+
+
+@rule("NativeDropoutBackward0", saved="p result1")
+def dropout(op, p, mask):
+    # With train=False nothing is dropped or scaled; the tape does not say so, but such a mask is full.
+    if p > 0 and bool(mask.all()):
+        raise UnsupportedStructure("a dropout that dropped nothing")
+    op.scale(0, mask.to(torch.float64) * (1 / (1 - p) if p < 1 else 0.0))
+
+
+@rule("TrilBackward0", saved="diagonal", shape=True)
+def tril(op, diagonal, shape, device):
+    op.scale(0, torch.ones(shape[-2:], dtype=torch.bool, device=device).tril(signed(diagonal)))
+
+
+@rule("TriuBackward0", saved="diagonal", shape=True)
+def triu(op, diagonal, shape, device):
+    op.scale(0, torch.ones(shape[-2:], dtype=torch.bool, device=device).triu(signed(diagonal)))
+
+
+@rule("GluBackward0", saved="dim self")
+def glu(op, dim, x):
+    """Of the halves a and b of x: a sigmoid(b)."""
+    dim = signed(dim)
+    a, b = x.chunk(2, dim)
+    s = torch.sigmoid(b)
+    op.view(0, lambda x: x.chunk(2, dim)[0], out="a")
+    op.view(0, lambda x: x.chunk(2, dim)[1], out="b")
+    op.scale("a", s)
+    op.scale("b", a * s * (1 - s))
 
 
 @rule("NegBackward0")

@@ -11,7 +11,7 @@ from operator import attrgetter
 class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
 
-    `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives them as a tuple.
+    `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives what the rule takes, as a tuple.
     """
 
     apply: Callable
@@ -22,16 +22,25 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*nodes: str, saved: str = ""):
-    """Register a rule for autograd nodes of these names."""
+def rule(*nodes: str, saved: str = "", shape: bool = False):
+    """Register a rule for autograd nodes of these names; with `shape` the output's shape and device follow the saved fields."""
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
+        read = _reader(names)
         for node in nodes:
-            RULES[node] = Rule(apply, names, _reader(names))
+            RULES[node] = Rule(apply, names, _with_shape(read) if shape else read)
         return apply
 
     return register
+
+
+def _with_shape(read: Callable) -> Callable:
+    def read_all(node) -> tuple:
+        metadata = node._input_metadata[0]
+        return (*read(node), tuple(metadata.shape), metadata.device)
+
+    return read_all
 
 
 def _reader(names: tuple[str, ...]) -> Callable:

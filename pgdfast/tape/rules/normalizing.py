@@ -1,0 +1,90 @@
+"""Operations that normalise along dimensions: softmax, layer norm, attention, and smooth and hard maxima."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..program import UnsupportedStructure
+from .table import rule, signed
+
+
+@rule("SoftmaxBackward0", "SafeSoftmaxBackward0", saved="dim result")
+def softmax(op, dim, p):
+    op.project(0, (signed(dim),), p, ((None, p),))
+
+
+@rule("LogSoftmaxBackward0", saved="dim result")
+def log_softmax(op, dim, log_p):
+    op.project(0, (signed(dim),), None, ((None, torch.exp(log_p)),))
+
+
+@rule("LogsumexpBackward0", saved="dim keepdim result self")
+def logsumexp(op, dims, keepdim, result, x):
+    dims = sorted(signed(d) % max(x.dim(), 1) for d in dims) or list(range(x.dim()))
+    op.sum(0, dims, keepdim, c=torch.exp(x - _kept(result, dims, keepdim)))
+
+
+@rule("AmaxBackward0", "AminBackward0", saved="dim keepdim result self")
+def extremum(op, dims, keepdim, result, x):
+    dims = sorted(signed(d) % max(x.dim(), 1) for d in dims) or list(range(x.dim()))
+    _shared(op, dims, keepdim, result, x)
+
+
+@rule("MaxBackward1", "MinBackward1", saved="result self")
+def extremum_of_all(op, result, x):
+    _shared(op, list(range(x.dim())), False, result, x)
+
+
+def _shared(op, dims, keepdim, result, x):
+    """Ties share the derivative evenly."""
+    ties = (x == _kept(result, dims, keepdim)).to(x.dtype)
+    op.sum(0, dims, keepdim, c=ties / ties.sum(dims, keepdim=True) if dims else ties)
+
+
+def _kept(result: torch.Tensor, dims, keepdim: bool) -> torch.Tensor:
+    for d in () if keepdim else dims:
+        result = result.unsqueeze(d)
+    return result
+
+
+@rule("NativeLayerNormBackward0", saved="input normalized_shape result1 result2 weight")
+def layer_norm(op, x, shape, mean, rstd, weight):
+    """Of n = (x - mean) rstd: w n + b."""
+    n = (x - mean) * rstd
+    if op.needs[0]:
+        dims = tuple(range(-len(shape), 0))
+        scale = rstd if weight is None else rstd * weight
+        op.project(0, dims, scale, ((None, None), (n, n)), alpha=1 / max(math.prod(shape), 1))
+    if op.needs[1]:
+        op.scale(1, n)
+    if op.needs[2]:
+        op.add(2)
+
+
+@rule("ScaledDotProductFlashAttentionForCpuBackward0", saved="attn_mask dropout_p is_causal key query scale value")
+def attention(op, mask, dropout, causal, key, query, scale, value):
+    """S = scale q k^T + mask, P = softmax S, y = P v, over stacks (batch, heads) of matrices."""
+    if dropout or key.shape[1] != query.shape[1]:
+        raise UnsupportedStructure("attention with dropout or with shared heads in one operation")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = scale * (query @ key.mT)
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    p = torch._safe_softmax(scores, -1)
+    if op.needs[0] or op.needs[1]:
+        op.temporary("scores", p.shape)
+        op.temporary("weights", p.shape)
+        if op.needs[0]:
+            op.matmul(0, right=key.mT, alpha=scale, out="scores")
+        if op.needs[1]:
+            op.view(1, lambda x: x.mT, out="keys")
+            op.matmul("keys", left=query, alpha=scale, out="scores")
+        op.project("scores", (-1,), p, ((None, p),), out="weights")
+        op.matmul("weights", right=value)
+    if op.needs[2]:
+        op.matmul(2, left=p)
