@@ -209,7 +209,7 @@ def describe(settings):
 
 def problem(dtype, seed=0):
     """Return the problem that `pgdfast verify` compares the backends on."""
-    model = QuadraticNetwork(7, 12, 1.0, seed, dtype)
-    (x, y), _ = data(seed, 7, dtype)
+    model = QuadraticNetwork(5, 8, 1.0, seed, dtype)
+    (x, y), _ = data(seed, 5, dtype)
     return Problem(model, lambda: model(x) - y, {"damping": 0.1, "lr": 1.0}, ("dual", "primal", "cg", "eigh"),
-                   "a + b mod 7, width 12: 308 residuals, 252 parameters")
+                   "a + b mod 5, width 8: 110 residuals, 120 parameters")

@@ -34,7 +34,7 @@ BATCH = (188, 12)
 """Interior and boundary points of a minibatch of the paper's size, 200."""
 KNOWN = ("sgd", "adam", "gn", "lm-MU")
 RATES = {"sgd": 1e-3, "adam": 1e-2, "lm": 1e-1}
-DEFAULTS = {"optimizers": "sgd,adam,lm-0.1", "steps": {"sgd": 2000, "adam": 2000, "lm": 200}, "seeds": 5, "threads": 1,
+DEFAULTS = {"optimizers": "sgd,adam,lm-0.1", "steps": {"sgd": 1000, "adam": 1000, "lm": 200}, "seeds": 5, "threads": 1,
             "frequencies": (1.0, 2.0, 3.0)}
 QUICK = {"steps": {"sgd": 300, "adam": 300, "lm": 120}, "seeds": 1}
 COLUMNS = ("loss", "relative_l2")

@@ -281,5 +281,5 @@ def problem(dtype, seed=0):
     """Return the problem that `pgdfast verify` compares the backends on."""
     model = Transformer(7, 8, 2, 2, 4, seed, dtype)
     (tokens, answers), _ = data(seed, 5)
-    return Problem(model, lambda: F.cross_entropy(model(tokens), answers), {"damping": 1e-2, "lr": 1.0},
+    return Problem(model, lambda: F.cross_entropy(model(tokens), answers), {"damping": 0.1, "lr": 0.3},
                    ("dual", "cg"), "a + b mod 5, d = 8, 2 heads, 12 sequences: 84 residuals")

@@ -19,7 +19,7 @@ CURVE_BOUND, CURVE_STEPS = 1e-6, 20
 """Largest relative distance of two losses, over that many float64 steps."""
 CONDITION = 1e6
 """Steps in float32 are bounded where mu I + J^T J is conditioned no worse than this."""
-POINTS = (0, 5, 15)
+POINTS = (0, 3, 8)
 """Steps of reference training after which the backends are compared."""
 
 _CG = {torch.float64: pgdfast.CG(20000, 1e-14), torch.float32: pgdfast.CG(5000, 1e-10)}
