@@ -49,10 +49,10 @@ struct ConstantLayout {
 template <class T>
 class Plan {
  public:
-  Plan(const std::vector<std::pair<int, index>>& buffers, const py::list& instructions, const py::list& constants,
-       const std::vector<int>& functions) {
+  Plan(const std::vector<std::pair<int, index>>& buffers, const std::vector<index>& live, const py::list& instructions,
+       const py::list& constants, const std::vector<int>& functions) {
     auto& s = solver_.structure;
-    for (const auto& [role, size] : buffers) s.buffers.push_back({static_cast<Role>(role), size});
+    for (const auto& [role, size] : buffers) s.buffers.push_back({static_cast<Role>(role), size, live.at(s.buffers.size())});
     for (py::handle item : instructions) s.instructions.push_back(read_instruction(py::cast<py::tuple>(item)));
     for (py::handle item : constants) {
       if (item.is_none()) layouts_.push_back({true, {}, {}, {}});
@@ -236,7 +236,7 @@ class Plan {
     } else if (op.kind == Kind::project) {
       Project& p = op.project;
       p.ndim = int(list.at(0).size());
-      const std::size_t operands = list.size() - 4;   // all but shape, strides of y and x, and the numbers
+      const std::size_t operands = list.size() - 5;   // all but shape, strides of y and x, numbers and offsets
       if (p.ndim > kMaxDims + 1 || operands > p.constants.size()) throw py::value_error("a projection beyond the limits");
       p.terms = int(operands - 1) / 2;
       for (std::size_t d = 0; d < list[0].size(); ++d) {
@@ -245,7 +245,10 @@ class Plan {
         p.xs[d] = list.at(2).at(d);
         for (std::size_t c = 0; c < operands; ++c) p.cs[c][d] = list.at(3 + c).at(d);
       }
-      for (std::size_t c = 0; c < operands; ++c) p.constants[c] = int(list.back().at(c));
+      for (std::size_t c = 0; c < operands; ++c) {
+        p.constants[c] = int(list[list.size() - 2].at(c));
+        p.offsets[c] = list.back().at(c);
+      }
     } else {
       op.muladd.ndim = int(list.at(0).size());
       if (op.muladd.ndim > kMaxDims) throw py::value_error("more than 6 dimensions in one instruction");
@@ -304,9 +307,9 @@ template <class T>
 void bind_plan(py::module_& m, const char* name) {
   using P = Plan<T>;
   py::class_<P>(m, name)
-      .def(py::init<const std::vector<std::pair<int, index>>&, const py::list&, const py::list&,
+      .def(py::init<const std::vector<std::pair<int, index>>&, const std::vector<index>&, const py::list&, const py::list&,
                     const std::vector<int>&>(),
-           py::arg("buffers"), py::arg("instructions"), py::arg("constants"), py::arg("functions"))
+           py::arg("buffers"), py::arg("live"), py::arg("instructions"), py::arg("constants"), py::arg("functions"))
       .def("bind", &P::bind)
       .def("set_rows", &P::set_rows)
       .def("clear_rows", &P::clear_rows)

@@ -8,12 +8,11 @@ namespace pgdfast {
 // What becomes of a constant c when it is bound; FUNCTIONS in pgdfast/tape/program.py.
 enum class Function : int { identity = 0, one_minus_square = 1, minus_square = 2, positions = 3 };
 
-// Element i of a row's coefficient is data[i * step], or `value` where there is no data.
+// Element j of row i is data[i * row + j * step]; ones where there is no data.
 template <class T>
 struct Coefficients {
-  const T* data;
-  index step;
-  T value;
+  const T* data = nullptr;
+  index row = 0, step = 0;
 };
 
 template <class T>
@@ -32,10 +31,10 @@ struct Simd {
   // c[i, j] (+)= alpha * sum_l a[i, l] * b[l, j] for products too small for a BLAS; strides by rows and columns.
   void (*small_gemm)(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
                      index b_col, T* c, index c_row, index c_col, bool overwrite);
-  // y (+)= post * (pre * x - alpha * sum_t left_t * <right_t, pre * x>), t < terms <= kMaxTerms; one row of n.
-  void (*project)(index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
-                  const Coefficients<T>* left, const Coefficients<T>* right, const T* x, index ix, T* y, index iy,
-                  bool overwrite);
+  // y (+)= post * (pre * x - alpha * sum_t left_t * <right_t, pre * x>), t < terms <= kMaxTerms, for rows of n.
+  void (*project)(index rows, index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
+                  const Coefficients<T>* left, const Coefficients<T>* right, const Coefficients<T>& x, T* y, index y_row,
+                  index y_step, bool overwrite);
 };
 
 template <class T>

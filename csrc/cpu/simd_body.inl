@@ -114,15 +114,34 @@ template <class T>
 void small_gemm(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
                 index b_col, T* c, index c_row, index c_col, bool overwrite) {
   if (a_col == 1 && b_row == 1 && k > 1) {   // inner products of contiguous vectors
-    for (index i = 0; i < m; ++i)
-      for (index j = 0; j < n; ++j) {
-        const T *ai = a + i * a_row, *bj = b + j * b_col;
+    for (index i = 0; i < m; ++i) {
+      const T* ai = a + i * a_row;
+      index j = 0;
+      for (; j + 4 <= n; j += 4) {
+        const T *b0 = b + j * b_col, *b1 = b0 + b_col, *b2 = b1 + b_col, *b3 = b2 + b_col;
+        T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (index l = 0; l < k; ++l) {
+          s0 += ai[l] * b0[l];
+          s1 += ai[l] * b1[l];
+          s2 += ai[l] * b2[l];
+          s3 += ai[l] * b3[l];
+        }
+        const T sums[4] = {s0, s1, s2, s3};
+        for (int q = 0; q < 4; ++q) {
+          T& out = c[i * c_row + (j + q) * c_col];
+          out = alpha * sums[q] + (overwrite ? T(0) : out);
+        }
+      }
+      for (; j < n; ++j) {
+        const T* bj = b + j * b_col;
         T sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (index l = 0; l < k; ++l) sum += ai[l] * bj[l];
         T& out = c[i * c_row + j * c_col];
         out = alpha * sum + (overwrite ? T(0) : out);
       }
+    }
     return;
   }
   const bool transposed = a_row == 1 && c_row == 1 && !(b_col == 1 && c_col == 1 && n >= m);
@@ -150,75 +169,90 @@ void small_gemm(index m, index n, index k, T alpha, const T* a, index a_row, ind
     }
 }
 
-// Coefficient i: a vector's element, or one value for all.
+// What one row sees of a coefficient: a vector, or one value for all.
 template <bool vector, class T>
-inline T at(const Coefficients<T>& c, index i) {
-  return vector ? c.data[i] : c.value;
-}
+struct InRow {
+  const T* data;
+  T value;
+  InRow(const Coefficients<T>& c, index i)
+      : data(c.data ? c.data + i * c.row : nullptr), value(c.data && !vector ? c.data[i * c.row] : T(1)) {}
+  T operator()(index j) const { return vector ? data[j] : value; }
+};
 
-template <bool Pre, bool Post, bool L, bool R, bool L2, bool R2, class T>
-inline void project_row(index n, T alpha, bool second, const Coefficients<T>& pre, const Coefficients<T>& post,
-                        const Coefficients<T>* left, const Coefficients<T>* right, const T* x, T* y, bool overwrite) {
-  T s = 0, s2 = 0;
-  if (second) {
+// Rows with unit strides. The flags say which coefficients are vectors; a second term has vectors or does not exist.
+template <bool Pre, bool Post, bool L, bool R, bool second, class T>
+void project_rows(index rows, index n, T alpha, const Coefficients<T>& pre, const Coefficients<T>& post,
+                  const Coefficients<T>* left, const Coefficients<T>* right, const Coefficients<T>& source, T* target,
+                  index row, bool overwrite) {
+  for (index i = 0; i < rows; ++i) {
+    const InRow<Pre, T> a(pre, i);
+    const InRow<Post, T> b(post, i);
+    const InRow<L, T> l(left[0], i);
+    const InRow<R, T> r(right[0], i);
+    const InRow<second, T> l2(second ? left[1] : Coefficients<T>{}, i), r2(second ? right[1] : Coefficients<T>{}, i);
+    const T* x = source.data + i * source.row;
+    T* y = target + i * row;
+    T s = 0, s2 = 0;
+    if (second) {
 #pragma omp simd reduction(+ : s, s2)
-    for (index i = 0; i < n; ++i) {
-      const T z = at<Pre>(pre, i) * x[i];
-      s += at<R>(right[0], i) * z;
-      s2 += at<R2>(right[1], i) * z;
-    }
-  } else {
+      for (index j = 0; j < n; ++j) {
+        const T z = a(j) * x[j];
+        s += r(j) * z;
+        s2 += r2(j) * z;
+      }
+    } else {
 #pragma omp simd reduction(+ : s)
-    for (index i = 0; i < n; ++i) s += at<R>(right[0], i) * (at<Pre>(pre, i) * x[i]);
-  }
-  s *= alpha;
-  s2 *= alpha;
-  const auto value = [&](index i) {
-    T z = at<Pre>(pre, i) * x[i] - at<L>(left[0], i) * s;
-    if (L2) z -= at<L2>(left[1], i) * s2;
-    return at<Post>(post, i) * z;
-  };
-  if (overwrite) {
+      for (index j = 0; j < n; ++j) s += r(j) * (a(j) * x[j]);
+    }
+    s *= alpha;
+    s2 *= alpha;
+    if (overwrite) {
 #pragma omp simd
-    for (index i = 0; i < n; ++i) y[i] = value(i);
-  } else {
+      for (index j = 0; j < n; ++j) y[j] = b(j) * (a(j) * x[j] - l(j) * s - (second ? l2(j) * s2 : T(0)));
+    } else {
 #pragma omp simd
-    for (index i = 0; i < n; ++i) y[i] += value(i);
+      for (index j = 0; j < n; ++j) y[j] += b(j) * (a(j) * x[j] - l(j) * s - (second ? l2(j) * s2 : T(0)));
+    }
   }
 }
 
 template <class T>
-void project(index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
-             const Coefficients<T>* left, const Coefficients<T>* right, const T* x, index ix, T* y, index iy,
-             bool overwrite) {
-  const auto is = [](const Coefficients<T>& c) { return c.data && c.step == 1; };
-  bool plain = ix == 1 && iy == 1;
-  const auto usable = [](const Coefficients<T>& c) { return c.data == nullptr || c.step == 1; };
-  plain = plain && usable(pre) && usable(post);
-  for (int t = 0; t < terms; ++t) plain = plain && usable(left[t]) && usable(right[t]);
-  if (plain && terms == 2 && !is(left[0]) && !is(right[0]) && is(left[1]) && is(right[1])) {   // layer norm
-    if (!is(pre) && !is(post)) return project_row<false, false, false, false, true, true>(n, alpha, true, pre, post, left, right, x, y, overwrite);
-    if (!is(pre)) return project_row<false, true, false, false, true, true>(n, alpha, true, pre, post, left, right, x, y, overwrite);
-    if (!is(post)) return project_row<true, false, false, false, true, true>(n, alpha, true, pre, post, left, right, x, y, overwrite);
+void project(index rows, index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
+             const Coefficients<T>* left, const Coefficients<T>* right, const Coefficients<T>& x, T* y, index y_row,
+             index y_step, bool overwrite) {
+  // 1: a vector, 0: one value a row, -1: neither, for the plain loops.
+  const auto kind = [](const Coefficients<T>& c) { return c.data == nullptr || c.step == 0 ? 0 : c.step == 1 ? 1 : -1; };
+  int key = -1;
+  if (x.step == 1 && y_step == 1 && terms >= 1 && kind(pre) >= 0 && kind(post) >= 0 && kind(left[0]) >= 0 &&
+      kind(right[0]) >= 0 && (terms == 1 || (kind(left[1]) == 1 && kind(right[1]) == 1)))
+    key = kind(pre) | kind(post) << 1 | kind(left[0]) << 2 | kind(right[0]) << 3 | (terms == 2) << 4;
+  switch (key) {
+#define PGDFAST_PROJECT(pre_, post_, left_, right_, second_)                                                        \
+  case pre_ | post_ << 1 | left_ << 2 | right_ << 3 | second_ << 4:                                                 \
+    return project_rows<pre_, post_, left_, right_, second_>(rows, n, alpha, pre, post, left, right, x, y, y_row, overwrite);
+    PGDFAST_PROJECT(0, 0, 0, 0, 1)   // layer norm
+    PGDFAST_PROJECT(0, 1, 0, 0, 1)   // with a weight
+    PGDFAST_PROJECT(1, 0, 0, 0, 1)   // its adjoint
+    PGDFAST_PROJECT(0, 0, 0, 1, 0)   // log-softmax
+    PGDFAST_PROJECT(0, 0, 1, 0, 0)   // its adjoint
+    PGDFAST_PROJECT(0, 1, 0, 1, 0)   // softmax
+    PGDFAST_PROJECT(1, 0, 1, 0, 0)   // its adjoint
+#undef PGDFAST_PROJECT
+    default: break;
   }
-  if (plain && terms == 1 && !is(left[0]) && is(right[0])) {   // softmax
-    if (!is(pre) && !is(post)) return project_row<false, false, false, true, false, false>(n, alpha, false, pre, post, left, right, x, y, overwrite);
-    if (!is(pre)) return project_row<false, true, false, true, false, false>(n, alpha, false, pre, post, left, right, x, y, overwrite);
-  }
-  if (plain && terms == 1 && is(left[0]) && !is(right[0])) {   // its adjoint
-    if (!is(pre) && !is(post)) return project_row<false, false, true, false, false, false>(n, alpha, false, pre, post, left, right, x, y, overwrite);
-    if (!is(post)) return project_row<true, false, true, false, false, false>(n, alpha, false, pre, post, left, right, x, y, overwrite);
-  }
-  const auto get = [](const Coefficients<T>& c, index i) { return c.data ? c.data[i * c.step] : c.value; };
-  T sums[kMaxTerms] = {};
-  for (int t = 0; t < terms; ++t) {
-    for (index i = 0; i < n; ++i) sums[t] += get(right[t], i) * get(pre, i) * x[i * ix];
-    sums[t] *= alpha;
-  }
-  for (index i = 0; i < n; ++i) {
-    T z = get(pre, i) * x[i * ix];
-    for (int t = 0; t < terms; ++t) z -= get(left[t], i) * sums[t];
-    y[i * iy] = get(post, i) * z + (overwrite ? T(0) : y[i * iy]);
+  for (index i = 0; i < rows; ++i) {
+    const auto get = [i](const Coefficients<T>& c, index j) { return c.data ? c.data[i * c.row + j * c.step] : T(1); };
+    T sums[kMaxTerms] = {};
+    for (int t = 0; t < terms; ++t) {
+      for (index j = 0; j < n; ++j) sums[t] += get(right[t], j) * get(pre, j) * get(x, j);
+      sums[t] *= alpha;
+    }
+    for (index j = 0; j < n; ++j) {
+      T z = get(pre, j) * get(x, j);
+      for (int t = 0; t < terms; ++t) z -= get(left[t], j) * sums[t];
+      T& out = y[i * y_row + j * y_step];
+      out = get(post, j) * z + (overwrite ? T(0) : out);
+    }
   }
 }
 

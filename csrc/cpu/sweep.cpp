@@ -176,33 +176,41 @@ void run_gather_adjoint(const Gather& g, T alpha, const index* positions, const 
 template <class T>
 void run_project(const Project& p, T alpha, const std::vector<Constant<T>>& constants, bool adjoint, const T* source,
                  const index* ss, T* target, const index* ts, bool overwrite) {
-  const Simd<T>& body = simd<T>();
   constexpr int kOperands = 1 + 2 * kMaxTerms;
-  const int last = p.ndim - 1, operands = 1 + 2 * p.terms;
-  const index n = p.shape[std::size_t(last)], rows = product(last, p.shape.data());
+  const int last = p.ndim - 1, among = std::max(last - 1, 0), operands = 1 + 2 * p.terms;   // `among`: the innermost rows
+  const index n = p.shape[std::size_t(last)], inner = last > 0 ? p.shape[std::size_t(among)] : 1;
+  const index outer = product(among, p.shape.data());
   Coefficients<T> base[kOperands];
-  Rows<2 + kOperands> walk{last, p.shape.data(), {ss, ts}};
+  Rows<2 + kOperands> walk{among, p.shape.data(), {ss, ts}};
   for (int k = 0; k < kOperands; ++k) {
+    const auto& strides = p.cs[std::size_t(k)];
+    walk.strides[2 + k] = strides.data();
     const int number = k < operands ? p.constants[std::size_t(k)] : -1;
-    base[k] = {number < 0 ? nullptr : constants[std::size_t(number)].data, p.cs[std::size_t(k)][std::size_t(last)], T(1)};
-    walk.strides[2 + k] = p.cs[std::size_t(k)].data();
+    if (number < 0) continue;
+    base[k] = {constants[std::size_t(number)].data + p.offsets[std::size_t(k)], last > 0 ? strides[std::size_t(among)] : 0,
+               strides[std::size_t(last)]};
   }
-  in_parts(rows, rows * n >= kParallelElements, [&](index begin, index end) {
-    walk.each(begin, end, [&](const index* at) {
-      Coefficients<T> c[kOperands], left[kMaxTerms], right[kMaxTerms];
-      for (int k = 0; k < operands; ++k) {
-        c[k] = base[k];
-        if (c[k].data == nullptr) continue;
-        c[k].data += at[2 + k];
-        if (c[k].step == 0) c[k] = {nullptr, 0, *c[k].data};   // one value for the row
-      }
-      for (int t = 0; t < p.terms; ++t) {
-        left[t] = c[1 + 2 * t + adjoint];
-        right[t] = c[2 + 2 * t - adjoint];
-      }
-      const Coefficients<T> one{nullptr, 0, T(1)};
-      body.project(n, alpha, p.terms, adjoint ? c[0] : one, adjoint ? one : c[0], left, right, source + at[0], ss[last],
-                   target + at[1], ts[last], overwrite);
+  const Coefficients<T> x{source, last > 0 ? ss[among] : 0, ss[last]};
+  const index y_row = last > 0 ? ts[among] : 0;
+  const auto run = [&](index from, index to, const index* at) {   // inner rows [from, to)
+    const auto moved = [&](Coefficients<T> c, index offset) {
+      if (c.data) c.data += offset + from * c.row;
+      return c;
+    };
+    Coefficients<T> c[kOperands], left[kMaxTerms], right[kMaxTerms];
+    for (int k = 0; k < operands; ++k) c[k] = moved(base[k], at[2 + k]);
+    for (int t = 0; t < p.terms; ++t) {
+      left[t] = c[1 + 2 * t + adjoint];
+      right[t] = c[2 + 2 * t - adjoint];
+    }
+    const Coefficients<T> ones;
+    simd<T>().project(to - from, n, alpha, p.terms, adjoint ? c[0] : ones, adjoint ? ones : c[0], left, right,
+                      moved(x, at[0]), target + at[1] + from * y_row, y_row, ts[last], overwrite);
+  };
+  const bool worth = outer * inner * n >= kParallelElements, apart = outer >= max_threads;
+  in_parts(apart ? outer : 1, worth && apart, [&](index begin, index end) {
+    walk.each(begin, apart ? end : outer, [&](const index* at) {
+      in_parts(inner, worth && !apart, [&](index from, index to) { run(from, to, at); });
     });
   });
 }

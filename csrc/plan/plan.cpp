@@ -5,8 +5,8 @@
 namespace pgdfast {
 namespace {
 
-// Does the strided operand touch every element of a buffer of `size` exactly once? Views never overlap except
-// through zero strides, so counting suffices.
+// Does the strided operand touch every live element of a buffer, `size` of them, exactly once? Views never overlap except
+// through zero strides, and touch no dead element where `size` leaves any out, so counting suffices.
 bool covers(index size, int ndim, const index* shape, const index* strides) {
   index count = 1;
   for (int d = 0; d < ndim; ++d) {
@@ -80,7 +80,7 @@ void Structure::finalize() {
     flops += flops_of(op);
     largest = std::max(largest, flops_of(op));
     if (!written[op.y]) {
-      op.overwrite_y = covers_y(op, buffers[op.y].size);
+      op.overwrite_y = covers_y(op, buffers[op.y].live);
       zero_forward[op.y] = !op.overwrite_y;
       written[op.y] = 1;
     }
@@ -88,7 +88,7 @@ void Structure::finalize() {
   for (std::size_t i = instructions.size(); i-- > 0;) {
     Instruction& op = instructions[i];
     if (!read[op.x]) {
-      op.overwrite_x = covers_x(op, buffers[op.x].size);
+      op.overwrite_x = covers_x(op, buffers[op.x].live);
       zero_adjoint[op.x] = !op.overwrite_x;
       read[op.x] = 1;
     }

@@ -23,6 +23,7 @@ enum class Role : int { parameter = 0, residual = 1, workspace = 2 };
 struct Buffer {
   Role role;
   index size;
+  index live;         // elements that the sweeps touch; the others reach no residual
   index offset = 0;
 };
 
@@ -53,6 +54,7 @@ struct Project {
   std::array<index, kMaxDims + 1> shape{}, ys{}, xs{};
   std::array<int, 1 + 2 * kMaxTerms> constants{};     // a, then l and r of each term; -1: ones
   std::array<std::array<index, kMaxDims + 1>, 1 + 2 * kMaxTerms> cs{};
+  std::array<index, 1 + 2 * kMaxTerms> offsets{};     // elements into those constants
 };
 
 enum class Kind : int { muladd = 0, matmul = 1, gather = 2, project = 3 };
@@ -68,8 +70,8 @@ struct Instruction {
   MatMul matmul;
   Gather gather;
   Project project;
-  bool overwrite_y = false;     // first write of y in the forward sweep, and it covers all of y
-  bool overwrite_x = false;     // first write of x in the adjoint sweep, and it covers all of x
+  bool overwrite_y = false;     // first write of y in the forward sweep, and it covers all of y that is live
+  bool overwrite_x = false;     // first write of x in the adjoint sweep, and it covers all of x that is live
 };
 
 // How a use of a parameter enters K: by explicit Jacobian rows, as (C C'^T) * (Y Y'^T), or with the weight whose

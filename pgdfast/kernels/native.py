@@ -51,7 +51,7 @@ class Kernels:
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
         instructions = [op.as_tuple() for op in program.instructions]
-        self._plan = plan(program.buffers, instructions, program.layouts, program.function_numbers())
+        self._plan = plan(program.buffers, program.live, instructions, program.layouts, program.function_numbers())
         self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters

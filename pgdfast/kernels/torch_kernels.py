@@ -94,7 +94,7 @@ class Kernels:
             b, m, n, k, *strides = op.extents[0]
             a, *outer = strides[9:]
             ys, xs, cs = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
-            c = _constant(constant, (a, b, k, n), cs)
+            c = _constant(constant, (a, b, k, n), cs, op.c_offset)
             if adjoint:
                 value = _window(source, (a, b, m, n), ys, source_offset) @ c.mT
                 _accumulate(target, (a, b, m, k), xs, target_offset, op.alpha * value)
@@ -113,10 +113,10 @@ class Kernels:
                 _accumulate(target, ys[:2], ys[2], target_offset, op.alpha * value)
             return
         if op.kind == 3:
-            shape, ys, xs, *strides, numbers = op.extents
+            shape, ys, xs, *strides, numbers, offsets = op.extents
             a, *terms = (
-                None if number < 0 else _constant(self._constants[number], shape, s)
-                for number, s in zip(numbers, strides, strict=True)
+                None if number < 0 else _constant(self._constants[number], shape, s, offset)
+                for number, s, offset in zip(numbers, strides, offsets, strict=True)
             )
             pairs = list(zip(terms[::2], terms[1::2], strict=True))
             if adjoint:
@@ -132,7 +132,7 @@ class Kernels:
         ss, ts = (ys, xs) if adjoint else (xs, ys)
         value = op.alpha * _window(source, shape, ss, source_offset)
         if isinstance(constant, torch.Tensor):
-            value = value * _constant(constant, shape, cs)
+            value = value * _constant(constant, shape, cs, op.c_offset)
         elif constant is not None:
             value = value * constant
         _accumulate(target, shape, ts, target_offset, value)
@@ -151,8 +151,8 @@ def _prepared(c: torch.Tensor, dtype: torch.dtype, function: str) -> torch.Tenso
     return _FUNCTIONS[function](flat).as_strided(c.shape, c.stride(), 0)
 
 
-def _constant(c: torch.Tensor, shape, strides) -> torch.Tensor:
-    return c.as_strided(shape, strides, c.storage_offset())
+def _constant(c: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
+    return c.as_strided(shape, strides, c.storage_offset() + offset)
 
 
 def _times(x: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:

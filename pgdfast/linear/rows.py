@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..tape.program import GATHER, MATMUL, MULADD, PARAMETER, PROJECT, RESIDUAL, Program
+from ..tape.simplify import windows
 
 _ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
 _TILE = 128   # residuals per tile of K: two float tiles and their product stay in the second-level cache
@@ -54,11 +55,6 @@ def _split(shape, depth: int) -> tuple[int, int]:
     return rows, int(np.prod(shape[depth:], dtype=np.int64))
 
 
-def _windows(array: np.ndarray, shape, strides, offset: int) -> np.ndarray:
-    size = array.itemsize
-    return np.lib.stride_tricks.as_strided(array[offset:], shape, [s * size for s in strides])
-
-
 def _propagate(program: Program, depth: int, constants) -> dict[int, np.ndarray] | None:
     """Row label of every buffer element (-1: reaches no residual), or None on a conflict."""
     labels = {
@@ -79,15 +75,15 @@ def _propagate(program: Program, depth: int, constants) -> dict[int, np.ndarray]
             continue
         if op.kind == MATMUL:
             b, m, n, k, yb, ym, yn, xb, xm, xk, _, _, _, a, ya, xa, _ = op.extents[0]
-            seen = _windows(labels[op.y], (a, b, m, n), (ya, yb, ym, yn), op.y_offset)
-            target = _windows(labels[op.x], (a, b, m, k), (xa, xb, xm, xk), op.x_offset)
+            seen = windows(labels[op.y], (a, b, m, n), (ya, yb, ym, yn), op.y_offset)
+            target = windows(labels[op.x], (a, b, m, k), (xa, xb, xm, xk), op.x_offset)
             merged = tuple(d for d, (size, s) in enumerate(((a, xa), (b, xb))) if s == 0 and size > 1)
             target = target[tuple(slice(0, 1) if d in merged else slice(None) for d in range(4))]
             merged += (3,)
         else:
             shape, ys, xs = op.extents[:3]
-            seen = _windows(labels[op.y], shape, ys, op.y_offset)
-            target = _windows(labels[op.x], shape, xs, op.x_offset)
+            seen = windows(labels[op.y], shape, ys, op.y_offset)
+            target = windows(labels[op.x], shape, xs, op.x_offset)
             merged = tuple(d for d, s in enumerate(xs) if s == 0)
             target = target[(..., *(slice(0, 1) if d in merged else slice(None) for d in range(target.ndim)))]
             if op.kind == PROJECT:
@@ -109,8 +105,8 @@ def _scatter(op, labels, positions) -> bool:
     rows, width, y_row, x_row, count = op.extents[0]
     positions = positions.numpy(force=True)
     kept = positions >= 0
-    positions, seen = positions[kept], _windows(labels[op.y], (rows, width), (y_row, 1), op.y_offset)[kept]
-    target = _windows(labels[op.x], (count, width), (x_row, 1), op.x_offset)
+    positions, seen = positions[kept], windows(labels[op.y], (rows, width), (y_row, 1), op.y_offset)[kept]
+    target = windows(labels[op.x], (count, width), (x_row, 1), op.x_offset)
     highest, lowest = target.copy(), np.where(target < 0, np.iinfo(np.int32).max, target)
     np.maximum.at(highest, positions, seen)
     np.minimum.at(lowest, positions, np.where(seen < 0, np.iinfo(np.int32).max, seen))
@@ -210,7 +206,7 @@ def _factored(op, labels) -> _Outer | None:
     b, m, n, k, yb, ym, yn, xb, xm, xk = op.extents[0][:10]
     if b != 1 or op.alpha != 1:
         return None
-    seen = _windows(labels[op.y], (m, n), (ym, yn), op.y_offset)
+    seen = windows(labels[op.y], (m, n), (ym, yn), op.y_offset)
     rows = seen[0]
     if (seen != rows).any() or rows[0] < 0 or (np.diff(rows) != 1).any():
         return None
@@ -233,7 +229,7 @@ def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
     for weight, group in candidates.items():
         if any(c is None or c.m_is_high != group[0].m_is_high for c in group):
             continue
-        biases = set()
+        shared = None
         for i in by_parameter[weight]:
             op = program.instructions[i]
             _, m, n, _, _, ym, yn = op.extents[0][:7]
@@ -242,11 +238,14 @@ def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
                 for j in added.get((op.y, op.y_offset), ())
                 if op.alpha == 1 and _is_bias(program.instructions[j], m, n, ym, yn)
             ]
-            biases.add(matches[0] if len(matches) == 1 else -1)
-        bias = biases.pop() if len(biases) == 1 else -1
-        if bias >= 0 and bias not in taken and len(by_parameter[bias]) == len(group):
-            found[weight] = bias
-            taken.add(bias)
+            once = {bias for bias in matches if matches.count(bias) == 1}
+            shared = once if shared is None else shared & once
+        # Of several (a sum of layers) any will do.
+        for bias in sorted(shared - taken):
+            if len(by_parameter[bias]) == len(group):
+                found[weight] = bias
+                taken.add(bias)
+                break
     return found
 
 
@@ -263,8 +262,8 @@ def _row_per_n(program: Program, i: int, labels) -> bool:
     op = program.instructions[i]
     if op.kind != MATMUL:
         shape, ys = op.extents[:2] if op.kind == MULADD else (op.extents[0][:2], (op.extents[0][2], 1))
-        seen = _windows(labels[op.y], shape, ys, op.y_offset)
+        seen = windows(labels[op.y], shape, ys, op.y_offset)
         return bool(shape) and bool((seen == seen[..., :1]).all())
     b, m, n, _, yb, ym, yn = op.extents[0][:7]
-    seen = _windows(labels[op.y], (b, m, n), (yb, ym, yn), op.y_offset)
+    seen = windows(labels[op.y], (b, m, n), (yb, ym, yn), op.y_offset)
     return bool((seen == seen[:, :1]).all())

@@ -269,7 +269,8 @@ class Record:
         for number in numbers:
             strides.append((0,) * len(shape) if number < 0 else self.constants[number].expand(shape).stride())
         outer, *merged = coalesce(shape[:-1], *(s[:-1] for s in strides))
-        extents = [[*outer, shape[-1]], *([*m, s[-1]] for m, s in zip(merged, strides, strict=True)), numbers]
+        rows = [[*m, s[-1]] for m, s in zip(merged, strides, strict=True)]
+        extents = [[*outer, shape[-1]], *rows, numbers, [0] * len(numbers)]
         self.program.instructions.append(
             Instruction(
                 PROJECT, self.output(out).buffer, yv.storage_offset(), x.buffer, xv.storage_offset(), -1, float(alpha), extents

@@ -44,7 +44,8 @@ class Instruction:
     matmul   one list: b, m, n, k, strides of y (b, m, n), of x (b, m, k), of c (b, k, n); a second batch dimension and its
              strides in y, x, c
     gather   one list: rows, width, strides of a row in y and in x, rows of x
-    project  shape, strides of y, of x, of a, of l and r of each term; last, the numbers of those constants (-1: ones)
+    project  shape, strides of y, of x, of a, of l and r of each term; the numbers of those constants (-1: ones) and the
+             offsets into them
 
     In a project the last dimension is the row; the others are batch.
     """
@@ -57,15 +58,19 @@ class Instruction:
     constant: int
     alpha: float
     extents: list[list[int]]
+    c_offset: int = 0
 
     def as_tuple(self) -> tuple:
         """The form that the native plan reads."""
-        return (self.kind, self.y, self.y_offset, self.x, self.x_offset, self.constant, 0, self.alpha, self.extents)
+        return (self.kind, self.y, self.y_offset, self.x, self.x_offset, self.constant, self.c_offset, self.alpha, self.extents)
 
 
 @dataclass(slots=True)
 class Program:
-    """Buffers (role, elements), instructions in forward order, and the layouts and functions of constants."""
+    """Buffers (role, elements), instructions in forward order, and the layouts and functions of constants.
+
+    live: per buffer, how many elements the sweeps touch, filled by `simplify`.
+    """
 
     dtype: torch.dtype
     buffers: list[tuple[int, int]] = field(default_factory=list)
@@ -73,6 +78,7 @@ class Program:
     layouts: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)   # of each constant: a key of FUNCTIONS
     residual_shapes: list[torch.Size] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
 
     def add_buffer(self, role: int, size: int) -> int:
         """Append a buffer and return its number."""

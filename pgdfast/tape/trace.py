@@ -13,6 +13,7 @@ import torch
 from . import losses
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .simplify import simplify
 from .walk import Fallback, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
@@ -207,6 +208,7 @@ class Tracer:
             if any(op.needs):
                 block.apply(op)
             block_needs.append(op.needs)
+        simplify(program)
         return _Known(program, with_constants, block_needs), op.constants
 
 
