@@ -49,6 +49,7 @@ _PLAIN = {
     "gn": Method("gn", "Gauss-Newton", "lm", damping=0.0),
     "lm": Method("lm", "LM", "lm"),
     "hybrid": Method("hybrid", "hybrid", "hybrid"),
+    "hybrid-plateau": Method("hybrid-plateau", "hybrid, measured switch", "hybrid"),
 }
 
 

@@ -32,13 +32,13 @@ PAPER = (
 )
 
 MODULUS, WIDTH, HEADS, LAYERS, BATCH = 97, 128, 4, 2, 512
-KNOWN = ("adam", "sgd", "lm", "hybrid")
+KNOWN = ("adam", "sgd", "lm", "hybrid", "hybrid-plateau")
 RATES = {"adam": 1e-3, "sgd": 1e-2, "lm": 1.0, "hybrid": 1.0}
 DEFAULTS = {"optimizers": "adam,lm,hybrid", "steps": {"adam": 6000, "sgd": 6000, "lm": 120, "hybrid": 4040}, "seeds": 1,
             "threads": 2, "switch": 40}
 QUICK = {"steps": {"adam": 150, "sgd": 150, "lm": 6, "hybrid": 56}, "switch": 6, "optimizers": "adam,lm"}
-COLUMNS = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
-LABELS = {"lm": "GGN, CG", "hybrid": "GGN, then Adam"}
+COLUMNS = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy", "first_order")
+LABELS = {"lm": "GGN, CG", "hybrid": "GGN, then Adam", "hybrid-plateau": "GGN, then Adam (measured)"}
 
 
 def add_options(parser):
@@ -128,7 +128,8 @@ def _start(method, seed, settings):
     if method.kind == "lm":
         optimizer = ggn()
     elif method.kind == "hybrid":
-        optimizer = pgdfast.Hybrid(ggn(), torch.optim.Adam(params, lr=RATES["adam"]), switch=settings.switch)
+        switch = settings.switch if method.name == "hybrid" else pgdfast.Plateau(window=10, factor=0.95)
+        optimizer = pgdfast.Hybrid(ggn(), torch.optim.Adam(params, lr=RATES["adam"]), switch=switch)
     else:
         optimizer = method.build(params, settings.rate(method))
 
@@ -144,7 +145,8 @@ def _start(method, seed, settings):
             logits = [model(tokens) for tokens, _ in (train, validation)]
         answers = [train[1], validation[1]]
         return (*(float(F.cross_entropy(z, a)) for z, a in zip(logits, answers, strict=True)),
-                *(float((z.argmax(1) == a).double().mean()) for z, a in zip(logits, answers, strict=True)))
+                *(float((z.argmax(1) == a).double().mean()) for z, a in zip(logits, answers, strict=True)),
+                float(getattr(optimizer, "phase", "lm" if method.second_order else "first_order") == "first_order"))
 
     steps = settings.steps_of(method)
     rows = every(steps, 5 if method.kind == "lm" else 50, dense=0)
@@ -164,6 +166,7 @@ def summarise(runs, settings):
             "validation_accuracy_end": float(np.median([run.columns["validation_accuracy"][-1] for run in mine])),
             "validation_accuracy_best": float(np.median([np.nanmax(run.columns["validation_accuracy"]) for run in mine])),
             "train_accuracy_end": float(np.median([run.columns["train_accuracy"][-1] for run in mine])),
+            "first_order_by_step": grokking.median([grokking.crossing(run, "first_order", 1.0) for run in mine]),
             "train_loss_end": float(np.median([run.columns["train_loss"][-1] for run in mine])),
             "loss_jump_at_switch": _jump(mine[0], settings.switch) if optimizer == "hybrid" else None,
             "early": {int(step): [round(float(row), 4) for row in values] for step, *values in zip(
@@ -273,7 +276,9 @@ def describe(settings):
                    "sinusoidal positions, untied output",
         "parameters": sum(p.numel() for p in model.parameters()), "loss": "cross-entropy, mean; no weight decay",
         "GGN": "CG to a relative residual of 1e-6, Armijo c = 1e-4, factor 0.5, at most 10 trials",
-        "columns": {"train_*, validation_*": "over all training or validation pairs"},
+        "columns": {"train_*, validation_*": "over all training or validation pairs",
+                    "first_order": "0 while GGN steps are taken, 1 while a first-order optimizer's are"},
+        "hybrid-plateau": "changes when the mean loss of 10 GGN steps is not below 0.95 of that of the 10 before",
     }
 
 

@@ -234,7 +234,7 @@ def _digits(name, alpha, train, test, end, norm=(100.0, 50.0)):
     accuracy = np.where(at >= test, 0.7, 0.1)
     accuracy[-1] = end
     return _runs(name, f"alpha={alpha:g}", at, loss=np.ones(at.size), train_accuracy=np.where(at >= train, 1.0, 0.1),
-                 test_accuracy=accuracy, weight_norm=np.linspace(*norm, at.size))
+                 test_accuracy=accuracy, weight_norm=np.linspace(*norm, at.size), first_order=np.ones(at.size))
 
 
 @pytest.mark.parametrize(("lm", "adamw", "hybrid", "expected"), [
@@ -261,7 +261,8 @@ def test_checks_of_the_transformer():
 
     def runs(lm, adam, hybrid):
         return [run for name, curve in (("lm", lm), ("adam", adam), ("hybrid", hybrid)) for run in _runs(
-            name, "", at, 1, train_loss=loss, validation_loss=loss, train_accuracy=curve, validation_accuracy=curve)]
+            name, "", at, 1, train_loss=loss, validation_loss=loss, train_accuracy=curve, validation_accuracy=curve,
+            first_order=curve)]
 
     assert _outcomes(transformer, settings, runs(high, late - 0.01 * (at < 100), late)) == [FAIL, PASS, PASS, PASS, PASS]
     assert _outcomes(transformer, settings, runs(np.where(at > 0, 1.0, 0.0), low, low)) == [PASS, FAIL, FAIL, FAIL, PASS]
