@@ -13,7 +13,9 @@
 namespace pgdfast {
 namespace {
 
-constexpr index kParallelElements = 1 << 16;   // below this a second thread costs more than it saves
+// Multiply-adds from which a second thread saves much more than the microseconds it takes to start, or the milliseconds
+// that it may take on a busy machine.
+constexpr index kParallelWork = 1 << 18;
 constexpr index kSmallProduct = 1 << 13;       // multiply-adds below which a call of the BLAS costs more than it saves
 
 // Runs body(begin, end) over [0, n), split over the threads where the work is worth it. Every part writes elements of its
@@ -75,7 +77,7 @@ void run_muladd(const MulAdd& op, T alpha, const T* c, const T* source, const in
   // Split where the target moves: the outermost such dimension.
   int split = 0;
   while (split < op.ndim && (ts[split] == 0 || shape[split] == 1)) ++split;
-  const bool worth = split < op.ndim && product(op.ndim, shape) >= kParallelElements;
+  const bool worth = split < op.ndim && product(op.ndim, shape) > kParallelWork;
   const int last = op.ndim - 1;
   in_parts(worth ? shape[split] : 1, worth, [&](index begin, index end) {
     std::array<index, kMaxDims> part = op.shape;
@@ -121,7 +123,7 @@ void multiply(index outer, index batches, index m, index n, index k, T alpha, co
   const bool apart = (outer == 1 || out.outer != 0) && (batches == 1 || out.batch != 0);
   const index count = outer * batches;
   if (count >= max_threads && count > 1 && apart) {
-    in_parts(count, count * m * n * k >= kParallelElements, [&](index begin, index end) {
+    in_parts(count, count * m * n * k >= kParallelWork, [&](index begin, index end) {
       const BlasThreads inside(1);
       for (index i = begin; i < end; ++i) one(i);
     });
@@ -152,7 +154,7 @@ void run_matmul_adjoint(const MatMul& g, T alpha, const T* c, const T* y, T* x, 
 template <class T>
 void run_gather(const Gather& g, T alpha, const index* positions, const T* x, T* y, bool overwrite) {
   const Simd<T>& body = simd<T>();
-  in_parts(g.rows, g.rows * g.width >= kParallelElements, [&](index begin, index end) {
+  in_parts(g.rows, g.rows * g.width > kParallelWork, [&](index begin, index end) {
     for (index i = begin; i < end; ++i) {
       T* row = y + i * g.y_row;
       if (positions[i] >= 0) body.muladd(g.width, alpha, nullptr, 0, x + positions[i] * g.x_row, 1, row, 1, overwrite);
@@ -165,7 +167,7 @@ void run_gather(const Gather& g, T alpha, const index* positions, const T* x, T*
 template <class T>
 void run_gather_adjoint(const Gather& g, T alpha, const index* positions, const T* y, T* x) {
   const Simd<T>& body = simd<T>();
-  in_parts(g.width, g.width >= 32 && g.rows * g.width >= kParallelElements, [&](index begin, index end) {
+  in_parts(g.width, g.width >= 32 && g.rows * g.width > kParallelWork, [&](index begin, index end) {
     for (index i = 0; i < g.rows; ++i)
       if (positions[i] >= 0)
         body.muladd(end - begin, alpha, nullptr, 0, y + i * g.y_row + begin, 1, x + positions[i] * g.x_row + begin, 1, false);
@@ -207,7 +209,7 @@ void run_project(const Project& p, T alpha, const std::vector<Constant<T>>& cons
     simd<T>().project(to - from, n, alpha, p.terms, adjoint ? c[0] : ones, adjoint ? ones : c[0], left, right,
                       moved(x, at[0]), target + at[1] + from * y_row, y_row, ts[last], overwrite);
   };
-  const bool worth = outer * inner * n >= kParallelElements, apart = outer >= max_threads;
+  const bool worth = outer * inner * n * (1 + 2 * p.terms) >= kParallelWork, apart = outer >= max_threads;
   in_parts(apart ? outer : 1, worth && apart, [&](index begin, index end) {
     walk.each(begin, apart ? end : outer, [&](const index* at) {
       in_parts(inner, worth && !apart, [&](index from, index to) { run(from, to, at); });
