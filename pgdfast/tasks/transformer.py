@@ -34,8 +34,8 @@ PAPER = (
 MODULUS, WIDTH, HEADS, LAYERS, BATCH = 97, 128, 4, 2, 512
 KNOWN = ("adam", "sgd", "lm", "hybrid", "hybrid-plateau")
 RATES = {"adam": 1e-3, "sgd": 1e-2, "lm": 1.0, "hybrid": 1.0}
-DEFAULTS = {"optimizers": "adam,lm,hybrid", "steps": {"adam": 6000, "sgd": 6000, "lm": 120, "hybrid": 4040}, "seeds": 1,
-            "threads": 2, "switch": 40}
+DEFAULTS = {"optimizers": "adam,lm,hybrid", "steps": {"adam": 6000, "sgd": 6000, "lm": 250, "hybrid": 5060}, "seeds": 1,
+            "threads": 2, "switch": 60}
 QUICK = {"steps": {"adam": 150, "sgd": 150, "lm": 6, "hybrid": 56}, "switch": 6, "optimizers": "adam,lm"}
 COLUMNS = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy", "first_order")
 LABELS = {"lm": "GGN, CG", "hybrid": "GGN, then Adam", "hybrid-plateau": "GGN, then Adam (measured)"}
@@ -44,7 +44,7 @@ LABELS = {"lm": "GGN, CG", "hybrid": "GGN, then Adam", "hybrid-plateau": "GGN, t
 def add_options(parser):
     """Add this task's options to `parser`."""
     add = parser.add_argument
-    add("--damping", type=options.positive_number, default=1e-2, metavar="MU",
+    add("--damping", type=options.positive_number, default=1.0, metavar="MU",
         help="mu of the GGN steps (default: %(default)s)")
     add("--cg-iterations", type=options.whole_number(1), default=150, metavar="N",
         help="CG iterations of a GGN step at most (default: %(default)s)")
