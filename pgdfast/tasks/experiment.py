@@ -7,7 +7,7 @@ and nothing else.
 import time
 from dataclasses import dataclass
 
-from pgdfast.tasks import options, records, terminal
+from pgdfast.tasks import options, plotting, records, terminal
 from pgdfast.tasks.checkpoints import Checkpoint
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS, Check
@@ -71,7 +71,7 @@ def run(task, arguments):
         records.write_csv(scratch / f"{called}.csv", runs)
         records.write_json(scratch / f"{called}.json", record)
         for suffix, (figure, _) in pictures.items():
-            figure.savefig(scratch / names[suffix])
+            plotting.save(figure, scratch / names[suffix])
     checkpoint.remove()
 
     terminal.show_table(table.title, table.columns, table.rows, table.notes)
