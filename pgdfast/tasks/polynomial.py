@@ -34,7 +34,7 @@ TRAIN_LEVEL, TEST_LEVEL = 0.05, 0.20
 KNOWN = ("sgd", "adam", "lm-MU", "gn")
 RATES = {"sgd": 1.0, "adam": 1e-2, "lm": 0.1}
 """For SGD times N / alpha^2, as in Kumar et al. (2024)."""
-DEFAULTS = {"optimizers": "sgd,lm-1e-5", "steps": {"sgd": 12000, "adam": 12000, "lm": 80}, "seeds": 3, "threads": 1,
+DEFAULTS = {"optimizers": "sgd,lm-1e-5", "steps": {"sgd": 8000, "adam": 8000, "lm": 80}, "seeds": 2, "threads": 1,
             "alphas": tuple(2.0**k for k in range(-5, 6))}
 QUICK = {"steps": {"sgd": 1000, "adam": 1000, "lm": 40}, "seeds": 1, "alphas": (0.25, 1.0, 4.0)}
 SEGMENTS = ("train", "ones")
