@@ -1,14 +1,15 @@
 """The `pgdfast` command: reads the command line, hands on the work, returns an exit code.
 
-Exit codes: 0 done; 1 the results could not be written; 2 a value on the command line is wrong, or
-something that the command needs is not installed (one line on stderr says which); 130 interrupted.
+Exit codes: 0 done; 1 the results could not be written, `verify` found an error beyond its bound, or tasks of `run all`
+failed; 2 a value on the command line is wrong, or something that the command needs is missing (one line on stderr says
+which); 130 interrupted.
 """
 
 import argparse
 import sys
 
 from pgdfast import tasks
-from pgdfast.tasks import experiment, options
+from pgdfast.tasks import experiment, options, terminal
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.options import OneLineParser
 from pgdfast.tasks.records import WriteError
@@ -42,39 +43,47 @@ def main(argv=None):
 
 
 def _run(argv):
-    """`pgdfast run TASK [options]`: the options are the task's own."""
-    known = ", ".join(tasks.TASKS)
+    """`pgdfast run TASK [options]`: the options are the task's own. `pgdfast run all`: every task with its own."""
+    known = f"{', '.join(tasks.TASKS)}, all"
     if argv[:1] in (["-h"], ["--help"]):
         _run_parser().parse_args(argv[:1])
     if not argv or argv[0].startswith("-"):
         got = f"got {argv[0]!r} where the task belongs" if argv else "no task given"
         raise UsageError(f"{got}; needed: pgdfast run TASK [options], with TASK one of: {known}")
     name = argv[0]
+    if name == "all":
+        from pgdfast.tasks import run_all
+
+        return _with_own_options("pgdfast run all", run_all, argv[1:])
     if name not in tasks.TASKS:
         raise UsageError(f"unknown task {name!r}; the tasks are: {known}")
 
     task = tasks.load(name)
-    parser = OneLineParser(
-        prog=f"pgdfast run {name}",
-        description=task.SUMMARY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_common(parser, task)
-    task.add_options(parser)
-    return experiment.run(task, parser.parse_args(argv[1:]))
+    return experiment.run(task, options.task_parser(task).parse_args(argv[1:]))
 
 
 def _verify(argv):
     """`pgdfast verify [TASK ...]`."""
     from pgdfast.tasks import verify
 
-    parser = OneLineParser(prog="pgdfast verify", description=verify.SUMMARY,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    verify.add_options(parser)
-    return verify.run(parser.parse_args(argv))
+    return _with_own_options("pgdfast verify", verify, argv)
 
 
-_COMMANDS = {"run": _run, "verify": _verify}
+def _report(argv):
+    """`pgdfast report DIR`."""
+    from pgdfast.tasks import report
+
+    return _with_own_options("pgdfast report", report, argv)
+
+
+def _with_own_options(prog, module, argv):
+    """Run a command whose module has SUMMARY, add_options(parser) and run(arguments)."""
+    parser = OneLineParser(prog=prog, description=module.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_options(parser)
+    return module.run(parser.parse_args(argv))
+
+
+_COMMANDS = {"run": _run, "report": _report, "verify": _verify}
 
 
 def _command_parser():
@@ -83,7 +92,9 @@ def _command_parser():
         usage="pgdfast COMMAND [options]",
         description="A Levenberg-Marquardt optimizer for PyTorch: its experiments.",
         epilog="commands:\n"
-        "  run TASK       train on one of the experiments, or all; write pictures, numbers and a record\n"
+        "  run TASK       train on one of the experiments; write pictures, numbers and a record\n"
+        "  run all        train on every experiment, one after another, and make the report\n"
+        "  report DIR     put the records and pictures in a folder on one page (HTML)\n"
         "  verify [TASK]  compare the fast solver with the reference on every task\n\n"
         "'pgdfast COMMAND --help' says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,7 +112,8 @@ def _run_parser():
         usage="pgdfast run TASK [options]",
         description="Train on one of the experiments of arXiv 2601.03162 with several optimizers;\n"
         "write a picture (PNG), the numbers (CSV) and a record of every setting (JSON).",
-        epilog=f"tasks:\n{listing}\n\n'pgdfast run TASK --help' lists the options of a task.",
+        epilog=f"tasks:\n{listing}\n  {'all':{width}}    all of them, one after another, and a report\n\n"
+        "'pgdfast run TASK --help' lists the options of a task.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -121,5 +133,5 @@ class _Version(argparse.Action):
 
 def _fail(prog, message, code):
     """Print one line `prog: message` on stderr and return `code`."""
-    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    terminal.complain(prog, message)
     return code

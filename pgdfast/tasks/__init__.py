@@ -31,6 +31,9 @@ TASKS = {
     "mnist": ("mnist", "digits from few images and large weights: grokking, and a hybrid"),
 }
 
+ALL = {**{name: (name,) for name in TASKS}, "mnist-cross-entropy": ("mnist", "--loss", "cross-entropy")}
+"""What `pgdfast run all` runs, in order: by the name of its result files, the task and options that make them."""
+
 
 def load(name):
     """Import the module of the task `name`, a key of `TASKS`."""

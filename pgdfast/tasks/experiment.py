@@ -30,7 +30,7 @@ def run(task, arguments):
     settings = options.fill(task, arguments)
     terminal.require_extras()
     folder = records.prepare_folder(settings.out)
-    called = task.name(settings) if hasattr(task, "name") else task.NAME
+    called = result_name(task, settings)
     checkpoint = Checkpoint(folder / f"{called}.checkpoint", settings.plain())
     _continue_or_start(task, checkpoint, settings.resume)
 
@@ -51,7 +51,7 @@ def run(task, arguments):
     record = {
         "task": called,
         "source": task.SOURCE,
-        "paper": task.PAPER,
+        "paper": task.paper(settings) if hasattr(task, "paper") else task.PAPER,
         "figures": [{"file": names[suffix], "caption": caption} for suffix, (_, caption) in pictures.items()],
         "settings": settings.plain(),
         "problem": task.describe(settings),
@@ -78,6 +78,11 @@ def run(task, arguments):
     terminal.show_checks(checks)
     terminal.show_files(folder / name for name in (*names.values(), f"{called}.csv", f"{called}.json"))
     return 0
+
+
+def result_name(task, settings):
+    """Return the name of the result files: the task's, or that of a variant of it."""
+    return task.name(settings) if hasattr(task, "name") else task.NAME
 
 
 def _continue_or_start(task, checkpoint, resume):

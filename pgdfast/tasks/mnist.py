@@ -87,6 +87,11 @@ def name(settings):
     return NAME if settings.loss == "mse" else "mnist-cross-entropy"
 
 
+def paper(settings):
+    """Return what the paper reports of this loss."""
+    return PAPER if settings.loss == "mse" else PAPER_CE
+
+
 def damping(step):
     """Return the paper's mu at a step: from 1e-2 to 1e-4 on a logarithmic scale over 500 steps, then 1e-4."""
     return math.exp(math.log(1e-2) + min(step / 500, 1.0) * (math.log(1e-4) - math.log(1e-2)))

@@ -79,6 +79,16 @@ def _listing(known):
     return ", ".join(names)
 
 
+def task_parser(task):
+    """Return the parser of `pgdfast run TASK`."""
+    parser = OneLineParser(
+        prog=f"pgdfast run {task.NAME}", description=task.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common(parser, task)
+    task.add_options(parser)
+    return parser
+
+
 def add_common(parser, task):
     """Add the options of every task to `parser`.
 

@@ -78,6 +78,11 @@ def write_json(path, record):
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
+def as_read(value):
+    """Return `value` as it reads after `write_json`: tuples are lists, keys are text, what is not finite is None."""
+    return json.loads(json.dumps(_plain(value), allow_nan=False))
+
+
 def versions():
     """Return the versions of pgdfast and of what it runs on."""
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import sys
 
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS
@@ -80,6 +81,11 @@ def show_checks(checks):
         console.print(Padding(verdict, (0, 0, 0, 2)))
         console.print(Padding(Text(check.measured), (0, 0, 0, 6)))
     console.print()
+
+
+def complain(who, message):
+    """Print one line `who: message` on stderr."""
+    print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def say(text, style):
