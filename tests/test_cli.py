@@ -120,8 +120,10 @@ def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--help"], ["run TASK"]),
-    (["run", "--help"], [TASK]),
+    (["--help"], ["run TASK", "run all", "report DIR", "verify"]),
+    (["run", "--help"], [TASK, "all "]),
+    (["run", "all", "--help"], ["--out", "--quick", "--resume", "--data", "--threads", "--backend"]),
+    (["report", "--help"], ["DIR", "--out"]),
     (["run", TASK, "--help"], ["--optimizers", "--steps", "--seeds", "--hidden-layers", "--width",
                                "--lr", "--out", "--backend", "--quick", "--threads"]),
     (["--version"], ["pgdfast "]),

@@ -47,6 +47,7 @@ def test_every_module_of_the_source_is_installed():
     installed = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
     assert source == installed
     assert (PACKAGE / "py.typed").is_file()
+    assert (PACKAGE / "tasks" / "report.html.jinja").is_file()
 
 
 def test_the_metadata_agree_with_the_source():

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pgdfast import tasks
-from pgdfast.tasks import records, terminal
+from pgdfast.tasks import records
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS
 
