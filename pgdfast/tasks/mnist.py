@@ -225,7 +225,8 @@ def _judge_mse(summary, settings):
         return known and all(x < y or np.isnan(y) for x, y in zip(a, b, strict=True)), f"LM/AdamW: {told('g', a, b)}"
 
     def grows():
-        gaps = [np.inf if np.isnan(b) else b - a for a, b in
+        # Where 60 % of the test images come before 95 % of the training images there is no delay.
+        gaps = [np.inf if np.isnan(b) else max(b - a, 0.0) for a, b in
                 zip(values(adamw, "steps_to_train_95"), values(adamw, "steps_to_test_60"), strict=True)]
         text = ", ".join(f"{gap:g} at {variant}" for gap, variant in zip(gaps, variants, strict=True))
         return bool(gaps[-1] > gaps[0] and np.all(np.array(gaps[1:]) >= np.array(gaps[:-1]))), f"steps: {text}"

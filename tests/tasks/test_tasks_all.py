@@ -264,8 +264,11 @@ def test_checks_of_the_transformer():
             name, "", at, 1, train_loss=loss, validation_loss=loss, train_accuracy=curve, validation_accuracy=curve,
             first_order=curve)]
 
-    assert _outcomes(transformer, settings, runs(high, late - 0.01 * (at < 100), late)) == [FAIL, PASS, PASS, PASS, PASS]
+    behind = late - 0.01 * (at < 100)
+    assert _outcomes(transformer, settings, runs(high, behind, late)) == [FAIL, OPEN, PASS, PASS, PASS]
     assert _outcomes(transformer, settings, runs(np.where(at > 0, 1.0, 0.0), low, low)) == [PASS, FAIL, FAIL, FAIL, PASS]
+    assert _outcomes(transformer, settings, runs(np.full(at.size, 0.4), low, low))[:2] == [PASS, PASS]
+    assert _outcomes(transformer, settings, runs(low / 5, low / 5, low))[0] == OPEN, "below chance there is no lead"
 
 
 # --- verify
