@@ -111,7 +111,7 @@ class Plan {
   }
 
   void set_rows(index num_rows, index max_sections, std::vector<index> section_of, std::vector<index> k_of,
-                const std::vector<std::array<index, 4>>& tiles, const std::vector<std::array<index, 7>>& uses,
+                const std::vector<std::array<index, 4>>& blocks, const std::vector<std::array<index, 7>>& uses,
                 const py::dict& labels) {
     auto& layout = solver_.layout;
     layout = {};
@@ -119,7 +119,7 @@ class Plan {
     layout.max_sections = max_sections;
     layout.section_of = std::move(section_of);
     layout.k_of = std::move(k_of);
-    for (const auto& t : tiles) layout.tiles.push_back({t[0], t[1], t[2], t[3]});
+    for (const auto& b : blocks) layout.blocks.push_back({b[0], b[1], b[2], b[3]});
     for (const auto& u : uses)
       layout.uses.push_back({int(u[0]), int(u[1]), static_cast<Form>(u[2]), u[3], u[4] != 0, int(u[5]), u[6] != 0});
     layout.labels.resize(solver_.structure.buffers.size());
@@ -174,6 +174,19 @@ class Plan {
     const T* q_ = optional_pointer<T>(q, P(), "q");
     T* delta_ = pointer<T>(delta, P(), "delta");
     return solved([&] { return solver_.primal(r_, d_, q_, delta_); });
+  }
+  // Solves with the factor of the last dual or primal step.
+  void correct(py::handle b, py::handle x) {
+    if (solver_.held == Solver<T>::Held::nothing) throw py::value_error("correct needs a dual or primal step before it");
+    const index n = solver_.held == Solver<T>::Held::gram ? M() : P();
+    const T* from = pointer<T>(b, n, "b");
+    T* to = pointer<T>(x, n, "x");
+    py::gil_scoped_release release;
+    solver_.correct(from, to);
+  }
+  void dual_vector(py::handle y) {
+    if (solver_.held != Solver<T>::Held::gram) throw py::value_error("dual_vector needs a dual step before it");
+    std::copy_n(solver_.dual_vector(), M(), pointer<T>(y, M(), "y"));
   }
   py::tuple cg(py::handle r, py::handle d, py::handle q, py::handle inverse_preconditioner, int max_iterations,
                double tolerance, py::handle delta) {
@@ -320,6 +333,8 @@ void bind_plan(py::module_& m, const char* name) {
       .def("diagonal", &P::diagonal)
       .def("dual", &P::dual)
       .def("primal", &P::primal)
+      .def("correct", &P::correct)
+      .def("dual_vector", &P::dual_vector)
       .def("cg", &P::cg)
       .def_property_readonly("num_residuals", &P::M)
       .def_property_readonly("num_parameters", &P::P)

@@ -2,9 +2,7 @@
 // else ATen's own operators, about a microsecond dearer per call.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
 #include <c10/core/InferenceMode.h>
 
 #ifndef _WIN32
@@ -39,39 +37,15 @@ void aten_gemm(char ta, char tb, int m, int n, int k, T alpha, const T* a, int l
   at::addmm_out(out, out, view(a, ta, m, k, lda), view(b, tb, k, n, ldb), beta, alpha);
 }
 
-template <class T>
-int aten_potrf(char uplo, int n, T* a, int lda) {
-  c10::InferenceMode guard;
-  at::Tensor matrix = view(a, 'N', n, n, lda);
-  auto [factor, info] = at::linalg_cholesky_ex(matrix, uplo == 'U', false);
-  matrix.copy_(factor);
-  return info.template item<int>();
-}
-
-template <class T>
-void aten_potrs(char uplo, int n, int columns, const T* a, int lda, T* b, int ldb) {
-  c10::InferenceMode guard;
-  at::Tensor x = view(b, 'N', n, columns, ldb);
-  x.copy_(at::cholesky_solve(x, view(a, 'N', n, n, lda), uplo == 'U'));
-}
-
 // Fortran symbols of the BLAS inside libtorch_cpu.
 template <class T>
 struct Fortran {
   using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
                         const T*, const int*, const T*, T*, const int*);
-  using Potrf = void (*)(const char*, const int*, T*, const int*, int*);
-  using Potrs = void (*)(const char*, const int*, const int*, const T*, const int*, T*, const int*, int*);
   static Gemm gemm;
-  static Potrf potrf;
-  static Potrs potrs;
 };
 template <class T>
 typename Fortran<T>::Gemm Fortran<T>::gemm = nullptr;
-template <class T>
-typename Fortran<T>::Potrf Fortran<T>::potrf = nullptr;
-template <class T>
-typename Fortran<T>::Potrs Fortran<T>::potrs = nullptr;
 
 template <class T>
 void mkl_gemm(char ta, char tb, int m, int n, int k, T alpha, const T* a, int lda, const T* b, int ldb, T beta, T* c,
@@ -80,38 +54,23 @@ void mkl_gemm(char ta, char tb, int m, int n, int k, T alpha, const T* a, int ld
 }
 
 template <class T>
-int mkl_potrf(char uplo, int n, T* a, int lda) {
-  int info = 0;
-  Fortran<T>::potrf(&uplo, &n, a, &lda, &info);
-  return info;
-}
-
-template <class T>
-void mkl_potrs(char uplo, int n, int columns, const T* a, int lda, T* b, int ldb) {
-  int info = 0;
-  Fortran<T>::potrs(&uplo, &n, &columns, a, &lda, b, &ldb, &info);
-}
-
-template <class T>
-bool load(void* library, const char* gemm, const char* potrf, const char* potrs) {
+bool load(void* library, const char* gemm) {
 #ifdef _WIN32
   return false;
 #else
   Fortran<T>::gemm = reinterpret_cast<typename Fortran<T>::Gemm>(dlsym(library, gemm));
-  Fortran<T>::potrf = reinterpret_cast<typename Fortran<T>::Potrf>(dlsym(library, potrf));
-  Fortran<T>::potrs = reinterpret_cast<typename Fortran<T>::Potrs>(dlsym(library, potrs));
-  return Fortran<T>::gemm && Fortran<T>::potrf && Fortran<T>::potrs;
+  return Fortran<T>::gemm != nullptr;
 #endif
 }
 
 template <class T>
 void use_aten() {
-  blas<T>() = {aten_gemm<T>, aten_potrf<T>, aten_potrs<T>};
+  blas<T>() = {aten_gemm<T>};
 }
 
 template <class T>
 void use_mkl() {
-  blas<T>() = {mkl_gemm<T>, mkl_potrf<T>, mkl_potrs<T>};
+  blas<T>() = {mkl_gemm<T>};
 }
 
 }  // namespace
@@ -125,8 +84,7 @@ const char* fill_blas(const char* wanted) {
     void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
     if (library) {
       auto threads = reinterpret_cast<int (*)(int)>(dlsym(library, "MKL_Set_Num_Threads_Local"));
-      if (threads && load<float>(library, "sgemm_", "spotrf_", "spotrs_") &&
-          load<double>(library, "dgemm_", "dpotrf_", "dpotrs_")) {
+      if (threads && load<float>(library, "sgemm_") && load<double>(library, "dgemm_")) {
         use_mkl<float>();
         use_mkl<double>();
         set_blas_threads = threads;

@@ -3,197 +3,46 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <utility>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "../plan/blas.h"
+#include "parallel.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace pgdfast {
 namespace {
 
-template <class T>
-void ensure(std::vector<T>& buffer, std::size_t size) {
-  if (buffer.size() < size) buffer.resize(size);
-}
+constexpr index kDepth = 256;   // depth of panels that one tile sums at once: three of them stay in the first-level cache
 
-// Fills one arena per section with the cotangents that unit residuals produce.
+// A factor's rows in one block of K, packed.
 template <class T>
-void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
-  const Structure& s = *program.structure;
-  ensure(work.arenas, std::size_t(s.arena_size * layout.max_sections));
-  ensure(work.unit, std::size_t(s.num_residuals));
-  for (index o = 0; o < layout.max_sections; ++o) {
-    for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.section_of[std::size_t(e)] == o;
-    adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
-  }
-}
-
-// A factor of a weight's Jacobian rows: `rows` x `size`, element (i, j) at data[i * row + j * column].
-template <class T>
-struct Factor {
-  const T* data;
-  index row, column, size;
-  bool by_section;   // lives in the arenas: add section * arena_size
+struct Panels {
+  const T* data = nullptr;
+  index stride = 0, depth = 0;   // elements from panel to panel
 };
 
+// One use of a weight in one block: constants by row of the block, cotangents by residual.
 template <class T>
-struct FactoredUse {
-  index row0, rows;
-  Factor<T> high, low;
+struct Factors {
   int parameter, companion;
+  Panels<T> constants, cotangents;
 };
 
-// Where the cotangent of an instruction's result lies in the arena of a section. No use writes the residual itself.
+// What one block of residuals brings to K.
 template <class T>
-const T* cotangent(const Structure& s, const Instruction& op, const T* arena) {
-  return arena + s.buffers[std::size_t(op.y)].offset + op.y_offset;
-}
+struct Side {
+  const Block* block;
+  index count;                       // residuals
+  std::vector<Factors<T>> factors;
+  Panels<T> explicit_rows;
+};
 
+// C C'^T of two uses whose rows have several residuals, found once for all of those.
 template <class T>
-FactoredUse<T> factors(const Bound<T>& program, const Use& use, const T* arena) {
-  const Instruction& op = program.structure->instructions[std::size_t(use.instruction)];
-  const MatMul& g = op.matmul;
-  const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
-  const Factor<T> over_k{c, g.cn, g.ck, g.k, false};
-  const Factor<T> over_m{cotangent(*program.structure, op, arena), g.yn, g.ym, g.m, true};
-  FactoredUse<T> result{use.row0, g.n, over_m, over_k, use.parameter, use.companion};
-  if (!use.m_is_high) std::swap(result.high, result.low);
-  return result;
-}
-
-// Adds the Jacobian rows of one explicit use and section to J (leading dimension ld, origin at the parameter's columns).
-// `row_index` maps row * max_sections + section to a row of J.
-template <class T>
-void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
-              const std::vector<index>& row_index, index section, T* J, index ld) {
-  const Structure& s = *program.structure;
-  const Simd<T>& body = simd<T>();
-  const Instruction& op = s.instructions[std::size_t(use.instruction)];
-  const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
-  const T* y = cotangent(s, op, arena);
-  const auto row_of = [&](index y_position) -> T* {
-    const std::int32_t row = label[y_position];
-    if (row < 0) return nullptr;
-    const index k = row_index[std::size_t(row * layout.max_sections + section)];
-    return k < 0 ? nullptr : J + k * ld + op.x_offset;
-  };
-  const T* c = nullptr;
-  T alpha = T(op.alpha);
-  if (op.constant >= 0) {
-    const Constant<T>& constant = program.constants[std::size_t(op.constant)];
-    if (constant.data) c = constant.data + op.c_offset;
-    else if (constant.positions == nullptr) alpha *= constant.value;
-  }
-  if (op.kind == Kind::matmul) {
-    // J[x(b, m, k)] += alpha * y[b, m, n] * c[b, k, n]
-    const MatMul& g = op.matmul;
-    for (index b = 0; b < g.b; ++b)
-      for (index n = 0; n < g.n; ++n) {
-        const T* cn = c + b * g.cb + n * g.cn;
-        const T* yn = y + b * g.yb + n * g.yn;
-        if (use.row_per_n && g.m > g.k) {
-          T* row = row_of(b * g.yb + n * g.yn);
-          for (index k = 0; row && k < g.k; ++k)
-            body.muladd(g.m, alpha * cn[k * g.ck], nullptr, 0, yn, g.ym, row + b * g.xb + k * g.xk, g.xm, false);
-          continue;
-        }
-        for (index m = 0; m < g.m; ++m) {
-          T* row = row_of(b * g.yb + m * g.ym + n * g.yn);
-          if (row)
-            body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * g.xb + m * g.xm, g.xk, false);
-        }
-      }
-    return;
-  }
-  if (op.kind == Kind::gather) {
-    // J[x(p[i], :)] += alpha * y[i, :]
-    const Gather& g = op.gather;
-    const index* positions = program.constants[std::size_t(op.constant)].positions;
-    for (index i = 0; i < g.rows; ++i) {
-      if (positions[i] < 0) continue;
-      const index at = positions[i] * g.x_row;
-      if (use.row_per_n) {
-        if (T* row = row_of(i * g.y_row))
-          body.muladd(g.width, alpha, nullptr, 0, y + i * g.y_row, 1, row + at, 1, false);
-        continue;
-      }
-      for (index j = 0; j < g.width; ++j)
-        if (T* row = row_of(i * g.y_row + j)) row[at + j] += alpha * y[i * g.y_row + j];
-    }
-    return;
-  }
-  // J[x(i)] += alpha * c[i] * y[i], over the innermost index at once where that stays in one row.
-  const MulAdd& f = op.muladd;
-  const bool rows_inside = use.row_per_n && f.ndim > 0;
-  const int outer_dims = rows_inside ? f.ndim - 1 : f.ndim;
-  const std::size_t inner = rows_inside ? std::size_t(f.ndim - 1) : 0;
-  index outer = 1;
-  for (int d = 0; d < outer_dims; ++d) outer *= f.shape[std::size_t(d)];
-  for (index i = 0; i < outer; ++i) {
-    index rest = i, yo = 0, xo = 0, co = 0;
-    for (int d = outer_dims - 1; d >= 0; --d) {
-      const std::size_t k = std::size_t(d);
-      const index id = rest % f.shape[k];
-      rest /= f.shape[k];
-      yo += id * f.ys[k];
-      xo += id * f.xs[k];
-      co += id * f.cs[k];
-    }
-    T* row = row_of(yo);
-    if (!row) continue;
-    if (rows_inside)
-      body.muladd(f.shape[inner], alpha, c ? c + co : nullptr, f.cs[inner], y + yo, f.ys[inner], row + xo, f.xs[inner], false);
-    else
-      row[xo] += alpha * (c ? c[co] : T(1)) * y[yo];
-  }
-}
-
-template <class T>
-void product(const Factor<T>& f, index i0, index rows, index section_i, const Factor<T>& g, index j0, index cols,
-             index section_j, index arena_size, T* out) {
-  const T* a = f.data + i0 * f.row + (f.by_section ? section_i * arena_size : 0);
-  const T* b = g.data + j0 * g.row + (g.by_section ? section_j * arena_size : 0);
-  if (f.size <= 2) {   // coordinates of a first layer: cheaper than a call of the BLAS
-    for (index i = 0; i < rows; ++i)
-      for (index k = 0; k < f.size; ++k)
-        simd<T>().muladd(cols, a[i * f.row + k * f.column], nullptr, 0, b + k * g.column, g.row, out + i * cols, 1, k == 0);
-    return;
-  }
-  gemm<T>(rows, cols, f.size, T(1), a, f.row, f.column, b, g.column, g.row, T(0), out, cols, 1);
-}
-
-// Adds one pair of uses to the block of K at (row tile ti, row tile tj). Tiles with one section may span several.
-template <class T>
-void add_pair(const FactoredUse<T>& p, const FactoredUse<T>& q, const T* weights, const Tile& ti, const Tile& tj, bool diagonal,
-              index arena_size, Scratch<T>& scratch, T* K, index M) {
-  const index i0 = std::max(ti.r0, p.row0), i1 = std::min(ti.r0 + ti.rows, p.row0 + p.rows);
-  const index j0 = std::max(tj.r0, q.row0), j1 = std::min(tj.r0 + tj.rows, q.row0 + q.rows);
-  if (i0 >= i1 || j0 >= j1) return;
-  const index rows = i1 - i0, cols = j1 - j0;
-  const T weight = weights[p.parameter];
-  // A bias added to the same result contributes Y Y'^T: as if the constant rows had one more column of ones.
-  const T bias = p.companion >= 0 ? weights[p.companion] : T(0);
-  const bool constant_is_high = !p.high.by_section;
-  const auto changes = [](const Factor<T>& f, const Factor<T>& g, bool first, bool first_inner) {
-    return first || (g.by_section) || (first_inner && f.by_section);
-  };
-  for (index o = 0; o < ti.sections; ++o)
-    for (index o2 = diagonal ? o : 0; o2 < tj.sections; ++o2) {
-      const bool inner = o2 == (diagonal ? o : 0), first = o == 0 && inner;
-      if (changes(p.high, q.high, first, inner))
-        product(p.high, i0 - p.row0, rows, o, q.high, j0 - q.row0, cols, o2, arena_size, scratch.high.data());
-      if (changes(p.low, q.low, first, inner))
-        product(p.low, i0 - p.row0, rows, o, q.low, j0 - q.row0, cols, o2, arena_size, scratch.low.data());
-      T* block = K + (ti.base + o * ti.rows + (i0 - ti.r0)) * M + tj.base + o2 * tj.rows + (j0 - tj.r0);
-      const T* constants = (constant_is_high ? scratch.high : scratch.low).data();
-      const T* cotangents = (constant_is_high ? scratch.low : scratch.high).data();
-      simd<T>().hadamard(rows, cols, weight, bias, constants, cotangents, cols, block, M);
-    }
-}
+struct Shared {
+  const T* data;
+  index ld;
+};
 
 // Columns of the explicit part: each parameter whose uses are not factored, at its own offset.
 struct ExplicitColumns {
@@ -213,201 +62,285 @@ ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
   return columns;
 }
 
+template <class T>
+void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* weights, const ExplicitColumns& columns,
+                   Workspace<T>& work) {
+  const Structure& s = *program.structure;
+  const index size = s.num_residuals * columns.total;
+  ensure(work.rows, size);
+  std::memset(work.rows.data(), 0, sizeof(T) * std::size_t(size));
+  for (const Use& use : layout.uses) {
+    if (use.form != Form::rows) continue;
+    T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
+    for (index o = 0; o < layout.max_sections; ++o)
+      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.k_index, o, origin, columns.total);
+  }
+  for (int l = 0; l < s.num_parameter_buffers; ++l) {
+    const index start = columns.start[std::size_t(l)];
+    if (start < 0 || weights[l] == T(1)) continue;
+    const T root = std::sqrt(weights[l]);
+    for (index i = 0; i < s.num_residuals; ++i)
+      for (index j = 0; j < s.buffers[std::size_t(l)].size; ++j) work.rows[std::size_t(i * columns.total + start + j)] *= root;
+  }
+}
+
+// Packs all factors and explicit rows, block by block.
+template <class T>
+class Packing {
+ public:
+  Packing(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work)
+      : program_(program), layout_(layout), work_(work), s_(*program.structure) {}
+
+  std::vector<Side<T>> run(index explicit_columns) {
+    index size = 0, copied = 0;
+    for (const Block& block : layout_.blocks) {
+      size += panels_of(block.rows * block.sections) * explicit_columns;
+      for (const Use& use : layout_.uses) {
+        if (!touches(use, block)) continue;
+        const MatMul& g = matmul(use);
+        size += panels_of(block.rows) * g.k + panels_of(block.rows * block.sections) * g.m;
+        copied = std::max({copied, block.rows * g.k, block.rows * block.sections * g.m});
+      }
+    }
+    ensure(work_.packed, size * tiles<T>().width);
+    ensure(work_.copy, copied);
+    next_ = work_.packed.data();
+    std::vector<Side<T>> sides;
+    for (const Block& block : layout_.blocks) {
+      Side<T> side{&block, block.rows * block.sections, {}, {}};
+      for (const Use& use : layout_.uses)
+        if (touches(use, block)) side.factors.push_back(factors(use, block));
+      if (explicit_columns > 0)
+        side.explicit_rows = pack(side.count, explicit_columns, work_.rows.data() + block.base * explicit_columns, explicit_columns, 1);
+      sides.push_back(std::move(side));
+    }
+    return sides;
+  }
+
+ private:
+  static index panels_of(index rows) { return (rows + tiles<T>().width - 1) / tiles<T>().width; }
+  const MatMul& matmul(const Use& use) const { return s_.instructions[std::size_t(use.instruction)].matmul; }
+  bool touches(const Use& use, const Block& block) const {
+    return use.form == Form::factored && use.row0 < block.r0 + block.rows && block.r0 < use.row0 + matmul(use).n;
+  }
+
+  Panels<T> pack(index count, index depth, const T* x, index row, index column) {
+    const Panels<T> panels{next_, depth * tiles<T>().width, depth};
+    tiles<T>().pack(count, depth, x, row, column, next_, panels.stride);
+    next_ += panels_of(count) * panels.stride;
+    return panels;
+  }
+
+  // Constants by row; cotangents by section, then row. Rows of the block that the use does not reach are zero.
+  Factors<T> factors(const Use& use, const Block& block) {
+    const Instruction& op = s_.instructions[std::size_t(use.instruction)];
+    const MatMul& g = op.matmul;
+    const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
+    const bool whole = end - begin == block.rows;
+    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
+    const T* y = cotangent(s_, op, work_.arenas.data()) + (begin - use.row0) * g.yn;
+    Factors<T> result{use.parameter, use.companion, {}, {}};
+    if (whole) {
+      result.constants = pack(block.rows, g.k, c, g.cn, g.ck);
+    } else {
+      copy(block, begin, end, 1, g.k, c, 0, g.cn, g.ck);
+      result.constants = pack(block.rows, g.k, work_.copy.data(), g.k, 1);
+    }
+    if (whole && block.sections == 1) {
+      result.cotangents = pack(block.rows, g.m, y, g.yn, g.ym);
+    } else {
+      copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
+      result.cotangents = pack(block.rows * block.sections, g.m, work_.copy.data(), g.m, 1);
+    }
+    return result;
+  }
+
+  void copy(const Block& block, index begin, index end, index sections, index depth, const T* x, index section, index row, index column) {
+    T* out = work_.copy.data();
+    for (index o = 0; o < sections; ++o)
+      for (index i = block.r0; i < block.r0 + block.rows; ++i, out += depth) {
+        if (i < begin || i >= end) std::memset(out, 0, sizeof(T) * std::size_t(depth));
+        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * section + (i - begin) * row, column, out, 1, true);
+      }
+  }
+
+  const Bound<T>& program_;
+  const RowLayout& layout_;
+  Workspace<T>& work_;
+  const Structure& s_;
+  T* next_ = nullptr;
+};
+
+// Pointers to the panels of one group of columns.
+template <class T>
+struct Group {
+  const T* at[kTilePanels];
+  Group(const Panels<T>& panels, index first, int count, index depth = 0) {
+    for (int v = 0; v < count; ++v) at[v] = panels.data + (first + v) * panels.stride + depth * tiles<T>().width;
+  }
+};
+
+template <class T>
+const T* row_of(const Panels<T>& panels, index i, index depth = 0) {
+  const index width = tiles<T>().width;
+  return panels.data + i / width * panels.stride + depth * width + i % width;
+}
+
+// Which shared products each pair of blocks needs, and all of them.
+template <class T>
+class SharedProducts {
+ public:
+  SharedProducts(const std::vector<Side<T>>& sides, Workspace<T>& work, int threads) {
+    struct Job {
+      Panels<T> left, right;
+      index rows, columns, offset, ld;
+    };
+    std::vector<Job> jobs;
+    index size = 0;
+    for (std::size_t a = 0; a < sides.size(); ++a)
+      for (std::size_t b = a; b < sides.size(); ++b) {
+        start_.push_back(jobs.size());
+        if (!needed(sides[a], sides[b])) continue;
+        for (const Factors<T>& p : sides[a].factors)
+          for (const Factors<T>& q : sides[b].factors) {
+            if (p.parameter != q.parameter) continue;
+            const index width = tiles<T>().width, ld = (sides[b].block->rows + width - 1) / width * width;
+            jobs.push_back({p.constants, q.constants, sides[a].block->rows, sides[b].block->rows, size, ld});
+            size += sides[a].block->rows * ld;
+          }
+      }
+    ensure(work.shared, size);
+    for (const Job& job : jobs) products_.push_back({work.shared.data() + job.offset, job.ld});
+    for (const Job& job : jobs) {
+      const Tiles<T>& t = tiles<T>();
+      T* out = work.shared.data() + job.offset;
+      each_item(threads, (job.rows + t.rows - 1) / t.rows, [&](index item, int) {
+        const index i = item * t.rows, panels = job.ld / t.width;
+        for (index p = 0; p < panels; p += kTilePanels) {
+          const int count = int(std::min<index>(kTilePanels, panels - p));
+          t.product(count, std::min(t.rows, job.rows - i), job.left.depth, row_of(job.left, i),
+                    Group<T>(job.right, p, count).at, out + i * job.ld + p * t.width, job.ld, false);
+        }
+      });
+    }
+    sides_ = sides.size();
+  }
+
+  static bool needed(const Side<T>& a, const Side<T>& b) { return a.block->sections > 1 || b.block->sections > 1; }
+  // Of the pair of blocks (a, b), a <= b, in the order of their pairs of uses.
+  const Shared<T>* of(std::size_t a, std::size_t b) const { return products_.data() + start_[a * sides_ - a * (a + 1) / 2 + b]; }
+
+ private:
+  std::size_t sides_ = 0;
+  std::vector<std::size_t> start_;
+  std::vector<Shared<T>> products_;
+};
+
+// Copies the elements of a shared product that belong to a tile of K: residual k of a block stands for its row k % rows.
+template <class T>
+void spread(const Shared<T>& shared, const Block& a, index i, index rows, const Block& b, index j, index columns, T* out) {
+  const index kept = std::min(columns, b.rows * b.sections - j);
+  for (index r = 0; r < rows; ++r, out += columns) {
+    const T* from = shared.data + (i + r) % a.rows * shared.ld;
+    for (index c = 0; c < kept;) {
+      const index at = (j + c) % b.rows, run = std::min(kept - c, b.rows - at);
+      std::memcpy(out + c, from + at, sizeof(T) * std::size_t(run));
+      c += run;
+    }
+    std::fill(out + kept, out + columns, T(0));
+  }
+}
+
+// The tiles of K in rows i0 .. i1 - 1 of a block and one group of columns of another.
+template <class T>
+void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index panel, int count, bool same, const T* weights,
+              const Shared<T>* shared, T* scratch, T* K, index ld) {
+  const Tiles<T>& t = tiles<T>();
+  const index j = panel * t.width, columns = count * t.width;
+  T* corner = K + a.block->base * ld + b.block->base + j;
+  if (same) i1 = std::min(i1, j + columns);   // tiles below the diagonal
+  const bool shares = SharedProducts<T>::needed(a, b);
+  bool first = true;
+  for (const Factors<T>& p : a.factors)
+    for (const Factors<T>& q : b.factors) {
+      if (p.parameter != q.parameter) continue;
+      const T weight = weights[p.parameter], shift = p.companion >= 0 ? weights[p.companion] : T(0);
+      const Group<T> constants(q.constants, shares ? 0 : panel, count);
+      const Group<T> cotangents(q.cotangents, panel, count);
+      for (index i = i0; i < i1; i += t.rows) {
+        const index valid = std::min(t.rows, a.count - i);
+        if (shares)
+          spread(*shared, *a.block, i, valid, *b.block, j, columns, scratch);
+        else
+          t.product(count, t.rows, p.constants.depth, row_of(p.constants, i), constants.at, scratch, columns, false);
+        t.scaled_product(count, valid, p.cotangents.depth, row_of(p.cotangents, i), cotangents.at, scratch, columns, weight,
+                         shift, corner + i * ld, ld, !first);
+      }
+      first = false;
+      if (shares) ++shared;
+    }
+  for (index l = 0; l < a.explicit_rows.depth; l += kDepth) {
+    const index depth = std::min(kDepth, a.explicit_rows.depth - l);
+    const Group<T> right(b.explicit_rows, panel, count, l);
+    for (index i = i0; i < i1; i += t.rows)
+      t.product(count, std::min(t.rows, a.count - i), depth, row_of(a.explicit_rows, i, l), right.at, corner + i * ld, ld, !first);
+    first = false;
+  }
+  if (first)
+    for (index i = i0; i < std::min(i1, a.count); ++i) std::memset(corner + i * ld, 0, sizeof(T) * std::size_t(columns));
+}
+
 }  // namespace
 
 template <class T>
+index gram_stride(index num_residuals) {
+  return (num_residuals / tiles<T>().width + 2) * tiles<T>().width;   // the last tile of a block may reach a panel beyond it
+}
+
+template <class T>
 void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, T* K) {
+  const Tiles<T>& t = tiles<T>();
   const Structure& s = *program.structure;
-  const index M = s.num_residuals;
+  const index ld = gram_stride<T>(s.num_residuals);
   unit_sweeps(program, layout, work);
-  const T* arenas = work.arenas.data();
-
   const ExplicitColumns columns = explicit_columns(s, layout);
-  if (columns.total > 0) {
-    ensure(work.rows, std::size_t(M * columns.total));
-    std::memset(work.rows.data(), 0, sizeof(T) * std::size_t(M * columns.total));
-    for (const Use& use : layout.uses) {
-      if (use.form != Form::rows) continue;
-      T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
-      for (index o = 0; o < layout.max_sections; ++o)
-        add_rows(program, layout, use, arenas + o * s.arena_size, layout.k_index, o, origin, columns.total);
-    }
-    for (int l = 0; l < s.num_parameter_buffers; ++l) {
-      const index start = columns.start[std::size_t(l)];
-      if (start < 0 || weights[l] == T(1)) continue;
-      const T root = std::sqrt(weights[l]);
-      for (index i = 0; i < M; ++i)
-        for (index j = 0; j < s.buffers[std::size_t(l)].size; ++j) work.rows[std::size_t(i * columns.total + start + j)] *= root;
-    }
-  }
+  if (columns.total > 0) explicit_rows(program, layout, weights, columns, work);
+  const std::vector<Side<T>> sides = Packing<T>(program, layout, work).run(columns.total);
 
-  std::vector<FactoredUse<T>> uses;
-  double flops = double(M) * double(M) * double(columns.total);
+  double depth = double(columns.total);
   for (const Use& use : layout.uses) {
-    if (use.form != Form::factored) continue;
-    uses.push_back(factors(program, use, arenas));
-    flops += double(M) * double(M) * double(uses.back().high.size + uses.back().low.size);
+    const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
+    if (use.form == Form::factored) depth += double(g.m + g.k) * double(g.n) / double(layout.num_rows);
   }
-
-  // Blocks of the upper triangle: a row tile with itself and every tile after it. Tiles of one section lie in K as in
-  // their rows, so neighbours merge into one wide block, which large products like.
-  struct Block {
-    Tile rows, cols;
-    bool diagonal;
+  const int threads = threads_for(depth * double(s.num_residuals) * double(s.num_residuals));
+  const SharedProducts<T> shared(sides, work, threads);
+  // One item: a few rows of K with all columns from the diagonal on.
+  const index group = kTilePanels * t.width;
+  struct Item {
+    std::size_t side;
+    index row;
   };
-  std::vector<Block> blocks;
-  for (std::size_t i = 0; i < layout.tiles.size(); ++i) {
-    const Tile& a = layout.tiles[i];
-    for (std::size_t j = i; j < layout.tiles.size(); ++j) {
-      const Tile& b = layout.tiles[j];
-      Block* last = j == i ? nullptr : &blocks.back();
-      if (a.sections == 1 && b.sections == 1 && last && last->cols.sections == 1 &&
-          last->cols.r0 + last->cols.rows == b.r0)
-        last->cols.rows += b.rows;
-      else
-        blocks.push_back({a, b, i == j && a.sections > 1});
+  std::vector<Item> items;
+  for (std::size_t a = 0; a < sides.size(); ++a)
+    for (index i = 0; i < sides[a].count; i += group) items.push_back({a, i});
+  work.scratch.resize(std::max(work.scratch.size(), std::size_t(threads)));
+  for (std::vector<T>& scratch : work.scratch) ensure(scratch, t.rows * group);
+  each_item(threads, index(items.size()), [&](index number, int thread) {
+    const Item item = items[std::size_t(number)];
+    const Side<T>& a = sides[item.side];
+    for (std::size_t other = item.side; other < sides.size(); ++other) {
+      const Side<T>& b = sides[other];
+      const index panels = (b.count + t.width - 1) / t.width;
+      for (index p = other == item.side ? item.row / t.width : 0; p < panels; p += kTilePanels)
+        tiles_of(a, item.row, std::min(item.row + group, a.count), b, p, int(std::min<index>(kTilePanels, panels - p)),
+                 other == item.side, weights, shared.of(item.side, other), work.scratch[std::size_t(thread)].data(), K, ld);
     }
-  }
-
-  const auto run = [&](const Block& block, Scratch<T>& scratch) {
-    const Tile &a = block.rows, &b = block.cols;
-    const index rows = a.rows * a.sections, cols = b.rows * b.sections;
-    T* corner = K + a.base * M + b.base;
-    if (columns.total > 0)
-      gemm<T>(rows, cols, columns.total, T(1), work.rows.data() + a.base * columns.total, columns.total, 1,
-              work.rows.data() + b.base * columns.total, 1, columns.total, T(0), corner, M, 1);
-    else
-      for (index i = 0; i < rows; ++i) std::memset(corner + i * M, 0, sizeof(T) * std::size_t(cols));
-    for (std::size_t p = 0; p < uses.size(); ++p)
-      for (std::size_t q = 0; q < uses.size(); ++q)
-        if (uses[p].parameter == uses[q].parameter)
-          add_pair(uses[p], uses[q], weights, a, b, block.diagonal, s.arena_size, scratch, K, M);
-  };
-
-  const int threads = blocks.size() > 1 ? threads_for(flops) : 1;
-  const BlasThreads outside(threads > 1 ? 1 : threads_for(flops));
-  // All threads' scratch at once: which thread meets the largest block differs from step to step.
-  index largest = 0;
-  for (const Block& block : blocks) largest = std::max(largest, block.rows.rows * block.cols.rows);
-  if (work.scratch.size() < std::size_t(threads)) work.scratch.resize(std::size_t(threads));
-  for (Scratch<T>& scratch : work.scratch) {
-    ensure(scratch.high, std::size_t(largest));
-    ensure(scratch.low, std::size_t(largest));
-  }
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      const BlasThreads inside(1);
-      Scratch<T>& scratch = work.scratch[std::size_t(omp_get_thread_num())];
-#pragma omp for schedule(dynamic, 1)
-      for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(blocks.size()); ++i) run(blocks[std::size_t(i)], scratch);
-    }
-    return;
-  }
-#endif
-  for (const Block& block : blocks) run(block, work.scratch[0]);
+  });
 }
 
-template <class T>
-bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena) {
-  const Structure& s = *program.structure;
-  if (layout.max_sections != 1) return false;
-  for (const Use& use : layout.uses)
-    if (layout.row_width[std::size_t(s.instructions[std::size_t(use.instruction)].y)] == 0) return false;
-  const Simd<T>& body = simd<T>();
-  for (std::size_t b = 0; b < s.buffers.size(); ++b) {
-    const index width = layout.row_width[b];
-    if (width == 0 || s.buffers[b].role != Role::workspace) continue;
-    const T* unit = work.arenas.data() + s.buffers[b].offset;
-    T* scaled = arena + s.buffers[b].offset;
-    const index rows = s.buffers[b].size / width;
-    for (index i = 0; i < rows; ++i)
-      body.muladd(width, y[layout.k_index[std::size_t(layout.first_row[b] + i)]], nullptr, 0, unit + i * width, 1,
-                  scaled + i * width, 1, true);
-  }
-  adjoint_from_uses(program, v, arena);
-  return true;
-}
-
-template <class T>
-void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J) {
-  const Structure& s = *program.structure;
-  const index M = s.num_residuals, P = s.num_parameters;
-  if (!layout.local) {
-    ensure(work.arenas, std::size_t(s.arena_size));
-    ensure(work.unit, std::size_t(M));
-    std::fill(work.unit.begin(), work.unit.begin() + M, T(0));
-    for (index i = 0; i < M; ++i) {
-      work.unit[std::size_t(i)] = 1;
-      vjp(program, work.unit.data(), J + i * P, work.arenas.data());
-      work.unit[std::size_t(i)] = 0;
-    }
-    return;
-  }
-  unit_sweeps(program, layout, work);
-  std::memset(J, 0, sizeof(T) * std::size_t(M * P));
-  for (const Use& use : layout.uses)
-    for (index o = 0; o < layout.max_sections; ++o)
-      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.element, o,
-               J + s.buffers[std::size_t(use.parameter)].offset, P);
-}
-
-template <class T>
-void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* d) {
-  const Structure& s = *program.structure;
-  const index M = s.num_residuals, P = s.num_parameters;
-  std::fill(d, d + P, T(0));
-  const auto add_squares = [](index rows, index columns, const T* J, T* sum) {
-    for (index i = 0; i < rows; ++i)
-      for (index j = 0; j < columns; ++j) sum[j] += J[i * columns + j] * J[i * columns + j];
-  };
-  if (!layout.local) {
-    std::vector<T> J(std::size_t(M * P));
-    dense(program, layout, work, J.data());
-    add_squares(M, P, J.data(), d);
-    return;
-  }
-  unit_sweeps(program, layout, work);
-  std::vector<int> uses(std::size_t(s.num_parameter_buffers), 0);
-  for (const Use& use : layout.uses) ++uses[std::size_t(use.parameter)];
-  std::vector<T> squares_c, squares_y, rows;
-  for (int l = 0; l < s.num_parameter_buffers; ++l) {
-    const Buffer& buffer = s.buffers[std::size_t(l)];
-    rows.clear();
-    for (const Use& use : layout.uses) {
-      if (use.parameter != l) continue;
-      const Instruction& op = s.instructions[std::size_t(use.instruction)];
-      for (index o = 0; o < layout.max_sections; ++o) {
-        const T* arena = work.arenas.data() + o * s.arena_size;
-        if (use.form == Form::factored && uses[std::size_t(l)] == 1) {
-          // Rows are outer products: the squares of their factors make the squares of J, summed by one product.
-          const MatMul& g = op.matmul;
-          const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
-          const T* y = cotangent(s, op, arena);
-          squares_c.resize(std::size_t(g.k * g.n));
-          squares_y.resize(std::size_t(g.m * g.n));
-          for (index n = 0; n < g.n; ++n) {
-            for (index k = 0; k < g.k; ++k) squares_c[std::size_t(n * g.k + k)] = c[k * g.ck + n * g.cn] * c[k * g.ck + n * g.cn];
-            for (index m = 0; m < g.m; ++m) squares_y[std::size_t(n * g.m + m)] = y[m * g.ym + n * g.yn] * y[m * g.ym + n * g.yn];
-          }
-          gemm<T>(g.m, g.k, g.n, T(1), squares_y.data(), 1, g.m, squares_c.data(), g.k, 1, T(1),
-                  d + buffer.offset + op.x_offset, g.xm, g.xk);
-          continue;
-        }
-        if (rows.empty()) rows.assign(std::size_t(M * buffer.size), T(0));
-        add_rows(program, layout, use, arena, layout.k_index, o, rows.data(), buffer.size);
-      }
-    }
-    if (!rows.empty()) add_squares(M, buffer.size, rows.data(), d + buffer.offset);
-  }
-}
-
-#define PGDFAST_INSTANTIATE(T)                                                                   \
-  template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
-  template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
-  template void gram<T>(const Bound<T>&, const RowLayout&, const T*, Workspace<T>&, T*);        \
-  template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);
+#define PGDFAST_INSTANTIATE(T)             \
+  template index gram_stride<T>(index);    \
+  template void gram<T>(const Bound<T>&, const RowLayout&, const T*, Workspace<T>&, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

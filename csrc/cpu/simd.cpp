@@ -1,5 +1,7 @@
 #include "simd.h"
 
+#include "tiles.h"
+
 #include <cstdlib>
 #include <cstring>
 
@@ -7,7 +9,9 @@ namespace pgdfast {
 
 #define PGDFAST_DECLARE(isa)                  \
   const Simd<float>* simd_float_##isa();      \
-  const Simd<double>* simd_double_##isa();
+  const Simd<double>* simd_double_##isa();    \
+  const Tiles<float>* tiles_float_##isa();    \
+  const Tiles<double>* tiles_double_##isa();
 PGDFAST_DECLARE(baseline)
 #ifdef PGDFAST_X86
 PGDFAST_DECLARE(avx2)
@@ -21,6 +25,8 @@ struct Variant {
   bool (*runs_here)();
   const Simd<float>* (*table_float)();
   const Simd<double>* (*table_double)();
+  const Tiles<float>* (*tiles_float)();
+  const Tiles<double>* (*tiles_double)();
 };
 
 // Best first.
@@ -31,11 +37,11 @@ const Variant variants[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      },
-     simd_float_avx512, simd_double_avx512},
+     simd_float_avx512, simd_double_avx512, tiles_float_avx512, tiles_double_avx512},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, simd_float_avx2,
-     simd_double_avx2},
+     simd_double_avx2, tiles_float_avx2, tiles_double_avx2},
 #endif
-    {"baseline", [] { return true; }, simd_float_baseline, simd_double_baseline},
+    {"baseline", [] { return true; }, simd_float_baseline, simd_double_baseline, tiles_float_baseline, tiles_double_baseline},
 };
 
 const Variant* find(const char* name) {
@@ -60,6 +66,15 @@ const Simd<float>& simd<float>() {
 template <>
 const Simd<double>& simd<double>() {
   return *current->table_double();
+}
+
+template <>
+const Tiles<float>& tiles<float>() {
+  return *current->tiles_float();
+}
+template <>
+const Tiles<double>& tiles<double>() {
+  return *current->tiles_double();
 }
 
 const char* simd_name() { return current->name; }

@@ -26,8 +26,6 @@ struct Simd {
   double (*dot)(index n, const T* x, const T* y);
   // y = alpha * x + beta * y.
   void (*axpby)(index n, T alpha, const T* x, T beta, T* y);
-  // acc[i, j] += (weight * s[i, j] + shift) * t[i, j].
-  void (*hadamard)(index rows, index cols, T weight, T shift, const T* s, const T* t, index ld, T* acc, index ld_acc);
   // c[i, j] (+)= alpha * sum_l a[i, l] * b[l, j] for products too small for a BLAS; strides by rows and columns.
   void (*small_gemm)(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
                      index b_col, T* c, index c_row, index c_col, bool overwrite);

@@ -101,16 +101,6 @@ void axpby(index n, T alpha, const T* x, T beta, T* y) {
 }
 
 template <class T>
-void hadamard(index rows, index cols, T weight, T shift, const T* s, const T* t, index ld, T* acc, index ld_acc) {
-  for (index i = 0; i < rows; ++i) {
-    const T *si = s + i * ld, *ti = t + i * ld;
-    T* out = acc + i * ld_acc;
-#pragma omp simd
-    for (index j = 0; j < cols; ++j) out[j] += (weight * si[j] + shift) * ti[j];
-  }
-}
-
-template <class T>
 void small_gemm(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
                 index b_col, T* c, index c_row, index c_col, bool overwrite) {
   if (a_col == 1 && b_row == 1 && k > 1) {   // inner products of contiguous vectors
@@ -259,7 +249,7 @@ void project(index rows, index n, T alpha, int terms, const Coefficients<T>& pre
 template <class T>
 const Simd<T>* make_table() {
   static const Simd<T> table = {evaluate<T, T>, evaluate<T, float>, muladd<T>,     dot<T>,
-                                axpby<T>,       hadamard<T>,        small_gemm<T>, project<T>};
+                                axpby<T>,       small_gemm<T>,      project<T>};
   return &table;
 }
 

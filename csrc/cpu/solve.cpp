@@ -6,52 +6,14 @@
 #include <type_traits>
 
 #include "../plan/blas.h"
+#include "normal.h"
 #include "simd.h"
 
 namespace pgdfast {
 namespace {
 
-template <class T>
-void ensure(std::vector<T>& buffer, index size) {
-  if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
-}
-
-double cholesky_flops(index n) { return double(n) * double(n) * double(n) / 3.0; }
-
-// Copies the upper triangle (row-major) plus a diagonal, widening where F is wider, and factors it. LAPACK reads it as a
-// lower triangle.
-template <class F, class S, class D>
-int factor(const S* matrix, index n, D diagonal, std::vector<F>& out) {
-  ensure(out, n * n);
-  for (index i = 0; i < n; ++i) {
-    std::copy(matrix + i * n + i, matrix + (i + 1) * n, out.data() + i * n + i);
-    out[std::size_t(i * n + i)] += F(diagonal(i));
-  }
-  // Small factors are faster on one thread: below some 400 in double and 600 in float, measured with MKL.
-  BlasThreads threads(n < (std::is_same_v<F, float> ? 600 : 400) ? 1 : threads_for(cholesky_flops(n)));
-  return blas<F>().potrf('L', int(n), out.data(), int(n));
-}
-
-template <class F>
-void solve_in_place(const std::vector<F>& factored, index n, F* x) {
-  blas<F>().potrs('L', int(n), 1, factored.data(), int(n), x, int(n));
-}
-
-// (matrix + diag) x = b with the factor in F; x may be b. LAPACK's info.
-template <class F, class S, class D, class T>
-int factor_and_solve(const S* matrix, index n, D diagonal, std::vector<F>& factored, const T* b, T* x) {
-  const int info = factor(matrix, n, diagonal, factored);
-  if (info != 0) return info;
-  if constexpr (std::is_same_v<F, T>) {
-    std::copy(b, b + n, x);
-    solve_in_place(factored, n, x);
-  } else {
-    std::vector<F> y(b, b + n);
-    solve_in_place(factored, n, y.data());
-    std::copy(y.begin(), y.end(), x);
-  }
-  return 0;
-}
+// Threads worth starting for a factor of this order.
+int threads_for_factor(index n) { return n < 256 ? 1 : threads_for(double(n) * double(n) * double(n) / 3.0); }
 
 }  // namespace
 
@@ -66,15 +28,16 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   const index M = structure.num_residuals, P = structure.num_parameters;
   const int buffers = structure.num_parameter_buffers;
   const bool fresh = held != Held::gram || !std::equal(weights, weights + buffers, weights_used.begin());
+  const index ld = gram_stride<T>(M);
   if (fresh) {
     held = Held::nothing;
-    ensure(matrix, M * M);
+    ensure(matrix, M * ld);
     gram(program, layout, weights, work, matrix.data());
     weights_used.assign(weights, weights + buffers);
     held = Held::gram;
   }
   Outcome outcome;
-  for (index e = 0; e < M; ++e) outcome.trace += double(matrix[std::size_t(e * M + e)]) / shift;
+  for (index e = 0; e < M; ++e) outcome.trace += double(matrix[std::size_t(e * ld + e)]) / shift;
   ensure(rhs, M);
   ensure(scratch_u, M);
   T* arena_ = arena_data();
@@ -93,17 +56,12 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     std::copy(r, r + M, scratch_u.begin());
   }
   for (index e = 0; e < M; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = scratch_u[std::size_t(e)];
-  const auto diagonal = [&](index) { return shift; };
-  int info;
-  if (std::is_same_v<T, double> || M <= kDoubleFactor)
-    info = factor_and_solve(matrix.data(), M, diagonal, wide_factor, rhs.data(), rhs.data());
-  else
-    info = factor_and_solve(matrix.data(), M, diagonal, narrow_factor, rhs.data(), rhs.data());
-  if (info != 0) {
+  if (!factor(matrix, ld, M, [&](index) { return shift; })) {
     std::fill(delta, delta + P, T(0));
     outcome.status = Status::not_positive_definite;
     return outcome;
   }
+  solve_in_place(rhs.data());
   // J delta = r - s y: the predicted reduction needs no further product.
   for (index e = 0; e < M; ++e) {
     const T y = rhs[std::size_t(layout.k_of[std::size_t(e)])];
@@ -124,59 +82,97 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
 }
 
 template <class T>
+bool Solver<T>::normal_pays() const {
+  if (!layout.local || layout.max_sections < 2) return false;
+  double factored = 0, explicit_columns = 0;   // of J, by form
+  for (const Use& use : layout.uses) {
+    const MatMul& g = structure.instructions[std::size_t(use.instruction)].matmul;
+    if (use.form == Form::factored) factored += double(g.m) * double(g.k);
+    else explicit_columns += double(structure.buffers[std::size_t(use.parameter)].size);
+  }
+  // Explicit columns pass through products of single elements, about eight times as slow, and sums over sections.
+  const double own = factored * factored + (8 + 3 * double(layout.max_sections)) * explicit_columns * (factored + explicit_columns);
+  return double(layout.num_rows) * own < double(structure.num_residuals) * double(structure.num_parameters) * double(structure.num_parameters);
+}
+
+template <class T>
 Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
-  const index M = structure.num_residuals, P = structure.num_parameters;
-  const bool use_wide = std::is_same_v<T, double> || P <= kWideFactor;
+  const index M = structure.num_residuals, P = structure.num_parameters, ld = gram_stride<T>(P);
   if (held != Held::normal) {
     held = Held::nothing;
-    ensure(J, M * P);
-    dense(program, layout, work, J.data());
-    BlasThreads threads(threads_for(double(M) * double(P) * double(P)));
-    // Upper triangle of J^T J by row panels; float rows are widened a chunk at a time where the factor is wide.
-    const auto panels = [&](auto* H, const auto* rows, index count, bool first) {
-      using F = std::remove_const_t<std::remove_reference_t<decltype(*H)>>;
-      constexpr index width = 256;
-      for (index j = 0; j < P; j += width) {
-        const index w = std::min(width, P - j);
-        gemm<F>(w, P - j, count, F(1), rows + j, 1, P, rows + j, P, 1, F(first ? 0 : 1), H + j * P + j, P, 1);
-      }
-    };
-    if constexpr (std::is_same_v<T, double>) {
-      ensure(wide_matrix, P * P);
-      panels(wide_matrix.data(), J.data(), M, true);
-    } else if (use_wide) {
-      ensure(wide_matrix, P * P);
-      constexpr index chunk = 512;
-      std::vector<double> rows(std::size_t(std::min(chunk, M) * P));
-      for (index i = 0; i < M; i += chunk) {
-        const index count = std::min(chunk, M - i);
-        std::copy(J.begin() + i * P, J.begin() + (i + count) * P, rows.begin());
-        panels(wide_matrix.data(), rows.data(), count, i == 0);
-      }
+    ensure(matrix, (P + 1) * ld);
+    if (normal_pays()) {
+      std::memset(matrix.data(), 0, sizeof(T) * std::size_t(P * ld));
+      normal(program, layout, work, matrix.data(), ld);
     } else {
-      ensure(matrix, P * P);
-      panels(matrix.data(), J.data(), M, true);
+      ensure(J, M * P);
+      dense(program, layout, work, J.data());
+      BlasThreads threads(threads_for(double(M) * double(P) * double(P)));
+      constexpr index width = 256;   // upper triangle by row panels
+      for (index j = 0; j < P; j += width)
+        gemm<T>(std::min(width, P - j), P - j, M, T(1), J.data() + j, 1, P, J.data() + j, P, 1, T(0), matrix.data() + j * ld + j, ld, 1);
     }
     held = Held::normal;
   }
   Outcome outcome;
-  for (index i = 0; i < P; ++i)
-    outcome.trace += (use_wide ? wide_matrix[std::size_t(i * P + i)] : double(matrix[std::size_t(i * P + i)])) / double(d[i]);
+  for (index i = 0; i < P; ++i) outcome.trace += double(matrix[std::size_t(i * ld + i)]) / double(d[i]);
   ensure(rhs, P);
   vjp(program, r, rhs.data(), arena_data());
   if (q)
     for (index i = 0; i < P; ++i) rhs[std::size_t(i)] += q[i];
-  const auto diagonal = [&](index i) { return d[i]; };
-  const int info = use_wide ? factor_and_solve(wide_matrix.data(), P, diagonal, wide_factor, rhs.data(), delta)
-                            : factor_and_solve(matrix.data(), P, diagonal, narrow_factor, rhs.data(), delta);
-  if (info != 0) {
+  if (!factor(matrix, ld, P, [&](index i) { return d[i]; })) {
     std::fill(delta, delta + P, T(0));
     outcome.status = Status::not_positive_definite;
     return outcome;
   }
+  std::copy(rhs.begin(), rhs.begin() + P, delta);
+  solve_in_place(delta);
   outcome.gain = simd<T>().dot(P, rhs.data(), delta);
   outcome.square = simd<T>().dot(P, delta, delta);
   return outcome;
+}
+
+template <class T>
+template <class D>
+bool Solver<T>::factor(const std::vector<T>& from, index ld, index n, D added) {
+  order = n;
+  wide = std::is_same_v<T, float> && n <= kDoubleFactor;
+  if (!wide) {
+    ensure(diagonal, n);
+    for (index i = 0; i < n; ++i) diagonal[std::size_t(i)] = T(added(i));
+    return narrow_factor.factor(from.data(), ld, n, diagonal.data(), threads_for_factor(n));
+  }
+  ensure(wide_matrix, n * n);
+  wide_diagonal.resize(std::size_t(n));
+  for (index i = 0; i < n; ++i) {
+    std::copy(from.data() + i * ld + i, from.data() + i * ld + n, wide_matrix.data() + i * n + i);
+    wide_diagonal[std::size_t(i)] = double(added(i));
+  }
+  return wide_factor.factor(wide_matrix.data(), n, n, wide_diagonal.data(), 1);
+}
+
+template <class T>
+void Solver<T>::solve_in_place(T* x) {
+  if (!wide) {
+    narrow_factor.solve(x);
+    return;
+  }
+  wide_x.assign(x, x + order);
+  wide_factor.solve(wide_x.data());
+  std::copy(wide_x.begin(), wide_x.end(), x);
+}
+
+template <class T>
+void Solver<T>::correct(const T* b, T* x) {
+  if (held == Held::normal) {
+    std::copy(b, b + order, x);
+    solve_in_place(x);
+    return;
+  }
+  ensure(rhs, order);
+  for (index e = 0; e < order; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = b[e];
+  solve_in_place(rhs.data());
+  for (index e = 0; e < order; ++e) x[e] = rhs[std::size_t(layout.k_of[std::size_t(e)])];
 }
 
 template <class T>
@@ -255,14 +251,14 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const T* inverse_preco
 
 template <class T>
 void Solver<T>::gram_matrix(T* K) {
-  const index M = structure.num_residuals;
+  const index M = structure.num_residuals, ld = gram_stride<T>(M);
   std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
-  std::vector<T> ordered(std::size_t(M * M));
+  std::vector<T> ordered(std::size_t(M * ld));
   gram(program, layout, ones.data(), work, ordered.data());
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];
-      K[i * M + j] = ordered[std::size_t(std::min(a, b) * M + std::max(a, b))];
+      K[i * M + j] = ordered[std::size_t(std::min(a, b) * ld + std::max(a, b))];
     }
 }
 

@@ -3,6 +3,7 @@
 // D is diagonal: `shift` times the inverse of one weight per parameter buffer (dual), or a full vector (CG, primal).
 #pragma once
 
+#include "cholesky.h"
 #include "gram.h"
 
 namespace pgdfast {
@@ -18,10 +19,9 @@ struct Outcome {
   double trace = 0;           // of J D^-1 J^T: bounds the condition of the damped matrix; 0 from CG
 };
 
-// Up to this order the normal matrix of a float program is summed and factored in double.
-constexpr index kWideFactor = 2048;
-// Up to this order so is the factor of its Gram matrix. Beyond, a float factor is twice as fast and, for the conditions
-// that float sums are good for at all, loses little (bench/NOTES.md); the caller takes a double program for others.
+// Up to this order the matrix of a float program is factored in double, and its normal matrix summed so. Beyond, float is
+// twice as fast and, for the conditions that float sums are good for at all, loses little (bench/NOTES.md); for others the
+// caller refines with `correct` and products of a double program.
 constexpr index kDoubleFactor = 192;
 
 template <class T>
@@ -31,11 +31,13 @@ struct Solver {
   Bound<T> program{&structure, {}};
   Workspace<T> work;
 
-  // The Gram matrix (in T) or the normal matrix (in double where its factor is) of the current constants, kept for
-  // further dampings, and the factor of the last one.
-  std::vector<T> matrix, narrow_factor;
-  std::vector<double> wide_matrix, wide_factor;
-  std::vector<T> weights_used;
+  // The Gram or the normal matrix of the current constants, kept for further dampings, and the factor of the last one:
+  // `narrow` in T, or `wide` in double for small float programs.
+  std::vector<T> matrix;
+  std::vector<double> wide_matrix, wide_diagonal, wide_x;
+  Cholesky<T> narrow_factor;
+  Cholesky<double> wide_factor;
+  std::vector<T> weights_used, diagonal;
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
   std::vector<T> J, arena, scratch_u, rhs;
@@ -59,7 +61,22 @@ struct Solver {
   Outcome cg(const T* r, const T* d, const T* q, const T* inverse_preconditioner, int max_iterations, double tolerance,
              T* delta);
 
+  // Solves with the factor of the last dual step (x, b: M, residual order) or primal step (P); x may be b.
+  void correct(const T* b, T* x);
+  // y of the last dual step, M, residual order.
+  const T* dual_vector() const { return scratch_u.data(); }
+
   void gram_matrix(T* K);   // full symmetric, residual order
+
+ private:
+  // Factors matrix + diag(added) and keeps the factor; false if it is not positive definite.
+  template <class D>
+  bool factor(const std::vector<T>& from, index ld, index n, D added);
+  void solve_in_place(T* x);
+  bool normal_pays() const;
+
+  index order = 0;
+  bool wide = false;
 };
 
 }  // namespace pgdfast

@@ -10,10 +10,6 @@ template <class T>
 struct Blas {
   void (*gemm)(char trans_a, char trans_b, int m, int n, int k, T alpha, const T* a, int lda, const T* b, int ldb,
                T beta, T* c, int ldc) = nullptr;
-  // Cholesky of the `uplo` triangle in place; returns LAPACK's info (0: success).
-  int (*potrf)(char uplo, int n, T* a, int lda) = nullptr;
-  // Solve with that factor, in place.
-  void (*potrs)(char uplo, int n, int columns, const T* a, int lda, T* b, int ldb) = nullptr;
 };
 
 template <class T>

@@ -104,11 +104,11 @@ void RowLayout::finalize() {
   element.assign(k_index.size(), -1);
   std::vector<index> element_of(k_of.size());
   for (std::size_t e = 0; e < k_of.size(); ++e) element_of[std::size_t(k_of[e])] = index(e);
-  for (const Tile& tile : tiles)
-    for (index o = 0; o < tile.sections; ++o)
-      for (index i = 0; i < tile.rows; ++i) {
-        const std::size_t at = std::size_t((tile.r0 + i) * max_sections + o);
-        k_index[at] = tile.base + o * tile.rows + i;
+  for (const Block& block : blocks)
+    for (index o = 0; o < block.sections; ++o)
+      for (index i = 0; i < block.rows; ++i) {
+        const std::size_t at = std::size_t((block.r0 + i) * max_sections + o);
+        k_index[at] = block.base + o * block.rows + i;
         element[at] = element_of[std::size_t(k_index[at])];
       }
   row_width.assign(labels.size(), 0);

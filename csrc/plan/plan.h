@@ -89,8 +89,8 @@ struct Use {
   bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd, gather)
 };
 
-// Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders them tile, section, row.
-struct Tile {
+// Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders residuals block, section, row.
+struct Block {
   index r0, rows, sections, base;
 };
 
@@ -99,7 +99,7 @@ struct RowLayout {
   index num_rows = 0, max_sections = 0;
   std::vector<index> section_of;            // per residual element: which unit cotangent reaches it
   std::vector<index> k_of;                  // per residual element: its row of K
-  std::vector<Tile> tiles;
+  std::vector<Block> blocks;
   std::vector<Use> uses;
   std::vector<std::vector<std::int32_t>> labels;   // per buffer: row of each element, or empty
   bool local = false;                       // false: no row structure, Jacobian rows come one VJP at a time

@@ -76,7 +76,7 @@ class Kernels:
             self._plan.clear_rows()
             return
         self._plan.set_rows(
-            rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.tiles, rows.uses, rows.labels
+            rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.blocks, rows.uses, rows.labels
         )
 
     def _new(self, *shape: int) -> torch.Tensor:
@@ -127,6 +127,18 @@ class Kernels:
         step = self._new(self.num_parameters)
         status, *rest = self._plan.primal(r, d, q, step)
         return step, STATUS[status], *rest
+
+    def correct(self, b: torch.Tensor) -> torch.Tensor:
+        """Solve with the factor of the last dual step (b: M) or primal step (P)."""
+        x = torch.empty_like(b)
+        self._plan.correct(b, x)
+        return x
+
+    def dual_vector(self) -> torch.Tensor:
+        """Y of the last dual step, (M,)."""
+        y = self._new(self.num_residuals)
+        self._plan.dual_vector(y)
+        return y
 
     def cg(self, r, d, q, inverse_preconditioner, max_iterations, tolerance):
         """A whole CG solve in one call; the same result as `dual`."""

@@ -15,7 +15,6 @@ from ..tape.program import GATHER, MATMUL, MULADD, PARAMETER, PROJECT, RESIDUAL,
 from ..tape.simplify import windows
 
 _ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
-_TILE = 128   # residuals per tile of K: two float tiles and their product stay in the second-level cache
 
 
 @dataclass(slots=True)
@@ -26,7 +25,7 @@ class RowLayout:
     max_sections: int
     section_of: list[int]
     k_of: list[int]
-    tiles: list[tuple[int, int, int, int]]
+    blocks: list[tuple[int, int, int, int]]
     uses: list[tuple[int, ...]]
     labels: dict[int, np.ndarray]
     flops: float
@@ -119,25 +118,21 @@ def _scatter(op, labels, positions) -> bool:
 
 def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowLayout:
     splits = [_split(shape, depth) for shape in program.residual_shapes]
-    section_of, k_of, tiles = [], [], []
+    section_of, k_of, blocks = [], [], []
     first_row = base = 0
     for rows, sections in splits:
-        k_block = np.empty((rows, sections), np.int64)
-        count = max(1, -(-rows * sections // _TILE)) if rows else 0
-        count = min(count, rows)
-        edges = np.linspace(0, rows, count + 1).astype(int) if count else []
-        for r0, r1 in zip(edges[:-1], edges[1:], strict=True):
-            tile = np.arange((r1 - r0) * sections).reshape(sections, r1 - r0)
-            k_block[r0:r1] = base + tile.T
-            tiles.append((int(first_row + r0), int(r1 - r0), int(sections), int(base)))
-            base += (r1 - r0) * sections
-        k_of.extend(k_block.reshape(-1).tolist())
-        section_of.extend(np.tile(np.arange(sections), rows).tolist())
-        first_row += rows
+        first_row, r0 = first_row + rows, first_row
+        if rows * sections == 0:
+            continue
+        k_of.append(base + np.arange(rows * sections).reshape(sections, rows).T.reshape(-1))
+        section_of.append(np.tile(np.arange(sections), rows))
+        blocks.append((r0, rows, sections, base))
+        base += rows * sections
+    section_of, k_of = np.concatenate(section_of).tolist(), np.concatenate(k_of).tolist()
     residuals, sections = len(k_of), max((s for _, s in splits), default=1)
     uses, flops, columns = _uses(program, labels, residuals, sections)
     return RowLayout(
-        first_row, sections, section_of, [int(k) for k in k_of], tiles, uses,
+        first_row, sections, section_of, k_of, blocks, uses,
         {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, columns,
     )
 

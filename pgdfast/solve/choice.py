@@ -19,8 +19,10 @@ SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
 # products are narrow.
 _CHOLESKY, _EIGH, _SWEEP = 2.0, 25.0, 1.5
 # In float32 a step's relative error is about 1e-8 of the condition number of the damped matrix, which the trace of
-# J D^-1 J^T bounds; beyond these the sums and the factor are done in float64 (measured: bench/NOTES.md).
+# J D^-1 J^T bounds; beyond these the step is refined with float64 products, or where the matrix is so small that this saves
+# nothing, or the float32 factor too poor, summed and factored in float64 (measured: bench/NOTES.md).
 _NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
+_DIRECT_IN_FLOAT64 = 192   # the order up to which it saves nothing
 _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
 
 
@@ -72,9 +74,16 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> 
     if name == "eigh":
         return dense.eigh(problem.widened() if small else problem, rcond), False
     run = dense.dual if name == "dual" else dense.primal
-    if not (small and wide):
+    if lin.dtype != torch.float32:
+        return run(problem), False
+    order = lin.num_residuals if name == "dual" else lin.num_parameters
+    if not (wide and small):
         found = run(problem)
-        if not small or (found.trace <= _NARROW_CONDITION and found.status == "solved"):
+        enough = found.trace <= _NARROW_CONDITION
+        if found.status == "solved" and not enough and order > _DIRECT_IN_FLOAT64:
+            better = dense.refined(name, problem, found)
+            found, enough = better or found, better is not None
+        if not small or (enough and found.status == "solved"):
             return found, False
     found = run(problem.widened())
     return found, found.trace > _NARROW_CONDITION

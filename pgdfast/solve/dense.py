@@ -10,6 +10,8 @@ import torch
 
 from .problem import WIDE_FACTOR, Found, Problem
 
+_ROUNDS, _REFINED = 6, 1e-7   # of refinement: at most, and the relative error of the solution to be reached
+
 
 def dual(problem: Problem) -> Found:
     """Delta = W (J^T y + q), (I + J W J^T) y = r - J W q, W = 1/d. Cost: one Gram matrix, M^3/3, one VJP.
@@ -57,6 +59,76 @@ def primal(problem: Problem) -> Found:
         return _failed(lin)
     gain = float(torch.dot(g.double(), step.double()))
     return Found(step, "solved", gain=gain, square=_square(step), trace=float((H.diagonal() / d).sum()))
+
+
+def refined(name: str, problem: Problem, found: Found) -> Found | None:
+    """The same solve, refined in float64: residuals by float64 products, corrections by the float32 factor that is held.
+
+    name: "dual" or "primal"; found: its float32 result. None where the core holds no such factor, or the corrections do not
+    shrink: the matrix is too ill-conditioned for its float32 factor. Cost: two products and one solve with the factor per
+    round, two rounds as a rule.
+    Source: Wilkinson (1963); Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 12.
+    """
+    lin = problem.linearization
+    if not lin.operator.fused or (name == "dual" and (lin.rows is None or problem.scale is not None)):
+        return None
+    core, wide = lin.operator, problem.widened()
+    product = wide.linearization.operator
+    refine = _refined_dual if name == "dual" else _refined_primal
+    return refine(problem, wide, core, product, found)
+
+
+def _refined_dual(problem, wide, core, product, found):
+    r = wide.linearization.residual
+    weights, shift = None, problem.mu
+    if not problem.uniform:
+        weights, shift = 1 / wide.diagonal(), 1.0
+    step, shift_r = None, r if wide.q is None else r - product.jvp(weights * wide.q)
+    y = core.dual_vector().double()
+
+    def parameters(v):
+        return v if weights is None else weights * v
+
+    def residual(y):
+        nonlocal step
+        step = parameters(product.vjp(y))
+        return shift_r - product.jvp(step) - shift * y
+
+    y, last = _corrected(core, y, residual)
+    if y is None:
+        return None
+    step = step + parameters(core.vjp(last).double())
+    gain = float(torch.dot(r, r - shift * y))
+    if wide.q is not None:
+        step = step + weights * wide.q
+        gain += float(torch.dot(wide.q, step))
+    return Found(step, "solved", gain=gain, square=_square(step), trace=found.trace)
+
+
+def _refined_primal(problem, wide, core, product, found):
+    g, d = wide.linearization.gradient(), wide.diagonal()
+    step, _ = _corrected(core, found.step.double(), lambda x: g - d * x - product.vjp(product.jvp(x)))
+    if step is None:
+        return None
+    return Found(step, "solved", gain=float(torch.dot(g, step)), square=_square(step), trace=found.trace)
+
+
+def _corrected(core, x: torch.Tensor, residual):
+    """(x, last correction) after rounds of x += F^-1 residual(x), F the factor held; (None, None) if that does not converge.
+
+    The error after a round is about the last correction times the rate at which corrections shrink.
+    """
+    before = float(torch.linalg.vector_norm(x))
+    for _ in range(_ROUNDS):
+        correction = core.correct(residual(x).to(core.dtype))
+        size = float(torch.linalg.vector_norm(correction.double()))
+        if not size <= 0.5 * before:
+            break
+        x = x + correction
+        rate, before = size / before if before > 0 else 0.0, size
+        if size * rate <= _REFINED * float(torch.linalg.vector_norm(x)):
+            return x, correction
+    return None, None
 
 
 def eigh(problem: Problem, rcond: float) -> Found:

@@ -1,0 +1,210 @@
+#include "rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../plan/blas.h"
+#include "simd.h"
+
+namespace pgdfast {
+
+template <class T>
+void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
+  const Structure& s = *program.structure;
+  ensure(work.arenas, s.arena_size * layout.max_sections);
+  ensure(work.unit, s.num_residuals);
+  for (index o = 0; o < layout.max_sections; ++o) {
+    for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.section_of[std::size_t(e)] == o;
+    adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
+  }
+}
+
+template <class T>
+void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
+              const std::vector<index>& row_index, index section, T* J, index ld) {
+  const Structure& s = *program.structure;
+  const Simd<T>& body = simd<T>();
+  const Instruction& op = s.instructions[std::size_t(use.instruction)];
+  const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
+  const T* y = cotangent(s, op, arena);
+  const auto row_of = [&](index y_position) -> T* {
+    const std::int32_t row = label[y_position];
+    if (row < 0) return nullptr;
+    const index k = row_index[std::size_t(row * layout.max_sections + section)];
+    return k < 0 ? nullptr : J + k * ld + op.x_offset;
+  };
+  const T* c = nullptr;
+  T alpha = T(op.alpha);
+  if (op.constant >= 0) {
+    const Constant<T>& constant = program.constants[std::size_t(op.constant)];
+    if (constant.data) c = constant.data + op.c_offset;
+    else if (constant.positions == nullptr) alpha *= constant.value;
+  }
+  if (op.kind == Kind::matmul) {
+    // J[x(b, m, k)] += alpha * y[b, m, n] * c[b, k, n]
+    const MatMul& g = op.matmul;
+    for (index b = 0; b < g.b; ++b)
+      for (index n = 0; n < g.n; ++n) {
+        const T* cn = c + b * g.cb + n * g.cn;
+        const T* yn = y + b * g.yb + n * g.yn;
+        if (use.row_per_n && g.m > g.k) {
+          T* row = row_of(b * g.yb + n * g.yn);
+          for (index k = 0; row && k < g.k; ++k)
+            body.muladd(g.m, alpha * cn[k * g.ck], nullptr, 0, yn, g.ym, row + b * g.xb + k * g.xk, g.xm, false);
+          continue;
+        }
+        for (index m = 0; m < g.m; ++m) {
+          T* row = row_of(b * g.yb + m * g.ym + n * g.yn);
+          if (row)
+            body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * g.xb + m * g.xm, g.xk, false);
+        }
+      }
+    return;
+  }
+  if (op.kind == Kind::gather) {
+    // J[x(p[i], :)] += alpha * y[i, :]
+    const Gather& g = op.gather;
+    const index* positions = program.constants[std::size_t(op.constant)].positions;
+    for (index i = 0; i < g.rows; ++i) {
+      if (positions[i] < 0) continue;
+      const index at = positions[i] * g.x_row;
+      if (use.row_per_n) {
+        if (T* row = row_of(i * g.y_row))
+          body.muladd(g.width, alpha, nullptr, 0, y + i * g.y_row, 1, row + at, 1, false);
+        continue;
+      }
+      for (index j = 0; j < g.width; ++j)
+        if (T* row = row_of(i * g.y_row + j)) row[at + j] += alpha * y[i * g.y_row + j];
+    }
+    return;
+  }
+  // J[x(i)] += alpha * c[i] * y[i], over the innermost index at once where that stays in one row.
+  const MulAdd& f = op.muladd;
+  const bool rows_inside = use.row_per_n && f.ndim > 0;
+  const int outer_dims = rows_inside ? f.ndim - 1 : f.ndim;
+  const std::size_t inner = rows_inside ? std::size_t(f.ndim - 1) : 0;
+  index outer = 1;
+  for (int d = 0; d < outer_dims; ++d) outer *= f.shape[std::size_t(d)];
+  for (index i = 0; i < outer; ++i) {
+    index rest = i, yo = 0, xo = 0, co = 0;
+    for (int d = outer_dims - 1; d >= 0; --d) {
+      const std::size_t k = std::size_t(d);
+      const index id = rest % f.shape[k];
+      rest /= f.shape[k];
+      yo += id * f.ys[k];
+      xo += id * f.xs[k];
+      co += id * f.cs[k];
+    }
+    T* row = row_of(yo);
+    if (!row) continue;
+    if (rows_inside)
+      body.muladd(f.shape[inner], alpha, c ? c + co : nullptr, f.cs[inner], y + yo, f.ys[inner], row + xo, f.xs[inner], false);
+    else
+      row[xo] += alpha * (c ? c[co] : T(1)) * y[yo];
+  }
+}
+
+template <class T>
+bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena) {
+  const Structure& s = *program.structure;
+  if (layout.max_sections != 1) return false;
+  for (const Use& use : layout.uses)
+    if (layout.row_width[std::size_t(s.instructions[std::size_t(use.instruction)].y)] == 0) return false;
+  const Simd<T>& body = simd<T>();
+  for (std::size_t b = 0; b < s.buffers.size(); ++b) {
+    const index width = layout.row_width[b];
+    if (width == 0 || s.buffers[b].role != Role::workspace) continue;
+    const T* unit = work.arenas.data() + s.buffers[b].offset;
+    T* scaled = arena + s.buffers[b].offset;
+    const index rows = s.buffers[b].size / width;
+    for (index i = 0; i < rows; ++i)
+      body.muladd(width, y[layout.k_index[std::size_t(layout.first_row[b] + i)]], nullptr, 0, unit + i * width, 1,
+                  scaled + i * width, 1, true);
+  }
+  adjoint_from_uses(program, v, arena);
+  return true;
+}
+
+template <class T>
+void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters;
+  if (!layout.local) {
+    ensure(work.arenas, s.arena_size);
+    ensure(work.unit, M);
+    std::fill(work.unit.begin(), work.unit.begin() + M, T(0));
+    for (index i = 0; i < M; ++i) {
+      work.unit[std::size_t(i)] = 1;
+      vjp(program, work.unit.data(), J + i * P, work.arenas.data());
+      work.unit[std::size_t(i)] = 0;
+    }
+    return;
+  }
+  unit_sweeps(program, layout, work);
+  std::memset(J, 0, sizeof(T) * std::size_t(M * P));
+  for (const Use& use : layout.uses)
+    for (index o = 0; o < layout.max_sections; ++o)
+      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.element, o,
+               J + s.buffers[std::size_t(use.parameter)].offset, P);
+}
+
+template <class T>
+void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* d) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters;
+  std::fill(d, d + P, T(0));
+  const auto add_squares = [](index rows, index columns, const T* J, T* sum) {
+    for (index i = 0; i < rows; ++i)
+      for (index j = 0; j < columns; ++j) sum[j] += J[i * columns + j] * J[i * columns + j];
+  };
+  if (!layout.local) {
+    std::vector<T> J(std::size_t(M * P));
+    dense(program, layout, work, J.data());
+    add_squares(M, P, J.data(), d);
+    return;
+  }
+  unit_sweeps(program, layout, work);
+  std::vector<int> uses(std::size_t(s.num_parameter_buffers), 0);
+  for (const Use& use : layout.uses) ++uses[std::size_t(use.parameter)];
+  std::vector<T> squares_c, squares_y, rows;
+  for (int l = 0; l < s.num_parameter_buffers; ++l) {
+    const Buffer& buffer = s.buffers[std::size_t(l)];
+    rows.clear();
+    for (const Use& use : layout.uses) {
+      if (use.parameter != l) continue;
+      const Instruction& op = s.instructions[std::size_t(use.instruction)];
+      for (index o = 0; o < layout.max_sections; ++o) {
+        const T* arena = work.arenas.data() + o * s.arena_size;
+        if (use.form == Form::factored && uses[std::size_t(l)] == 1) {
+          // Rows are outer products: the squares of their factors make the squares of J, summed by one product.
+          const MatMul& g = op.matmul;
+          const T* c = program.constants[std::size_t(op.constant)].data + op.c_offset;
+          const T* y = cotangent(s, op, arena);
+          squares_c.resize(std::size_t(g.k * g.n));
+          squares_y.resize(std::size_t(g.m * g.n));
+          for (index n = 0; n < g.n; ++n) {
+            for (index k = 0; k < g.k; ++k) squares_c[std::size_t(n * g.k + k)] = c[k * g.ck + n * g.cn] * c[k * g.ck + n * g.cn];
+            for (index m = 0; m < g.m; ++m) squares_y[std::size_t(n * g.m + m)] = y[m * g.ym + n * g.yn] * y[m * g.ym + n * g.yn];
+          }
+          gemm<T>(g.m, g.k, g.n, T(1), squares_y.data(), 1, g.m, squares_c.data(), g.k, 1, T(1),
+                  d + buffer.offset + op.x_offset, g.xm, g.xk);
+          continue;
+        }
+        if (rows.empty()) rows.assign(std::size_t(M * buffer.size), T(0));
+        add_rows(program, layout, use, arena, layout.k_index, o, rows.data(), buffer.size);
+      }
+    }
+    if (!rows.empty()) add_squares(M, buffer.size, rows.data(), d + buffer.offset);
+  }
+}
+
+#define PGDFAST_INSTANTIATE(T)                                                                   \
+  template void unit_sweeps<T>(const Bound<T>&, const RowLayout&, Workspace<T>&);                \
+  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*, const std::vector<index>&, index, T*, index); \
+  template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
+  template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
+  template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);
+PGDFAST_INSTANTIATE(float)
+PGDFAST_INSTANTIATE(double)
+
+}  // namespace pgdfast
