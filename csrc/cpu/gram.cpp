@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "../plan/blas.h"
 #include "parallel.h"
@@ -47,17 +48,40 @@ struct Shared {
 // Columns of the explicit part: each parameter whose uses are not factored, at its own offset.
 struct ExplicitColumns {
   std::vector<index> start;   // per parameter buffer, -1 if it has no explicit rows
+  std::vector<Folding> folding;
   index total = 0;
 };
+
+// A matrix with a narrow contiguous dimension is folded where all its uses are products.
+Folding folding(const Structure& s, const RowLayout& layout, int parameter) {
+  const index size = s.buffers[std::size_t(parameter)].size;
+  Folding found{1, size};
+  for (const Use& use : layout.uses) {
+    const Instruction& op = s.instructions[std::size_t(use.instruction)];
+    if (use.parameter != parameter) continue;
+    if (op.kind != Kind::matmul) return {};
+    for (const auto& [stride, extent] : {std::pair(op.matmul.xm, op.matmul.m), std::pair(op.matmul.xk, op.matmul.k)})
+      if (extent >= 16 && stride > 1 && stride < 16) found.fold = stride;
+  }
+  for (const Use& use : layout.uses) {
+    const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
+    if (use.parameter != parameter) continue;
+    for (const auto& [stride, extent] : {std::pair(g.xb, g.b), std::pair(g.xm, g.m), std::pair(g.xk, g.k)})
+      if (extent > 1 && (!found.takes(stride) || (stride == 1 && extent > found.fold))) return {};
+  }
+  return size % found.fold == 0 ? found : Folding{};
+}
 
 ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
   ExplicitColumns columns;
   columns.start.assign(std::size_t(s.num_parameter_buffers), -1);
+  columns.folding.resize(std::size_t(s.num_parameter_buffers));
   for (const Use& use : layout.uses) {
     index& start = columns.start[std::size_t(use.parameter)];
     if (use.form != Form::rows || start >= 0) continue;
     start = columns.total;
     columns.total += s.buffers[std::size_t(use.parameter)].size;
+    columns.folding[std::size_t(use.parameter)] = folding(s, layout, use.parameter);
   }
   return columns;
 }
@@ -73,7 +97,8 @@ void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* we
     if (use.form != Form::rows) continue;
     T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
     for (index o = 0; o < layout.max_sections; ++o)
-      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.k_index, o, origin, columns.total);
+      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.k_index, o, origin, columns.total,
+               columns.folding[std::size_t(use.parameter)]);
   }
   for (int l = 0; l < s.num_parameter_buffers; ++l) {
     const index start = columns.start[std::size_t(l)];

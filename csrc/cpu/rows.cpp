@@ -21,7 +21,7 @@ void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>&
 
 template <class T>
 void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
-              const std::vector<index>& row_index, index section, T* J, index ld) {
+              const std::vector<index>& row_index, index section, T* J, index ld, Folding columns) {
   const Structure& s = *program.structure;
   const Simd<T>& body = simd<T>();
   const Instruction& op = s.instructions[std::size_t(use.instruction)];
@@ -31,7 +31,7 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
     const std::int32_t row = label[y_position];
     if (row < 0) return nullptr;
     const index k = row_index[std::size_t(row * layout.max_sections + section)];
-    return k < 0 ? nullptr : J + k * ld + op.x_offset;
+    return k < 0 ? nullptr : J + k * ld + columns.offset(op.x_offset);
   };
   const T* c = nullptr;
   T alpha = T(op.alpha);
@@ -43,6 +43,7 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
   if (op.kind == Kind::matmul) {
     // J[x(b, m, k)] += alpha * y[b, m, n] * c[b, k, n]
     const MatMul& g = op.matmul;
+    const index xb = columns.stride(g.xb), xm = columns.stride(g.xm), xk = columns.stride(g.xk);
     for (index b = 0; b < g.b; ++b)
       for (index n = 0; n < g.n; ++n) {
         const T* cn = c + b * g.cb + n * g.cn;
@@ -50,13 +51,13 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
         if (use.row_per_n && g.m > g.k) {
           T* row = row_of(b * g.yb + n * g.yn);
           for (index k = 0; row && k < g.k; ++k)
-            body.muladd(g.m, alpha * cn[k * g.ck], nullptr, 0, yn, g.ym, row + b * g.xb + k * g.xk, g.xm, false);
+            body.muladd(g.m, alpha * cn[k * g.ck], nullptr, 0, yn, g.ym, row + b * xb + k * xk, xm, false);
           continue;
         }
         for (index m = 0; m < g.m; ++m) {
           T* row = row_of(b * g.yb + m * g.ym + n * g.yn);
           if (row)
-            body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * g.xb + m * g.xm, g.xk, false);
+            body.muladd(g.k, alpha * yn[m * g.ym], nullptr, 0, cn, g.ck, row + b * xb + m * xm, xk, false);
         }
       }
     return;
@@ -200,7 +201,7 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
 
 #define PGDFAST_INSTANTIATE(T)                                                                   \
   template void unit_sweeps<T>(const Bound<T>&, const RowLayout&, Workspace<T>&);                \
-  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*, const std::vector<index>&, index, T*, index); \
+  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*, const std::vector<index>&, index, T*, index, Folding); \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
   template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);

@@ -33,11 +33,20 @@ const T* cotangent(const Structure& s, const Instruction& op, const T* arena) {
   return arena + s.buffers[std::size_t(op.y)].offset + op.y_offset;
 }
 
+// The columns that a parameter of `size` elements takes in explicit rows: in their own order, or folded, element x at
+// (x % fold) * (size / fold) + x / fold, where that turns long strided loops into contiguous ones.
+struct Folding {
+  index fold = 1, size = 0;
+  bool takes(index stride) const { return stride % fold == 0 || stride == 1; }
+  index stride(index x) const { return fold == 1 ? x : x % fold == 0 ? x / fold : size / fold; }
+  index offset(index x) const { return fold == 1 ? x : x % fold * (size / fold) + x / fold; }
+};
+
 // Adds the Jacobian rows of one use and section to J (leading dimension ld, origin at the parameter's columns).
 // `row_index` maps row * max_sections + section to a row of J.
 template <class T>
 void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
-              const std::vector<index>& row_index, index section, T* J, index ld);
+              const std::vector<index>& row_index, index section, T* J, index ld, Folding columns = {});
 
 // v = J^T y for y in K index order, from the last unit sweeps: where rows have one section each and lie in order, the
 // cotangents of y are those of ones, row by row times y. False, with nothing done, elsewhere.

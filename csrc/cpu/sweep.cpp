@@ -8,6 +8,8 @@
 #endif
 
 #include "../plan/blas.h"
+#include "../plan/cut.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace pgdfast {
@@ -228,7 +230,7 @@ template <class T>
 Operands<T> operands(const Bound<T>& program, const Instruction& op) {
   if (op.constant < 0) return {T(op.alpha), nullptr};
   const Constant<T>& constant = program.constants[std::size_t(op.constant)];
-  if (constant.positions) return {T(op.alpha), nullptr, constant.positions};
+  if (constant.positions) return {T(op.alpha), nullptr, constant.positions + op.c_offset};
   if (constant.data == nullptr) return {T(op.alpha) * constant.value, nullptr};
   return {T(op.alpha), constant.data + op.c_offset};
 }
@@ -254,34 +256,110 @@ void clear(const Structure& s, const std::vector<char>& marked, const Memory<T>&
   }
 }
 
+// One instruction in the forward direction.
+template <class T>
+void forward(const Bound<T>& program, const Memory<T>& memory, const Instruction& op) {
+  const Structure& s = *program.structure;
+  const T* from = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
+  T* to = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
+  const Operands<T> o = operands(program, op);
+  switch (op.kind) {
+    case Kind::muladd:
+      run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.xs.data(), to, op.muladd.ys.data(), op.overwrite_y);
+      break;
+    case Kind::matmul:
+      run_matmul(op.matmul, o.alpha, o.c, from, to, op.overwrite_y);
+      break;
+    case Kind::gather:
+      run_gather(op.gather, o.alpha, o.positions, from, to, op.overwrite_y);
+      break;
+    case Kind::project:
+      run_project(op.project, o.alpha, program.constants, false, from, op.project.xs.data(), to, op.project.ys.data(),
+                  op.overwrite_y);
+      break;
+  }
+}
+
+// The same backward, cotangents of y to those of x.
+template <class T>
+void backward(const Bound<T>& program, const Memory<T>& memory, const Instruction& op) {
+  const Structure& s = *program.structure;
+  const T* from = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
+  T* to = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
+  const Operands<T> o = operands(program, op);
+  switch (op.kind) {
+    case Kind::muladd:
+      run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.ys.data(), to, op.muladd.xs.data(), op.overwrite_x);
+      break;
+    case Kind::matmul:
+      run_matmul_adjoint(op.matmul, o.alpha, o.c, from, to, op.overwrite_x);
+      break;
+    case Kind::gather:
+      run_gather_adjoint(op.gather, o.alpha, o.positions, from, to);
+      break;
+    case Kind::project:
+      run_project(op.project, o.alpha, program.constants, true, from, op.project.ys.data(), to, op.project.xs.data(),
+                  op.overwrite_x);
+      break;
+  }
+}
+
+constexpr index kCache = 1 << 20;   // bytes of a few rows' buffers and constants that stay in the second-level cache
+
+// Rows of a component to take at once: few enough for the cache, many enough for products with its largest weight, which
+// are packed anew for every piece; and pieces for all threads.
+template <class T>
+index pieces_of(const Component& part, int threads) {
+  if (part.rows == 1) return 1;
+  const index cached = kCache / std::max<index>(2 * part.row_elements * index(sizeof(T)), 1);
+  const index least = std::clamp<index>(part.largest_weight * index(sizeof(T)) / 4096, 16, 512);
+  const index pieces = (part.rows - 1) / std::max(cached, least) + 1;
+  return std::min(part.rows, (pieces + threads - 1) / threads * threads);
+}
+
+// Runs body(instruction) for all instructions, a few rows at a time.
+template <class T, class F>
+void by_rows(const Structure& s, bool reversed, F&& body) {
+  struct Job {
+    const Component* part;
+    index begin, end;
+  };
+  std::vector<Job> jobs;
+  const int threads = threads_for(s.flops);
+  for (const Component& part : s.parts) {
+    const index pieces = pieces_of<T>(part, part.flops < 0.1 * s.flops ? 1 : threads);
+    for (index i = 0; i < pieces; ++i) jobs.push_back({&part, part.rows * i / pieces, part.rows * (i + 1) / pieces});
+  }
+  // One large product at a time is left to the threads of the BLAS.
+  const bool apart = jobs.size() >= std::size_t(threads) && threads > 1;
+  BlasThreads outside(apart ? 1 : threads_for(s.largest));
+  each_item(apart ? threads : 1, index(jobs.size()), [&](index number, int) {
+    const BlasThreads inside(apart ? 1 : threads_for(s.largest));
+    const Job& job = jobs[std::size_t(number)];
+    const bool whole = job.end - job.begin == job.part->rows;
+    const std::size_t count = job.part->cuts.size();
+    for (std::size_t i = 0; i < count; ++i) {
+      const RowCut& cut = job.part->cuts[reversed ? count - 1 - i : i];
+      const Instruction& op = s.instructions[std::size_t(cut.instruction)];
+      if (whole) body(op);
+      else body(restricted(op, cut, job.begin, job.end));
+    }
+  });
+}
+
 template <class T>
 void adjoint(const Bound<T>& program, const Memory<T>& memory, Part part) {
   const Structure& s = *program.structure;
   clear(s, s.zero_adjoint, memory, part);
-  BlasThreads threads(threads_for(s.largest));
-  for (std::size_t i = s.instructions.size(); i-- > 0;) {
-    const Instruction& op = s.instructions[i];
-    const Buffer& x = s.buffers[std::size_t(op.x)];
-    if (part == (x.role == Role::parameter ? Part::inner : Part::uses)) continue;
-    const T* from = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
-    T* to = memory.at(x) + op.x_offset;
-    const Operands<T> o = operands(program, op);
-    switch (op.kind) {
-      case Kind::muladd:
-        run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.ys.data(), to, op.muladd.xs.data(), op.overwrite_x);
-        break;
-      case Kind::matmul:
-        run_matmul_adjoint(op.matmul, o.alpha, o.c, from, to, op.overwrite_x);
-        break;
-      case Kind::gather:
-        run_gather_adjoint(op.gather, o.alpha, o.positions, from, to);
-        break;
-      case Kind::project:
-        run_project(op.project, o.alpha, program.constants, true, from, op.project.ys.data(), to, op.project.xs.data(),
-                    op.overwrite_x);
-        break;
-    }
-  }
+  const auto uses_parameter = [&](const Instruction& op) { return s.buffers[std::size_t(op.x)].role == Role::parameter; };
+  if (part != Part::uses)
+    by_rows<T>(s, true, [&](const Instruction& op) {
+      if (!uses_parameter(op)) backward(program, memory, op);
+    });
+  if (part == Part::inner) return;
+  BlasThreads threads(threads_for(s.largest));   // these sum over all rows
+  for (std::size_t i = s.instructions.size(); i-- > 0;)
+    if (uses_parameter(s.instructions[i])) backward(program, memory, s.instructions[i]);
 }
 
 }  // namespace
@@ -291,27 +369,7 @@ void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
   const Structure& s = *program.structure;
   const Memory<T> memory{const_cast<T*>(v), u, arena};   // parameters are only read in this direction
   clear(s, s.zero_forward, memory, Part::inner);
-  BlasThreads threads(threads_for(s.largest));
-  for (const Instruction& op : s.instructions) {
-    const T* from = memory.at(s.buffers[std::size_t(op.x)]) + op.x_offset;
-    T* to = memory.at(s.buffers[std::size_t(op.y)]) + op.y_offset;
-    const Operands<T> o = operands(program, op);
-    switch (op.kind) {
-      case Kind::muladd:
-        run_muladd(op.muladd, o.alpha, o.c, from, op.muladd.xs.data(), to, op.muladd.ys.data(), op.overwrite_y);
-        break;
-      case Kind::matmul:
-        run_matmul(op.matmul, o.alpha, o.c, from, to, op.overwrite_y);
-        break;
-      case Kind::gather:
-        run_gather(op.gather, o.alpha, o.positions, from, to, op.overwrite_y);
-        break;
-      case Kind::project:
-        run_project(op.project, o.alpha, program.constants, false, from, op.project.xs.data(), to, op.project.ys.data(),
-                    op.overwrite_y);
-        break;
-    }
-  }
+  by_rows<T>(s, false, [&](const Instruction& op) { forward(program, memory, op); });
 }
 
 template <class T>

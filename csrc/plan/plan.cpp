@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "cut.h"
+
 #include <algorithm>
 
 namespace pgdfast {
@@ -34,6 +36,8 @@ bool covers_x(const Instruction& op, index size) {
   return covers(size, 4, shape, strides);
 }
 
+}  // namespace
+
 double flops_of(const Instruction& op) {
   if (op.kind == Kind::matmul) {
     const MatMul& g = op.matmul;
@@ -48,8 +52,6 @@ double flops_of(const Instruction& op) {
   for (int d = 0; d < op.muladd.ndim; ++d) count *= double(op.muladd.shape[d]);
   return count;
 }
-
-}  // namespace
 
 void Structure::finalize() {
   num_parameters = num_residuals = arena_size = 0;
@@ -93,6 +95,7 @@ void Structure::finalize() {
       read[op.x] = 1;
     }
   }
+  parts = components(*this);
   for (std::size_t i = 0; i < count; ++i) {
     if (!written[i] && buffers[i].role != Role::parameter) zero_forward[i] = 1;
     if (!read[i] && buffers[i].role != Role::residual) zero_adjoint[i] = 1;

@@ -120,6 +120,25 @@ struct Constant {
   const index* positions = nullptr;
 };
 
+// Operations of an instruction.
+double flops_of(const Instruction& op);
+
+// How an instruction runs over rows: dimension `dim` counts them, `per_row` of its indices to each.
+struct RowCut {
+  int instruction;
+  int dim;         // muladd, project: of its shape; matmul: 0 outer, 1 b, 2 m, 3 n; gather: 0; -1: not cut
+  index per_row;
+};
+
+// Instructions whose buffers meet, in the order of the program (see cut.h).
+struct Component {
+  index rows = 1;             // 1: not cut
+  index row_elements = 0;     // of its buffers
+  index largest_weight = 0;   // elements of the largest matrix that all rows are multiplied with
+  double flops = 0;
+  std::vector<RowCut> cuts;
+};
+
 struct Structure {
   std::vector<Buffer> buffers;
   std::vector<Instruction> instructions;
@@ -127,8 +146,9 @@ struct Structure {
   int num_parameter_buffers = 0;
   std::vector<char> zero_forward, zero_adjoint;   // buffers to clear before a sweep
   double flops = 0, largest = 0;                  // operations of one sweep, and of its largest instruction
+  std::vector<Component> parts;
 
-  // Lays out the arena and finds which writes may overwrite. Call once after filling the lists.
+  // Lays out the arena, finds which writes may overwrite, and cuts by rows. Call once after filling the lists.
   void finalize();
 };
 
