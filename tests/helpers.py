@@ -7,7 +7,7 @@ from torch import nn
 import pgdfast
 from pgdfast import reference
 
-SOLVERS = ("dual", "primal", "cg", "eigh", "auto")
+SOLVERS = ("dual", "primal", "cg", "lsmr", "eigh", "auto")
 BACKENDS = ("native", "torch")
 TIGHT = pgdfast.CG(max_iterations=20000, tolerance=1e-14)
 

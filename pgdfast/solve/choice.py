@@ -7,12 +7,14 @@ import os
 import torch
 
 from . import dense
+from .cg import SLOTS
 from .cg import cg as run_cg
-from .options import CG
+from .lsmr import lsmr
+from .options import CG, Nystrom
 from .problem import WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
-SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
+SOLVERS = ("auto", "dual", "primal", "cg", "eigh", "lsmr")
 
 # Operations per second of a solver's parts relative to a large matrix product, measured on two x86 machines: a small
 # Cholesky runs at about half that rate, an eigendecomposition takes some 25 times the operations of a Cholesky, and CG's
@@ -26,13 +28,14 @@ _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a di
 
 def solve(
     linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide: bool = False,
+    wide: bool = False, keep: dict | None = None, time: int = 0,
 ) -> Solution:
     """Solve (mu D + J^T J) delta = J^T r at a linearisation.
 
     damping: mu >= 0; 0 is Gauss-Newton, the pseudo-inverse cut at rcond. scale: (P,) positive diagonal D, or None for the
-    identity. solver: one of SOLVERS. cg: options of CG. wide: for a float32 problem, sum in float64 at once instead of when
-    float32 turns out too narrow. Returns a Solution; its step is subtracted from the parameters.
+    identity. solver: one of SOLVERS. cg: options of CG and LSMR. wide: for a float32 problem, sum in float64 at once instead
+    of when float32 turns out too narrow. keep: `Solution.keep` of the last solve, for a warm start or a sketch; time: steps
+    taken so far, by which a sketch ages. Returns a Solution; its step is subtracted from the parameters.
     Raises ValueError for a negative or non-finite damping, a scale of the wrong shape and an unknown solver.
     """
     if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
@@ -50,39 +53,45 @@ def solve(
     problem = Problem.of(lin, float(damping), scale)
     options = cg or CG()
     name, reason = choose(problem, solver, options)
-    found, wide = _run(name, problem, options, rcond, wide)
-    step, status, iterations, residual_norm, gain, square, _ = found
+    found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
+    step, status, iterations, residual_norm, gain, square, _, slack, path = found
     damped = problem.damped(step, square)
     step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
-        step, status, gain, damped = torch.zeros_like(step), "not_finite", 0.0, 0.0
-    if name != "cg":
+        step, status, gain, damped, slack, path = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0, ()
+    if name not in ("cg", "lsmr"):
         residual_norm = None
     return Solution(
-        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide
+        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
+        keep,
     )
 
 
-def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> tuple[Found, bool]:
-    """Run a solver, in float64 where float32 could not give four digits and the problem is small; and whether it was so."""
+def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, keep, time) -> tuple[Found, bool, dict]:
+    """Run a solver, in float64 where float32 could not give four digits and the problem is small.
+
+    Returns what it found, whether it took float64, and what the next solve may start from.
+    """
     lin = problem.linearization
     small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
-    if name == "cg":
-        return run_cg(problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem, options), False
+    if name in ("cg", "lsmr"):
+        problem = problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem
+        found, keep = run_cg(problem, options, keep, time) if name == "cg" else (lsmr(problem, options), {})
+        return found, False, keep
     if name == "eigh":
-        return dense.eigh(problem.widened() if small else problem, rcond), False
+        return dense.eigh(problem.widened() if small else problem, rcond), False, {}
     run = dense.dual if name == "dual" else dense.primal
     if not (small and wide):
         found = run(problem)
         if not small or (found.trace <= _NARROW_CONDITION and found.status == "solved"):
-            return found, False
+            return found, False, {}
     found = run(problem.widened())
-    return found, found.trace > _NARROW_CONDITION
+    return found, found.trace > _NARROW_CONDITION, {}
 
 
 def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
     """(solver, why). Gauss-Newton and a vanishing diagonal need the pseudo-inverse."""
-    if problem.mu > 0 and solver != "auto" or solver == "cg":
+    if problem.mu > 0 and solver != "auto" or solver == "cg" or (solver == "lsmr" and problem.penalty is None):
         return solver, "asked for"
     lin = problem.linearization
     M, P = lin.num_residuals, lin.num_parameters
