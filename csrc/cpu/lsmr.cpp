@@ -60,7 +60,7 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
   }
   double beta = normalise(M, u), alpha = beta > 0 ? bidiagonalise(0) : 0;
   std::memcpy(h, v, sizeof(T) * std::size_t(P));
-  const double b_norm = beta, eps = std::numeric_limits<T>::epsilon();
+  const double b_norm = beta, lowest = 0.01 * std::numeric_limits<T>::epsilon();
   double zetabar = alpha * beta, alphabar = alpha, rho = 1, rhobar = 1, cbar = 1, sbar = 0, zeta = 0;
   double betadd = beta, betad = 0, rhod = 1, tautilde = 0, thetatilde = 0, rest = 0, A_square = alpha * alpha;
   Outcome outcome;
@@ -111,7 +111,7 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
       return r_norm <= limit * (b_norm + A_norm * x_norm) || std::abs(zetabar) <= limit * A_norm * r_norm;
     };
     if (arrived(tolerance)) outcome.status = Status::solved;
-    else if (arrived(eps)) outcome.status = Status::stagnated;
+    else if (arrived(lowest)) outcome.status = Status::stagnated;
   }
   if (root) body.muladd(P, T(1), root, 1, delta, 1, delta, 1, true);
   if (q)

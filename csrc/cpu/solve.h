@@ -41,7 +41,7 @@ struct Solver {
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
   std::vector<T> J, arena, scratch_u, rhs;
-  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, small;
+  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, cg_safe, small;
 
   Solver() = default;
   Solver(const Solver&) = delete;
@@ -57,7 +57,7 @@ struct Solver {
   Outcome primal(const T* r, const T* d, const T* q, T* delta);
   // The same by preconditioned conjugate gradients. Arrival is judged by the true residual, which is recomputed every 50
   // iterations and whenever the recurrence claims to have arrived; CG restarts from it where the two differ, until that no
-  // longer helps. `kept`, if there is a path, gets one entry per slot.
+  // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path, gets one entry per slot.
   Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
   // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
   // W or null. Stops by the backward errors of Fong and Saunders (2011), both at `tolerance`.

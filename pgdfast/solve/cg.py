@@ -11,6 +11,7 @@ from .preconditioner import nystrom, preconditioner
 from .problem import Found, Problem
 
 SLOTS = 8   # iterates kept for truncation: the last powers of two
+FALL = 1e-3   # part of the model's reduction whose loss means that rounding has taken over (csrc/cpu/cg.cpp)
 
 
 def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -> tuple[Found, dict]:
@@ -18,7 +19,8 @@ def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -
 
     keep: what the last solve returned; time: the optimizer's step, by which a sketch ages. Cost per iteration: one JVP and
     one VJP. Arrival is judged by the true residual, which is recomputed every 50 iterations and whenever the recurrence
-    claims to have arrived; CG restarts from it where the two differ, until that no longer helps.
+    claims to have arrived; CG restarts from it where the two differ, until that no longer helps, and returns to the last
+    check where the model's value has fallen since.
     """
     lin, keep = problem.linearization, keep or {}
     operator, d, P = lin.operator, problem.diagonal(), lin.num_parameters
@@ -78,6 +80,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
             t = along / curvature
             x, residual, values = t * start, b - t * product, [0.5 * t * along]
             norm = float(torch.linalg.vector_norm(residual))
+    safe = values[0], x.clone()
     z = precondition(residual)
     p, rz = z.clone(), dot(residual, z)
     status, iterations, last_claim = "solved" if norm <= target else "max_iterations", 0, b_norm
@@ -104,6 +107,14 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
             if norm <= target:
                 status = "solved"
                 break
+            reached = 0.5 * (dot(b, x) + dot(residual, x))
+            if not reached >= (1 - FALL) * safe[0]:
+                x = safe[1]
+                residual = b - apply(x)
+                norm, status = float(torch.linalg.vector_norm(residual)), "stagnated"
+                break
+            if iterations % 50 == 0:
+                safe = reached, x.clone()
             restart = claim or norm > 1.1 * recurrence
             if restart and norm > 0.5 * last_claim:
                 status = "stagnated"

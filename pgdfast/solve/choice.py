@@ -7,10 +7,9 @@ import os
 import torch
 
 from . import dense
-from .cg import SLOTS
 from .cg import cg as run_cg
 from .lsmr import lsmr
-from .options import CG, Nystrom
+from .options import CG
 from .problem import WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
