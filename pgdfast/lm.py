@@ -126,7 +126,8 @@ class LM(torch.optim.Optimizer):
                     report.status = "accepted"
                     break
                 elif self._try(closure, lin, move, solution, report):
-                    mu = self._rule.accepted(mu, report.gain_ratio)
+                    if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
+                        mu = self._rule.accepted(mu, report.gain_ratio)
                     break
                 elif report.status == "stalled" or not self._rule.tries:
                     break

@@ -18,7 +18,7 @@ struct Rotation {
 // c a + s b = r, s a - c b = 0.
 Rotation rotate(double a, double b) {
   const double r = std::hypot(a, b);
-  return r > 0 ? Rotation{a / r, b / r, r} : Rotation{1, 0, 0};
+  return r != 0 ? Rotation{a / r, b / r, r} : Rotation{1, 0, 0};
 }
 
 }  // namespace

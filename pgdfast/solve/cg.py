@@ -61,6 +61,9 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
     def dot(x, y):
         return float(torch.dot(x, y))
 
+    def norm_of(x):
+        return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
     def precondition(x):
         z = x if inverse is None else inverse * x
         return z if V is None else z + V.T @ (c * (V @ x))
@@ -68,7 +71,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
     b = lin.vjp(r)
     b = b if q is None else b + q
     x, residual, slots = torch.zeros_like(b), b.clone(), {}
-    b_norm = norm = float(torch.linalg.vector_norm(b))
+    b_norm = norm = norm_of(b)
     target = max(options.tolerance * b_norm, options.absolute)
     if b_norm == 0:
         return (x, "solved", 0, 0.0, 0.0, 0.0, 0.0, 0.0), []
@@ -79,7 +82,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
         if along > 0 and curvature > 0:
             t = along / curvature
             x, residual, values = t * start, b - t * product, [0.5 * t * along]
-            norm = float(torch.linalg.vector_norm(residual))
+            norm = norm_of(residual)
     safe = values[0], x.clone()
     z = precondition(residual)
     p, rz = z.clone(), dot(residual, z)
@@ -95,7 +98,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
         residual = residual - step * Ap
         values.append(values[-1] + 0.5 * step * rz)
         iterations += 1
-        norm = float(torch.linalg.vector_norm(residual))
+        norm = norm_of(residual)
         if path is not None and iterations & (iterations - 1) == 0:
             slot = (iterations.bit_length() - 1) % len(path)
             path[slot] = x
@@ -103,7 +106,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
         claim, restart = norm <= target, False
         if claim or iterations % 50 == 0:
             recurrence, residual = norm, b - apply(x)
-            norm = float(torch.linalg.vector_norm(residual))
+            norm = norm_of(residual)
             if norm <= target:
                 status = "solved"
                 break
@@ -111,7 +114,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
             if not reached >= (1 - FALL) * safe[0]:
                 x = safe[1]
                 residual = b - apply(x)
-                norm, status = float(torch.linalg.vector_norm(residual)), "stagnated"
+                norm, status = norm_of(residual), "stagnated"
                 break
             if iterations % 50 == 0:
                 safe = reached, x.clone()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from . import dense
 from .cg import cg as run_cg
 from .lsmr import lsmr
+from .memory import memory_limit, predicted_bytes
 from .options import CG
 from .problem import WIDE_FACTOR, Found, Problem
 from .solution import Solution
@@ -51,7 +50,7 @@ def solve(
         return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0)
     problem = Problem.of(lin, float(damping), scale)
     options = cg or CG()
-    name, reason = choose(problem, solver, options)
+    name, reason = choose(problem, solver, options, wide)
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
     step, status, iterations, residual_norm, gain, square, _, slack, path = found
     damped = problem.damped(step, square)
@@ -88,18 +87,18 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, kee
     return found, found.trace > _NARROW_CONDITION, {}
 
 
-def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
+def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tuple[str, str]:
     """(solver, why). Gauss-Newton and a vanishing diagonal need the pseudo-inverse."""
     if problem.mu > 0 and solver != "auto" or solver == "cg" or (solver == "lsmr" and problem.penalty is None):
         return solver, "asked for"
     lin = problem.linearization
     M, P = lin.num_residuals, lin.num_parameters
-    costs = predicted_costs(problem, options)
+    costs = predicted_costs(problem, options, wide)
     if problem.mu == 0:
         if solver == "auto" and costs["eigh"][1] > memory_limit():
             return "cg", f"damping 0; the eigendecomposition would take {costs['eigh'][1] / 1e9:.1f} GB"
         return "eigh", "damping 0: pseudo-inverse" if solver in ("auto", "eigh") else (
-            f"damping 0: {solver} has no Cholesky factor, so its pseudo-inverse is taken"
+            f"damping 0: {solver} needs a positive diagonal, so the pseudo-inverse is taken"
         )
     limit = memory_limit()
     fitting = {name: cost for name, (cost, memory) in costs.items() if memory <= limit and name != "eigh"}
@@ -108,22 +107,22 @@ def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
     dropped = [k for k in ("dual", "primal") if k not in fitting]
     why = f"predicted {fitting[name]:.2g} operations for M = {M}, P = {P} ({others})"
     if dropped:
-        why += f"; {' and '.join(dropped)} would need more than {limit / 1e9:.1f} GB"
+        sizes = " and ".join(f"{k} ({costs[k][1] / 1e9:.1f} GB)" for k in dropped)
+        why += f"; {sizes} left out for memory, of which {limit / 1e9:.1f} GB may be used"
     return name, why
 
 
-def predicted_costs(problem: Problem, options: CG) -> dict[str, tuple[float, float]]:
+def predicted_costs(problem: Problem, options: CG, wide: bool = False) -> dict[str, tuple[float, float]]:
     """{solver: (operations, bytes)} for one step, from sizes alone."""
     lin = problem.linearization
     M, P = float(lin.num_residuals), float(lin.num_parameters)
     operator, rows = lin.operator, lin.rows
-    width = lin.residual.element_size()
     sweep = max(operator.flops, 2 * P, 2 * M)
     if rows is not None and operator.fused:
-        build, sections, columns = rows.flops, rows.max_sections, rows.explicit_columns
+        build, sections = rows.flops, rows.max_sections
         fill = 2 * M * P
     else:
-        build, sections, columns = M * M * P, M, P
+        build, sections = M * M * P, M
         fill = 0.0
     explicit = problem.scale is not None or not operator.fused
     jacobian = sections * sweep + fill
@@ -132,18 +131,7 @@ def predicted_costs(problem: Problem, options: CG) -> dict[str, tuple[float, flo
     iterations = min(options.max_iterations, M, P)
     cg = iterations * 2 * _SWEEP * sweep + 2 * sweep
     eigh = (sections * sweep + build if M <= P else jacobian + M * P * P) + _EIGH * min(M, P) ** 3 / 3
-    narrow = width * M * (P if explicit else columns)
-    return {
-        "dual": (dual, 16 * M * M + narrow),
-        "primal": (primal, 16 * P * P + width * M * P),
-        "cg": (cg, 8 * width * P),
-        "eigh": (eigh, 40 * min(M, P) ** 2 + (narrow if M <= P else width * M * P)),
-    }
+    needed = predicted_bytes(problem, options, wide)
+    operations = {"dual": dual, "primal": primal, "cg": cg, "eigh": eigh}
+    return {name: (count, needed[name]) for name, count in operations.items()}
 
-
-def memory_limit() -> float:
-    """Half of the memory that is free now, in bytes."""
-    try:
-        return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4e9

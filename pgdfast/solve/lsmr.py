@@ -43,11 +43,11 @@ def _of(lin):
 def _rotation(a: float, b: float) -> tuple[float, float, float]:
     """(c, s, r) with c a + s b = r, s a - c b = 0."""
     r = math.hypot(a, b)
-    return (a / r, b / r, r) if r > 0 else (1.0, 0.0, 0.0)
+    return (a / r, b / r, r) if r != 0 else (1.0, 0.0, 0.0)
 
 
 def _normalised(x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    norm = float(torch.linalg.vector_norm(x))
+    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
     return (x / norm if norm > 0 else x), norm
 
 
@@ -89,8 +89,8 @@ def _lsmr(lin, r, d, root, damp, q, max_iterations, tolerance):
         ctilde, stilde, rhotilde = _rotation(rhod, thetabar)
         thetatilde_old, thetatilde, rhod = thetatilde, stilde * rhobar, ctilde * rhobar
         betad = -stilde * betad + ctilde * betahat
-        tautilde = (zeta_old - thetatilde_old * tautilde) / rhotilde
-        tau = (zeta - thetatilde * tautilde) / rhod
+        tautilde = (zeta_old - thetatilde_old * tautilde) / (rhotilde or math.nan)
+        tau = (zeta - thetatilde * tautilde) / (rhod or math.nan)
         rest += check**2
         e_norm = math.sqrt(rest + (betad - tau) ** 2 + betadd**2)
         x_norm = float(torch.linalg.vector_norm(x))

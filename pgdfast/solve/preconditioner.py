@@ -52,12 +52,16 @@ def nystrom(problem: Problem, options: Nystrom) -> dict | None:
     factor, info = torch.linalg.cholesky_ex(0.5 * (small + small.T))
     if int(info) != 0:
         return None
-    B = torch.linalg.solve_triangular(factor, Y.double().T, upper=False)
-    _, singular, U = torch.linalg.svd(B, full_matrices=False)
+    del omega
+    # Y factor^-T = Q R; the singular values of R in float64, the vectors in the problem's own precision: P is large.
+    Y = torch.linalg.solve_triangular(factor.T.to(lin.dtype), Y, upper=True, left=False)
+    Q, R = torch.linalg.qr(Y)
+    turn, singular, _ = torch.linalg.svd(R.double())
+    U = (Q @ turn.to(lin.dtype)).T
     values = (singular.square() - shift).clamp_min(0)
     values = values.clamp_min(float(values[0]) * torch.finfo(lin.dtype).eps)
     dtype = lin.params[0].dtype
-    rows = U.to(lin.dtype) if root is None else U.to(lin.dtype) * root
+    rows = U if root is None else U * root
     return {
         "rows": rows.to(dtype).contiguous(), "values": values.tolist(),
         "inverse": None if root is None else root.square().to(dtype),
