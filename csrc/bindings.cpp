@@ -235,8 +235,8 @@ class Plan {
       py::gil_scoped_release release;
       outcome = run();
     }
-    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square, outcome.trace,
-                          outcome.slack);
+    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square,
+                          outcome.trace, outcome.slack);
   }
   void require_rows(const char* what) const {
     if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");

@@ -129,7 +129,8 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const CGOptions<T>& op
       if (restart) last_claim = norm;
     }
     const int k = std::max(10, i / 10);
-    if (options.progress > 0 && i > k && values[std::size_t(i)] - values[std::size_t(i - k)] < k * options.progress * values[std::size_t(i)]) {
+    const double now = values[std::size_t(i)];
+    if (options.progress > 0 && i > k && now - values[std::size_t(i - k)] < k * options.progress * now) {
       outcome.status = Status::progress;
       break;
     }

@@ -63,6 +63,7 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
   const double b_norm = beta, lowest = 0.01 * std::numeric_limits<T>::epsilon();
   double zetabar = alpha * beta, alphabar = alpha, rho = 1, rhobar = 1, cbar = 1, sbar = 0, zeta = 0;
   double betadd = beta, betad = 0, rhod = 1, tautilde = 0, thetatilde = 0, rest = 0, A_square = alpha * alpha;
+  const double first = std::abs(zetabar);
   Outcome outcome;
   outcome.status = zetabar == 0 ? Status::solved : Status::max_iterations;
   while (outcome.status == Status::max_iterations && outcome.iterations < max_iterations) {
@@ -107,11 +108,11 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
     rest += check * check;
     const double r_norm = std::sqrt(rest + (betad - tau) * (betad - tau) + betadd * betadd);
     const double x_norm = std::sqrt(body.dot(P, delta, delta));
-    const auto arrived = [&](double limit) {
-      return r_norm <= limit * (b_norm + A_norm * x_norm) || std::abs(zetabar) <= limit * A_norm * r_norm;
-    };
-    if (arrived(tolerance)) outcome.status = Status::solved;
-    else if (arrived(lowest)) outcome.status = Status::stagnated;
+    const double normal = std::abs(zetabar);   // of the normal equations' residual, in the variables y
+    if (normal <= tolerance * first)
+      outcome.status = Status::solved;
+    else if (r_norm <= lowest * (b_norm + A_norm * x_norm) || normal <= lowest * A_norm * r_norm)
+      outcome.status = Status::stagnated;
   }
   if (root) body.muladd(P, T(1), root, 1, delta, 1, delta, 1, true);
   if (q)

@@ -8,7 +8,9 @@
 
 namespace pgdfast {
 
-enum class Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4, progress = 5 };
+enum class Status : int {
+  solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4, progress = 5
+};
 
 struct Outcome {
   Status status = Status::solved;
@@ -60,7 +62,8 @@ struct Solver {
   // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path, gets one entry per slot.
   Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
   // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
-  // W or null. Stops by the backward errors of Fong and Saunders (2011), both at `tolerance`.
+  // W or null. Stops where its recurrence says ||A^T e|| <= tolerance ||A^T b||, e the residual, or where the backward errors
+  // of Fong and Saunders (2011) are a hundredth of the rounding unit.
   Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
   void gram_matrix(T* K);   // full symmetric, residual order

@@ -346,8 +346,8 @@ def test_lsmr_keeps_float32_digits_where_the_normal_equations_lose_them(M, P, ba
     lin = pgdfast.linearize(closure, params, backend=backend)
     problem = pgdfast.solve.__globals__["Problem"].of(lin, 1e-8, None)
     lsmr, cg = (pgdfast.solve.__globals__[name] for name in ("lsmr", "run_cg"))
-    ours = relative(lsmr(problem, pgdfast.CG(5000, 1e-9)).step, expected)
-    theirs = relative(cg(problem, pgdfast.CG(5000, 1e-9))[0].step, expected)
+    ours = relative(lsmr(problem, pgdfast.CG(3000, 1e-12)).step, expected)
+    theirs = relative(cg(problem, pgdfast.CG(3000, 1e-12))[0].step, expected)
     assert ours < 3e-3 and ours < 0.3 * theirs
 
 
