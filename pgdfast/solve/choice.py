@@ -101,7 +101,9 @@ def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tu
             f"damping 0: {solver} needs a positive diagonal, so the pseudo-inverse is taken"
         )
     limit = memory_limit()
-    fitting = {name: cost for name, (cost, memory) in costs.items() if memory <= limit and name != "eigh"}
+    fitting = {
+        name: cost for name, (cost, memory) in costs.items() if name == "cg" or (memory <= limit and name != "eigh")
+    }   # CG needs the least: where nothing fits, it says so itself by a MemoryError
     name = min(fitting, key=lambda key: fitting[key] * (_EXACT if key == "cg" else 1.0))
     others = ", ".join(f"{k} {v:.2g}" for k, v in fitting.items() if k != name)
     dropped = [k for k in ("dual", "primal") if k not in fitting]

@@ -504,9 +504,10 @@ def test_reason_names_what_was_left_out_for_memory(monkeypatch):
     assert needed["cg"] < needed["dual"]
     monkeypatch.setitem(names, "memory_limit", lambda: 0.5 * (needed["dual"] + needed["primal"]))
     assert "dual (0.0 GB) left out for memory" in pgdfast.solve(lin, 0.1).reason
-    monkeypatch.setitem(names, "memory_limit", lambda: needed["cg"])
-    solution = pgdfast.solve(lin, 0.1)
-    assert solution.solver == "cg" and "dual (0.0 GB) and primal (0.0 GB) left out" in solution.reason
+    for limit in (needed["cg"], 0.0):
+        monkeypatch.setitem(names, "memory_limit", lambda: limit)  # noqa: B023
+        solution = pgdfast.solve(lin, 0.1)
+        assert solution.solver == "cg" and "dual (0.0 GB) and primal (0.0 GB) left out" in solution.reason
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters of memory")
