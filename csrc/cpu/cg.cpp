@@ -72,12 +72,14 @@ Outcome Solver<T>::cg(const T* r, const T* d, const T* q, const CGOptions<T>& op
   double value = 0;   // the model's reduction so far, 1/2 <b + res, delta>
   if (options.start) {
     const double along = body.dot(P, b, options.start), curvature = apply(options.start, Ap);
-    if (along > 0 && curvature > 0) {
+    if (std::isfinite(along) && curvature > 0 && std::isfinite(curvature)) {
       const double t = along / curvature;
       body.axpby(P, T(t), options.start, T(0), p);   // p = t start, Ap = A start: one update moves delta and residual
       body.axpby(P, T(1), p, T(0), delta);
       body.axpby(P, T(-t), Ap, T(1), res);
       value = 0.5 * t * along;
+    } else {
+      std::memset(Ap, 0, sizeof(T) * std::size_t(P));   // it may hold NaN, which the first update must not meet
     }
   }
   advance(0);

@@ -79,7 +79,7 @@ def _cg(lin, r, d, q, preconditioner, start, path, options: CG):
     if start is not None:
         product = apply(start)
         along, curvature = dot(b, start), dot(start, product)
-        if along > 0 and curvature > 0:
+        if math.isfinite(along) and 0 < curvature < math.inf:
             t = along / curvature
             x, residual, values = t * start, b - t * product, [0.5 * t * along]
             norm = norm_of(residual)

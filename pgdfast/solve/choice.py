@@ -103,7 +103,7 @@ def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tu
     limit = memory_limit()
     fitting = {
         name: cost for name, (cost, memory) in costs.items() if name == "cg" or (memory <= limit and name != "eigh")
-    }   # CG needs the least: where nothing fits, it says so itself by a MemoryError
+    }   # CG stays in: it needs the least
     name = min(fitting, key=lambda key: fitting[key] * (_EXACT if key == "cg" else 1.0))
     others = ", ".join(f"{k} {v:.2g}" for k, v in fitting.items() if k != name)
     dropped = [k for k in ("dual", "primal") if k not in fitting]

@@ -1,4 +1,4 @@
-"""Run by test_solve_krylov.py in a process of its own: the memory of one solve, predicted and measured, as JSON."""
+"""Run by test_solve_memory.py in a process of its own: the memory of one solve, predicted and measured, as JSON."""
 
 import json
 import sys
