@@ -188,19 +188,46 @@ class Plan {
     if (solver_.held != Solver<T>::Held::gram) throw py::value_error("dual_vector needs a dual step before it");
     std::copy_n(solver_.dual_vector(), M(), pointer<T>(y, M(), "y"));
   }
-  py::tuple cg(py::handle r, py::handle d, py::handle q, py::handle inverse_preconditioner, int max_iterations,
-               double tolerance, py::handle delta) {
+  // V and c: a sketch's rows (rank, P) and coefficients (rank,), or None; path: (slots, P) or None. The last item of the
+  // result lists the iterates kept there: (slot, iteration, gain, square, slack).
+  py::tuple cg(py::handle r, py::handle d, py::handle q, py::handle inverse, py::handle V, py::handle c, py::handle start,
+               py::handle path, int max_iterations, double tolerance, double absolute, double progress, py::handle delta) {
     const T* r_ = pointer<T>(r, M(), "r");
     const T* d_ = pointer<T>(d, P(), "d");
     const T* q_ = optional_pointer<T>(q, P(), "q");
-    const T* m_ = optional_pointer<T>(inverse_preconditioner, P(), "inverse_preconditioner");
+    CGOptions<T> options{max_iterations, tolerance, absolute, progress, {}, nullptr, nullptr, 0};
+    options.preconditioner.inverse = optional_pointer<T>(inverse, P(), "inverse");
+    const index rank = V.is_none() ? 0 : THPVariable_Unpack(V.ptr()).size(0);
+    options.preconditioner.rank = rank;
+    options.preconditioner.V = optional_pointer<T>(V, rank * P(), "V");
+    options.preconditioner.c = optional_pointer<T>(c, rank, "c");
+    options.start = optional_pointer<T>(start, P(), "start");
+    options.path_slots = path.is_none() ? 0 : THPVariable_Unpack(path.ptr()).size(0);
+    options.path = optional_pointer<T>(path, options.path_slots * P(), "path");
     T* delta_ = pointer<T>(delta, P(), "delta");
-    return solved([&] { return solver_.cg(r_, d_, q_, m_, max_iterations, tolerance, delta_); });
+    std::vector<Kept> kept;
+    const py::tuple found = solved([&] { return solver_.cg(r_, d_, q_, options, delta_, options.path ? &kept : nullptr); });
+    py::list path_kept;
+    for (std::size_t slot = 0; slot < kept.size(); ++slot)
+      if (kept[slot].iteration > 0)
+        path_kept.append(py::make_tuple(slot, kept[slot].iteration, kept[slot].gain, kept[slot].square, kept[slot].slack));
+    return py::make_tuple(found, path_kept);
+  }
+  py::tuple lsmr(py::handle r, py::handle d, py::handle root, double damp, py::handle q, int max_iterations, double tolerance,
+                 py::handle delta) {
+    const T* r_ = pointer<T>(r, M(), "r");
+    const T* d_ = pointer<T>(d, P(), "d");
+    const T* root_ = optional_pointer<T>(root, P(), "root");
+    const T* q_ = optional_pointer<T>(q, P(), "q");
+    T* delta_ = pointer<T>(delta, P(), "delta");
+    return solved([&] { return solver_.lsmr(r_, d_, root_, damp, q_, max_iterations, tolerance, delta_); });
   }
 
   index M() const { return solver_.structure.num_residuals; }
   index P() const { return solver_.structure.num_parameters; }
   double flops() const { return solver_.structure.flops; }
+  bool normal_pays() const { return solver_.normal_pays(); }
+  index arena_size() const { return solver_.structure.arena_size; }
 
  private:
   // A function of a constant, or a float constant for a double plan: over the memory it spans, under the same strides.
@@ -222,7 +249,8 @@ class Plan {
       py::gil_scoped_release release;
       outcome = run();
     }
-    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square, outcome.trace);
+    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square,
+                          outcome.trace, outcome.slack);
   }
   void require_rows(const char* what) const {
     if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");
@@ -336,9 +364,12 @@ void bind_plan(py::module_& m, const char* name) {
       .def("correct", &P::correct)
       .def("dual_vector", &P::dual_vector)
       .def("cg", &P::cg)
+      .def("lsmr", &P::lsmr)
       .def_property_readonly("num_residuals", &P::M)
       .def_property_readonly("num_parameters", &P::P)
-      .def_property_readonly("flops", &P::flops);
+      .def_property_readonly("flops", &P::flops)
+      .def_property_readonly("normal_pays", &P::normal_pays)
+      .def_property_readonly("arena_size", &P::arena_size);
 }
 
 }  // namespace

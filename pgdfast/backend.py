@@ -29,9 +29,9 @@ class Fast:
             self._linearizer = current = Linearizer(params, self._name)
         return current(closure)
 
-    def solve(self, linearization, damping, *, scale, solver, cg, rcond, wide) -> Solution:
-        """One damped solve."""
-        return solve(linearization, damping, scale=scale, solver=solver, cg=cg, rcond=rcond, wide=wide)
+    def solve(self, linearization, damping, **options) -> Solution:
+        """One damped solve, with the options of pgdfast.solve."""
+        return solve(linearization, damping, **options)
 
 
 class Reference:
@@ -41,8 +41,8 @@ class Reference:
         """An explicit Jacobian."""
         return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
 
-    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, wide) -> Solution:
-        """The reference's solution in the fast path's terms; always float64."""
+    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, **_) -> Solution:
+        """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
         lin = linearization.reference
         found = reference.solve(
             lin, damping, scale=None if scale is None else scale.double(), solver=solver,

@@ -44,8 +44,8 @@ class LM(torch.optim.Optimizer):
     number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
     `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed" (both never uphill),
     "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). scaling: "identity" or "marquardt", D the
-    running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg" or
-    "eigh". line_search: None, "armijo" or an object. cg: options of CG. backend: "auto", "native", "torch" or
+    running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or
+    "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend: "auto", "native", "torch" or
     "reference"; PGDFAST_BACKEND does the same from outside.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
@@ -112,10 +112,10 @@ class LM(torch.optim.Optimizer):
         trying = self.predicts
         if trying or any(decays):
             move.save()
-        failures = 0
+        failures, solution = 0, None
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
-                solution = self._solve(lin, mu, scale, memory, report)
+                solution = self._shorter(solution, report) or self._solve(lin, mu, scale, memory, report)
                 report.damping = mu
                 if not solution.usable:
                     failures += 1
@@ -126,7 +126,8 @@ class LM(torch.optim.Optimizer):
                     report.status = "accepted"
                     break
                 elif self._try(closure, lin, move, solution, report):
-                    mu = self._rule.accepted(mu, report.gain_ratio)
+                    if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
+                        mu = self._rule.accepted(mu, report.gain_ratio)
                     break
                 elif report.status == "stalled" or not self._rule.tries:
                     break
@@ -149,12 +150,19 @@ class LM(torch.optim.Optimizer):
     def _solve(self, lin, mu, scale, memory, report):
         start = perf_counter()
         solution = self._backend.solve(
-            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond, wide=memory["wide"]
+            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond, wide=memory["wide"],
+            keep=memory["keep"], time=memory["step"],
         )
-        memory["wide"] = solution.wide
+        memory["wide"], memory["keep"] = solution.wide, solution.keep
         report.seconds["solve"] += perf_counter() - start
-        report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
-        report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        report.of(solution)
+        return solution
+
+    def _shorter(self, rejected, report):
+        """An earlier iterate of the solve whose step was rejected, where one was kept: no new solve."""
+        solution = rejected.shortened() if rejected is not None and rejected.usable else None
+        if solution is not None:
+            report.of(solution)
         return solution
 
     def _try(self, closure, lin, move, solution, report) -> bool:
@@ -211,6 +219,7 @@ class LM(torch.optim.Optimizer):
         if "step" not in memory:
             adaptive = self._rule.tries
             memory.update(step=0, wide=False, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
+        memory.setdefault("keep", {})   # CG's last solution and its preconditioner, where it wants them
         self._rule.load_state_dict(memory["rule"])
         return memory
 

@@ -14,8 +14,9 @@ class Report:
     status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
     predicted reduction is at rounding level; a step that did not raise the loss was kept); "empty" (no residuals).
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
-    residual_norm: of the last solve (the norm is known for CG). attempts: dampings tried; trials: losses evaluated after
-    the first; line_search: accepted t, None without a search. seconds: wall time of the phases linearize, solve, trial.
+    residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
+    attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
+    line_search: accepted t, None without a search. seconds: wall time of the phases linearize, solve, trial.
     """
 
     loss: float
@@ -38,10 +39,19 @@ class Report:
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def of(self, solution) -> None:
+        """Note what solved, and how."""
+        self.solver, self.reason, self.solve_status = solution.solver, solution.reason, solution.status
+        self.iterations, self.residual_norm = solution.iterations, solution.known_residual_norm
+
     def __str__(self) -> str:
         """One line, and the advice on a second if there is any."""
         after = "" if self.loss_after is None else f" -> {self.loss_after:.6g}"
         rho = "" if self.gain_ratio is None else f", gain ratio {self.gain_ratio:.3g}"
-        cg = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})" if self.solver == "cg" else ""
-        text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{cg}"
+        work = ""
+        if self.solve_status == "truncated":
+            work = f" ({self.reason})"
+        elif self.iterations and self.residual_norm is not None:
+            work = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})"
+        text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{work}"
         return text + (f"\n{self.advice}" if self.advice else "")

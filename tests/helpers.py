@@ -1,5 +1,7 @@
 """The one comparison and the small problems that the tests share."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import pgdfast
 from pgdfast import reference
 
-SOLVERS = ("dual", "primal", "cg", "eigh", "auto")
+SOLVERS = ("dual", "primal", "cg", "lsmr", "eigh", "auto")
 BACKENDS = ("native", "torch")
 TIGHT = pgdfast.CG(max_iterations=20000, tolerance=1e-14)
 
@@ -165,3 +167,33 @@ class Uphill:
         self.calls += 1
         moved = not torch.equal(self.w.detach(), self.start)
         return torch.cat([self.w, torch.tensor([self.jump if moved else 0.0], dtype=self.w.dtype)])
+
+
+def tanh_fit(dtype=torch.float64, penalty=False, samples=60):
+    """A tanh network that CG needs some iterations for: its parameters and closure."""
+    model = mlp(2, 8, 8, 1, dtype=dtype)
+    x, y = rand(samples, 2, seed=1, dtype=dtype), rand(samples, 1, seed=2, dtype=dtype)
+    params = list(model.parameters())
+    squares = (lambda: 1e-2 * params[0].square().sum()) if penalty else (lambda: 0.0)
+    return params, lambda: F.mse_loss(model(x), y) + squares()
+
+
+def linear_problem(J, b, dtype=torch.float64):
+    """The closure of residuals J w - b at w = 0, whose Jacobian is J."""
+    J, b = J.to(dtype), b.to(dtype)
+    w = torch.zeros(J.shape[1], dtype=dtype, requires_grad=True)
+    return [w], lambda: J @ w - b
+
+
+def spectrum(M, P, low, seed=0):
+    """An M x P matrix with singular values from 1 down to `low`."""
+    n = min(M, P)
+    U, V = (torch.linalg.qr(rand(k, n, seed=seed + k))[0] for k in (M, P))
+    return U @ torch.diag(torch.logspace(0, math.log10(low), n, dtype=torch.float64)) @ V.T
+
+
+def model_value(lin, step, mu, scale=1.0):
+    """The damped model's reduction by a step: g . step - 1/2 step . (mu D + J^T J) step."""
+    step = step.double()
+    curvature = float(step.dot(lin.ggn(step).double() + mu * scale * step))
+    return float(lin.gradient().double().dot(step)) - 0.5 * curvature

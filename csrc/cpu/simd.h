@@ -33,6 +33,13 @@ struct Simd {
   void (*project)(index rows, index n, T alpha, int terms, const Coefficients<T>& pre, const Coefficients<T>& post,
                   const Coefficients<T>* left, const Coefficients<T>* right, const Coefficients<T>& x, T* y, index y_row,
                   index y_step, bool overwrite);
+  // One iteration of CG in three passes, sums in double; m may be null (ones).
+  // y += d * x; returns <x, y>.
+  double (*damped_dot)(index n, const T* d, const T* x, T* y);
+  // x += alpha * p, r -= alpha * Ap; sums = <r, r>, <r, m * r>.
+  void (*cg_update)(index n, T alpha, const T* p, const T* Ap, const T* m, T* x, T* r, double* sums);
+  // p = m * r + beta * p.
+  void (*cg_direction)(index n, T beta, const T* m, const T* r, T* p);
 };
 
 template <class T>

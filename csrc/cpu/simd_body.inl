@@ -247,9 +247,56 @@ void project(index rows, index n, T alpha, int terms, const Coefficients<T>& pre
 }
 
 template <class T>
+double damped_dot(index n, const T* d, const T* x, T* y) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (index i = 0; i < n; ++i) {
+    y[i] += d[i] * x[i];
+    sum += double(x[i]) * double(y[i]);
+  }
+  return sum;
+}
+
+template <class T>
+void cg_update(index n, T alpha, const T* p, const T* Ap, const T* m, T* x, T* r, double* sums) {
+  double square = 0, weighted = 0;
+  if (m == nullptr) {
+#pragma omp simd reduction(+ : square)
+    for (index i = 0; i < n; ++i) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * Ap[i];
+      square += double(r[i]) * double(r[i]);
+    }
+    weighted = square;
+  } else {
+#pragma omp simd reduction(+ : square, weighted)
+    for (index i = 0; i < n; ++i) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * Ap[i];
+      square += double(r[i]) * double(r[i]);
+      weighted += double(r[i]) * double(m[i] * r[i]);
+    }
+  }
+  sums[0] = square;
+  sums[1] = weighted;
+}
+
+template <class T>
+void cg_direction(index n, T beta, const T* m, const T* r, T* p) {
+  if (m == nullptr) {
+#pragma omp simd
+    for (index i = 0; i < n; ++i) p[i] = r[i] + beta * p[i];
+  } else {
+#pragma omp simd
+    for (index i = 0; i < n; ++i) p[i] = m[i] * r[i] + beta * p[i];
+  }
+}
+
+template <class T>
 const Simd<T>* make_table() {
   static const Simd<T> table = {evaluate<T, T>, evaluate<T, float>, muladd<T>,     dot<T>,
-                                axpby<T>,       small_gemm<T>,      project<T>};
+                                axpby<T>,       small_gemm<T>,      project<T>,
+                                damped_dot<T>,  cg_update<T>,       cg_direction<T>};
   return &table;
 }
 

@@ -5,18 +5,22 @@
 
 #include "cholesky.h"
 #include "gram.h"
+#include "krylov.h"
 
 namespace pgdfast {
 
-enum class Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4 };
+enum class Status : int {
+  solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4, progress = 5
+};
 
 struct Outcome {
   Status status = Status::solved;
   int iterations = 0;
-  double residual_norm = 0;   // CG: final ||b - A x|| / ||b||
+  double residual_norm = 0;   // CG and LSMR: final ||b - A x|| / ||b||
   double gain = 0;            // g . delta with g = J^T r + q
   double square = 0;          // ||delta||^2
-  double trace = 0;           // of J D^-1 J^T: bounds the condition of the damped matrix; 0 from CG
+  double trace = 0;           // of J D^-1 J^T: bounds the condition of the damped matrix; 0 from CG and LSMR
+  double slack = 0;           // (b - A x) . x: 0 for solves that are exact
 };
 
 // Up to this order the matrix of a float program is factored in double, and its normal matrix summed so. Beyond, float is
@@ -41,7 +45,7 @@ struct Solver {
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
   std::vector<T> J, arena, scratch_u, rhs;
-  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z;
+  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, cg_safe, small;
 
   Solver() = default;
   Solver(const Solver&) = delete;
@@ -55,11 +59,14 @@ struct Solver {
   Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);
   // (diag(d) + J^T J) delta = J^T r + q by Cholesky of the P x P matrix.
   Outcome primal(const T* r, const T* d, const T* q, T* delta);
-  // The same by conjugate gradients from zero, preconditioned with `inverse_preconditioner` (null: none); stops at
-  // ||b - A x|| <= tolerance ||b||, judged by the true residual, which is recomputed every 50 iterations and whenever the
-  // recurrence claims to have arrived; CG restarts from it where the two differ, until that no longer helps.
-  Outcome cg(const T* r, const T* d, const T* q, const T* inverse_preconditioner, int max_iterations, double tolerance,
-             T* delta);
+  // The same by preconditioned conjugate gradients. Arrival is judged by the true residual, which is recomputed every 50
+  // iterations and whenever the recurrence claims to have arrived; CG restarts from it where the two differ, until that no
+  // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path, gets one entry per slot.
+  Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
+  // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
+  // W or null. Stops where its recurrence says ||A^T e|| <= tolerance ||A^T b||, e the residual, or where the backward errors
+  // of Fong and Saunders (2011) are a hundredth of the rounding unit.
+  Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
   // Solves with the factor of the last dual step (x, b: M, residual order) or primal step (P); x may be b.
   void correct(const T* b, T* x);
@@ -67,13 +74,14 @@ struct Solver {
   const T* dual_vector() const { return scratch_u.data(); }
 
   void gram_matrix(T* K);   // full symmetric, residual order
+  // Does J^T J come cheaper from factors summed over sections (normal.h) than from J?
+  bool normal_pays() const;
 
  private:
   // Factors matrix + diag(added) and keeps the factor; false if it is not positive definite.
   template <class D>
   bool factor(const std::vector<T>& from, index ld, index n, D added);
   void solve_in_place(T* x);
-  bool normal_pays() const;
 
   index order = 0;
   bool wide = false;

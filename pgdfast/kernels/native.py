@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 LIMITS = "on the CPU in float32 and float64"
-STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown", "stagnated")   # csrc/cpu/solve.h
+STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown", "stagnated", "progress")   # csrc/cpu/solve.h
 
 
 def available() -> str | None:
@@ -55,7 +55,7 @@ class Kernels:
         self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters
-        self.flops = self._plan.flops
+        self.flops, self.arena_size = self._plan.flops, self._plan.arena_size
         self._constants = None
         self._unit_weights = torch.ones(sum(role == 0 for role, _ in program.buffers), dtype=self.dtype)
 
@@ -78,6 +78,11 @@ class Kernels:
         self._plan.set_rows(
             rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.blocks, rows.uses, rows.labels
         )
+
+    @property
+    def sums_sections(self) -> bool:
+        """Whether J^T J comes from factors summed over the outputs of a row, without J; known once there are rows."""
+        return self._plan.normal_pays
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -115,7 +120,8 @@ class Kernels:
     def dual(self, r, weights, shift, q):
         """The dual step in one call; needs rows.
 
-        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T).
+        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T,
+        (g - A step) . step).
         """
         step = self._new(self.num_parameters)
         weights = self._unit_weights if weights is None else weights
@@ -140,8 +146,20 @@ class Kernels:
         self._plan.dual_vector(y)
         return y
 
-    def cg(self, r, d, q, inverse_preconditioner, max_iterations, tolerance):
-        """A whole CG solve in one call; the same result as `dual`."""
+    def cg(self, r, d, q, preconditioner, start, path, options):
+        """A whole CG solve in one call: the same result as `dual`, and the iterates kept in `path`.
+
+        preconditioner: (inverse, V, c), each None or a tensor; start: (P,) or None; path: (slots, P) to be written, or None.
+        """
         step = self._new(self.num_parameters)
-        status, *rest = self._plan.cg(r, d, q, inverse_preconditioner, max_iterations, tolerance, step)
+        (status, *rest), kept = self._plan.cg(
+            r, d, q, *preconditioner, start, path, options.max_iterations, options.tolerance, options.absolute,
+            options.progress, step,
+        )
+        return (step, STATUS[status], *rest), kept
+
+    def lsmr(self, r, d, root, damp, q, max_iterations, tolerance):
+        """A whole LSMR solve in one call; the same result as `dual`."""
+        step = self._new(self.num_parameters)
+        status, *rest = self._plan.lsmr(r, d, root, damp, q, max_iterations, tolerance, step)
         return step, STATUS[status], *rest

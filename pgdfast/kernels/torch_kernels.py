@@ -34,6 +34,7 @@ class Kernels:
         self.num_parameters = sum(self._parameters)
         self.num_residuals = sum(self._residuals)
         self.flops = float(sum(_flops(op) for op in program.instructions))
+        self.arena_size = sum(program.sizes(2))
         self._constants: list = []
 
     def bind(self, constants: list) -> None:

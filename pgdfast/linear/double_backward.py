@@ -23,6 +23,7 @@ class DoubleBackward:
         self.num_residuals = sum(self._sizes)
         self.num_parameters = sum(p.numel() for p in params)
         self.flops = 4.0 * self.num_residuals * self.num_parameters   # a guess: what a dense network's sweep takes
+        self.arena_size = self.num_residuals + self.num_parameters   # what PyTorch makes beside its graph
         # Each output with its sign: mse_loss of two dependent tensors has two.
         self._outputs, self._owner = [], []
         for k, block_edges in enumerate(edges):

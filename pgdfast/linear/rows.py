@@ -19,7 +19,10 @@ _ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
 
 @dataclass(slots=True)
 class RowLayout:
-    """Rows, the order of K, and the uses of parameters, as csrc/plan/plan.h describes them; `flops` of one Gram."""
+    """Rows, the order of K, and the uses of parameters, as csrc/plan/plan.h describes them.
+
+    flops: of one Gram matrix. packed: elements of its packed factors, and of the products that sections share.
+    """
 
     num_rows: int
     max_sections: int
@@ -29,6 +32,7 @@ class RowLayout:
     uses: list[tuple[int, ...]]
     labels: dict[int, np.ndarray]
     flops: float
+    packed: int
     explicit_columns: int
 
 
@@ -130,15 +134,15 @@ def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowL
         base += rows * sections
     section_of, k_of = np.concatenate(section_of).tolist(), np.concatenate(k_of).tolist()
     residuals, sections = len(k_of), max((s for _, s in splits), default=1)
-    uses, flops, columns = _uses(program, labels, residuals, sections)
+    uses, flops, packed, columns = _uses(program, labels, residuals, sections)
     return RowLayout(
         first_row, sections, section_of, k_of, blocks, uses,
-        {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, columns,
+        {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, packed, columns,
     )
 
 
 def _uses(program: Program, labels, residuals: int, sections: int):
-    """Each use as csrc/plan/plan.h's Use; operations of one Gram matrix; explicit columns.
+    """Each use as csrc/plan/plan.h's Use; operations and packed elements of one Gram matrix; explicit columns.
 
     Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
     """
@@ -156,7 +160,7 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         size = program.buffers[parameter][1]
         return residuals**2 * size + 2.0 * residuals * size * len(by_parameter[parameter])
 
-    uses, flops, columns = [], 0.0, 0
+    uses, flops, packed, columns = [], 0.0, 0, 0
     joined = set()
     for parameter, instructions in by_parameter.items():
         group = candidates[parameter]
@@ -164,11 +168,12 @@ def _uses(program: Program, labels, residuals: int, sections: int):
             continue
         bias = companions.get(parameter, -1)
         rows = sum(c.rows for c in group)
-        # The elementwise product and its traffic weigh like some 16 multiply-adds per element of K.
-        cost = rows**2 * (sections**2 * (group[0].m + 16.0) + group[0].k)
+        # The elementwise product weighs like some 4 multiply-adds per element of K.
+        cost = rows**2 * (sections**2 * (group[0].m + 4.0) + group[0].k)
         if cost < explicit_cost(parameter) + (explicit_cost(bias) if bias >= 0 else 0):
             joined |= {parameter, bias}
             flops += cost
+            packed += rows * (group[0].k + sections * group[0].m) + (rows**2 if sections > 1 else 0)
             uses += [
                 (i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)
             ]
@@ -178,8 +183,9 @@ def _uses(program: Program, labels, residuals: int, sections: int):
             continue
         flops += explicit_cost(parameter)
         columns += program.buffers[parameter][1]
+        packed += residuals * program.buffers[parameter][1]
         uses += [(i, parameter, _ROWS, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in instructions]
-    return uses, flops, columns
+    return uses, flops, packed, columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .linearization import Linearization
 
-SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
+SOLVERS = ("auto", "dual", "primal", "cg", "eigh", "lsmr")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def solve(
             the step of smallest ||D^1/2 delta||, and "cg", where D has left the equations, that of
             smallest ||delta||.
         solver: "dual" (Cholesky of J D^-1 J^T + mu I, M by M), "primal" (Cholesky of
-            mu D + J^T J, P by P), "eigh", "cg", or "auto": dual if M <= P, else primal.
+            mu D + J^T J, P by P), "eigh", "cg", "lsmr" (here the least-squares problem that LSMR
+            iterates on, by QR of [J D^-1/2; mu^1/2 I]), or "auto": dual if M <= P, else primal.
         cg_max_iterations: the most iterations of CG.
         cg_tolerance: CG stops at ||b - A delta|| <= cg_tolerance ||b||.
         rcond: with damping 0, "eigh" drops eigenvalues of J^T J (in the variables D^1/2 theta) that
@@ -89,7 +90,7 @@ def solve(
 
     if solver == "auto":
         solver = "dual" if J.shape[0] <= J.shape[1] else "primal"
-    if mu == 0 and solver in ("dual", "primal"):
+    if mu == 0 and solver in ("dual", "primal", "lsmr"):
         solver = "eigh"
     b, iterations = J.T @ r, 0
     if b.numel() == 0 or not b.any():
@@ -100,6 +101,8 @@ def solve(
         delta, status = _primal(J, b, mu, D)
     elif solver == "eigh":
         delta, status = _eigh(J, r, mu, D, rcond)
+    elif solver == "lsmr":
+        delta, status = _least_squares(J, r, mu, D)
     else:
         delta, status, iterations = _cg(J, b, mu, D, cg_max_iterations, cg_tolerance)
     if not delta.isfinite().all():
@@ -149,6 +152,14 @@ def _eigh(J: Tensor, r: Tensor, mu: float, D: Tensor, rcond: float) -> tuple[Ten
     inverse = torch.where(kept, 1 / (eigenvalues + mu), 0.0)
     y = X.T @ (V @ (inverse * (V.T @ r))) if dual else V @ (inverse * (V.T @ (X.T @ r)))
     return y / D.sqrt(), "solved"
+
+
+def _least_squares(J: Tensor, r: Tensor, mu: float, D: Tensor) -> tuple[Tensor, str]:
+    """Return delta = D^-1/2 y with y the least-squares solution of [J D^-1/2; mu^1/2 I] y = [r; 0]."""
+    P = J.shape[1]
+    rows = torch.cat([J / D.sqrt(), math.sqrt(mu) * torch.eye(P).to(J)])
+    rhs = torch.cat([r, r.new_zeros(P)])
+    return torch.linalg.lstsq(rows, rhs[:, None]).solution[:, 0] / D.sqrt(), "solved"
 
 
 def _cg(

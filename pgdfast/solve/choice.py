@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from . import dense
 from .cg import cg as run_cg
+from .lsmr import lsmr
+from .memory import memory_limit, predicted_bytes
 from .options import CG
 from .problem import WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
-SOLVERS = ("auto", "dual", "primal", "cg", "eigh")
+SOLVERS = ("auto", "dual", "primal", "cg", "eigh", "lsmr")
 
-# Operations per second of a solver's parts relative to a large matrix product, measured on two x86 machines: a small
-# Cholesky runs at about half that rate, an eigendecomposition takes some 25 times the operations of a Cholesky, and CG's
-# products are narrow.
-_CHOLESKY, _EIGH, _SWEEP = 2.0, 25.0, 1.5
+# Time of a solver's parts over that of a large matrix product of as many operations, measured on x86 machines: the Cholesky
+# factor, an eigendecomposition counted in operations of a Cholesky, and CG's narrow products.
+_CHOLESKY, _EIGH, _SWEEP = 1.5, 25.0, 1.5
 # In float32 a step's relative error is about 1e-8 of the condition number of the damped matrix, which the trace of
 # J D^-1 J^T bounds; beyond these the step is refined with float64 products, or where the matrix is so small that this saves
 # nothing, or the float32 factor too poor, summed and factored in float64 (measured: bench/NOTES.md).
@@ -28,13 +27,14 @@ _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a di
 
 def solve(
     linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide: bool = False,
+    wide: bool = False, keep: dict | None = None, time: int = 0,
 ) -> Solution:
     """Solve (mu D + J^T J) delta = J^T r at a linearisation.
 
     damping: mu >= 0; 0 is Gauss-Newton, the pseudo-inverse cut at rcond. scale: (P,) positive diagonal D, or None for the
-    identity. solver: one of SOLVERS. cg: options of CG. wide: for a float32 problem, sum in float64 at once instead of when
-    float32 turns out too narrow. Returns a Solution; its step is subtracted from the parameters.
+    identity. solver: one of SOLVERS. cg: options of CG and LSMR. wide: for a float32 problem, sum in float64 at once instead
+    of when float32 turns out too narrow. keep: `Solution.keep` of the last solve, for a warm start or a sketch; time: steps
+    taken so far, by which a sketch ages. Returns a Solution; its step is subtracted from the parameters.
     Raises ValueError for a negative or non-finite damping, a scale of the wrong shape and an unknown solver.
     """
     if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
@@ -51,31 +51,37 @@ def solve(
         return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0)
     problem = Problem.of(lin, float(damping), scale)
     options = cg or CG()
-    name, reason = choose(problem, solver, options)
-    found, wide = _run(name, problem, options, rcond, wide)
-    step, status, iterations, residual_norm, gain, square, _ = found
+    name, reason = choose(problem, solver, options, wide)
+    found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
+    step, status, iterations, residual_norm, gain, square, _, slack, path = found
     damped = problem.damped(step, square)
     step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
-        step, status, gain, damped = torch.zeros_like(step), "not_finite", 0.0, 0.0
-    if name != "cg":
+        step, status, gain, damped, slack, path = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0, ()
+    if name not in ("cg", "lsmr"):
         residual_norm = None
     return Solution(
-        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide
+        step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
+        keep,
     )
 
 
-def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> tuple[Found, bool]:
-    """Run a solver, in float64 where float32 could not give four digits and the problem is small; and whether it was so."""
+def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, keep, time) -> tuple[Found, bool, dict]:
+    """Run a solver, in float64 where float32 could not give four digits and the problem is small.
+
+    Returns what it found, whether it took float64, and what the next solve may start from.
+    """
     lin = problem.linearization
     small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
-    if name == "cg":
-        return run_cg(problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem, options), False
+    if name in ("cg", "lsmr"):
+        problem = problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem
+        found, keep = run_cg(problem, options, keep, time) if name == "cg" else (lsmr(problem, options), {})
+        return found, False, keep
     if name == "eigh":
-        return dense.eigh(problem.widened() if small else problem, rcond), False
+        return dense.eigh(problem.widened() if small else problem, rcond), False, {}
     run = dense.dual if name == "dual" else dense.primal
     if lin.dtype != torch.float32:
-        return run(problem), False
+        return run(problem), False, {}
     order = lin.num_residuals if name == "dual" else lin.num_parameters
     if not (wide and small):
         found = run(problem)
@@ -84,67 +90,61 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool) -> 
             better = dense.refined(name, problem, found)
             found, enough = better or found, better is not None
         if not small or (enough and found.status == "solved"):
-            return found, False
+            return found, False, {}
     found = run(problem.widened())
-    return found, found.trace > _NARROW_CONDITION
+    return found, found.trace > _NARROW_CONDITION, {}
 
 
-def choose(problem: Problem, solver: str, options: CG) -> tuple[str, str]:
+def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tuple[str, str]:
     """(solver, why). Gauss-Newton and a vanishing diagonal need the pseudo-inverse."""
-    if problem.mu > 0 and solver != "auto" or solver == "cg":
+    if problem.mu > 0 and solver != "auto" or solver == "cg" or (solver == "lsmr" and problem.penalty is None):
         return solver, "asked for"
     lin = problem.linearization
     M, P = lin.num_residuals, lin.num_parameters
-    costs = predicted_costs(problem, options)
+    costs = predicted_costs(problem, options, wide)
     if problem.mu == 0:
         if solver == "auto" and costs["eigh"][1] > memory_limit():
             return "cg", f"damping 0; the eigendecomposition would take {costs['eigh'][1] / 1e9:.1f} GB"
         return "eigh", "damping 0: pseudo-inverse" if solver in ("auto", "eigh") else (
-            f"damping 0: {solver} has no Cholesky factor, so its pseudo-inverse is taken"
+            f"damping 0: {solver} needs a positive diagonal, so the pseudo-inverse is taken"
         )
     limit = memory_limit()
-    fitting = {name: cost for name, (cost, memory) in costs.items() if memory <= limit and name != "eigh"}
+    fitting = {
+        name: cost for name, (cost, memory) in costs.items() if name == "cg" or (memory <= limit and name != "eigh")
+    }   # CG stays in: it needs the least
     name = min(fitting, key=lambda key: fitting[key] * (_EXACT if key == "cg" else 1.0))
     others = ", ".join(f"{k} {v:.2g}" for k, v in fitting.items() if k != name)
     dropped = [k for k in ("dual", "primal") if k not in fitting]
     why = f"predicted {fitting[name]:.2g} operations for M = {M}, P = {P} ({others})"
     if dropped:
-        why += f"; {' and '.join(dropped)} would need more than {limit / 1e9:.1f} GB"
+        sizes = " and ".join(f"{k} ({costs[k][1] / 1e9:.1f} GB)" for k in dropped)
+        why += f"; {sizes} left out for memory, of which {limit / 1e9:.1f} GB may be used"
     return name, why
 
 
-def predicted_costs(problem: Problem, options: CG) -> dict[str, tuple[float, float]]:
+def predicted_costs(problem: Problem, options: CG, wide: bool = False) -> dict[str, tuple[float, float]]:
     """{solver: (operations, bytes)} for one step, from sizes alone."""
     lin = problem.linearization
     M, P = float(lin.num_residuals), float(lin.num_parameters)
     operator, rows = lin.operator, lin.rows
-    width = lin.residual.element_size()
     sweep = max(operator.flops, 2 * P, 2 * M)
     if rows is not None and operator.fused:
-        build, sections, columns = rows.flops, rows.max_sections, rows.explicit_columns
+        build, sections = rows.flops, rows.max_sections
         fill = 2 * M * P
     else:
-        build, sections, columns = M * M * P, M, P
+        build, sections = M * M * P, M
         fill = 0.0
     explicit = problem.scale is not None or not operator.fused
     jacobian = sections * sweep + fill
     dual = sections * sweep + (M * M * P if explicit else build) + _CHOLESKY * M**3 / 3 + sweep
-    primal = jacobian + M * P * P + _CHOLESKY * P**3 / 3
+    if operator.fused and rows is not None and operator.sums_sections:
+        primal = sections * sweep + rows.num_rows * P * P + _CHOLESKY * P**3 / 3
+    else:
+        primal = jacobian + M * P * P + _CHOLESKY * P**3 / 3
     iterations = min(options.max_iterations, M, P)
     cg = iterations * 2 * _SWEEP * sweep + 2 * sweep
     eigh = (sections * sweep + build if M <= P else jacobian + M * P * P) + _EIGH * min(M, P) ** 3 / 3
-    narrow = width * M * (P if explicit else columns)
-    return {
-        "dual": (dual, 16 * M * M + narrow),
-        "primal": (primal, 16 * P * P + width * M * P),
-        "cg": (cg, 8 * width * P),
-        "eigh": (eigh, 40 * min(M, P) ** 2 + (narrow if M <= P else width * M * P)),
-    }
+    needed = predicted_bytes(problem, options, wide)
+    operations = {"dual": dual, "primal": primal, "cg": cg, "eigh": eigh}
+    return {name: (count, needed[name]) for name, count in operations.items()}
 
-
-def memory_limit() -> float:
-    """Half of the memory that is free now, in bytes."""
-    try:
-        return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4e9

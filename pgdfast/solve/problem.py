@@ -11,7 +11,11 @@ WIDE_FACTOR = 2048   # up to this order the small dense factor is held in float6
 
 
 class Found(NamedTuple):
-    """What a solver hands back: gain is g . step; trace that of J D^-1 J^T, which bounds the condition from above."""
+    """What a solver hands back.
+
+    gain is g . step; trace that of J D^-1 J^T, which bounds the condition from above; slack (g - A step) . step, 0 for solves
+    that are exact; path earlier iterates as (iteration, step, gain, square, slack), the shortest first.
+    """
 
     step: torch.Tensor
     status: str
@@ -20,6 +24,8 @@ class Found(NamedTuple):
     gain: float = 0.0
     square: float = 0.0
     trace: float = 0.0
+    slack: float = 0.0
+    path: tuple = ()
 
 
 @dataclass(slots=True)

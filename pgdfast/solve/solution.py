@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 ADVICE = {
     "not_positive_definite": "the damped matrix is not positive definite to working precision: raise the damping, use "
     "float64, or solver='eigh'",
-    "max_iterations": "CG stopped at its iteration limit: raise CG(max_iterations=...), the damping or the tolerance",
-    "stagnated": "CG's residual stopped falling above its tolerance, at rounding level: use a larger tolerance or float64",
-    "breakdown": "CG met a direction without curvature: raise the damping or use a direct solver",
+    "max_iterations": "the solver stopped at its iteration limit: raise CG(max_iterations=...), the damping or the tolerance",
+    "stagnated": "the residual stopped falling above the tolerance, at rounding level: use a larger tolerance, "
+    "solver='lsmr' or float64",
+    "breakdown": "the solver met a direction without curvature: raise the damping or use a direct solver",
+    "progress": "CG stopped because its model gained too little: lower CG(progress=...) for a more exact step",
+    "truncated": "the step of the full solve was rejected and an earlier, shorter CG iterate taken instead; mu has risen",
     "not_finite": "the step is not finite: raise the damping or use float64",
 }
+
+_USABLE = ("solved", "max_iterations", "stagnated", "progress", "truncated")
 
 
 @dataclass(slots=True)
 class Solution:
     """delta of (mu D + J^T J + penalty) delta = g.
 
-    step: (P,), to be subtracted from the parameters. status: "solved", "max_iterations" or "stagnated" (the step is usable), or
-    "not_positive_definite", "breakdown", "not_finite" (the step is zero or partial; `usable` is False for a zero one).
-    iterations: of CG, else 0. solver, reason: what ran and why. gain: g . delta.
+    step: (P,), to be subtracted from the parameters. status: "solved", "max_iterations", "stagnated", "progress" or
+    "truncated" (the step is usable), or "not_positive_definite", "breakdown", "not_finite" (the step is zero or partial;
+    `usable` is False for a zero one). iterations: of CG or LSMR, else 0. solver, reason: what ran and why. gain: g . delta.
     """
 
     step: torch.Tensor
@@ -36,11 +41,14 @@ class Solution:
     damping_diagonal: object = field(repr=False, default=None)
     known_residual_norm: float | None = None
     wide: bool = False                  # a float32 problem needed float64 sums
+    slack: float = 0.0                  # (g - A delta) . delta, 0 for an exact solve
+    path: tuple = field(repr=False, default=())            # earlier iterates: (iteration, step, gain, square, slack)
+    keep: dict = field(repr=False, default_factory=dict)   # what the next solve may start from
 
     @property
     def usable(self) -> bool:
         """True where the step descends the model."""
-        return self.status in ("solved", "max_iterations", "stagnated") or (self.status == "breakdown" and self.gain > 0)
+        return self.status in _USABLE or (self.status == "breakdown" and self.gain > 0)
 
     @property
     def advice(self) -> str:
@@ -49,15 +57,35 @@ class Solution:
 
     @property
     def predicted_reduction(self) -> float:
-        """Of the full step: g . delta - 1/2 delta . (J^T J + penalty) delta = 1/2 (g . delta + delta . mu D delta)."""
+        """Of the full step: g . delta - 1/2 delta . (J^T J + penalty) delta."""
         return self.reduction(1.0)
 
     def reduction(self, t: float) -> float:
         """Predicted reduction of the loss by the step t delta.
 
-        With A delta = g - mu D delta: t g.delta - t^2/2 delta.A delta. Exact solves only make it exact.
+        With e = g - (mu D + J^T J + penalty) delta, whose product with delta is the slack: t g.delta - t^2/2 (g.delta -
+        delta.mu D delta - e.delta).
         """
-        return t * self.gain - 0.5 * t * t * (self.gain - self.damped)
+        return t * self.gain - 0.5 * t * t * (self.gain - self.damped - self.slack)
+
+    def shortened(self) -> Solution | None:
+        """The last iterate kept that is at most half as long as this step, or None.
+
+        CG's iterates from zero grow in norm (Steihaug 1983, theorem 2.1), and each is the model's minimiser over its Krylov
+        space; so this is what CG would have answered with a trust radius of about half the step. Costs no product.
+        """
+        radius_square = 0.25 * float(self.step.double().square().sum())
+        fitting = [k for k, (_, _, gain, square, _) in enumerate(self.path) if square <= radius_square and gain > 0]
+        if not fitting:
+            return None
+        last = fitting[-1]
+        iteration, step, gain, square, slack = self.path[last]
+        step, D = step.to(self.step.dtype), self.damping_diagonal
+        damped = float((D * step.double()).dot(step.double())) if isinstance(D, torch.Tensor) else D * square
+        return replace(
+            self, step=step, status="truncated", reason=f"truncated at iteration {iteration} of {self.iterations}",
+            gain=gain, damped=damped, known_residual_norm=None, slack=slack, path=self.path[:last],
+        )
 
     @property
     def residual_norm(self) -> float:

@@ -54,6 +54,9 @@ def test_native_refuses_other_dtypes_and_auto_takes_another():
 DTYPES = (torch.float32, torch.float64)
 
 
+LIMITS = [1e-5] * 6 + [1e-4] * 4 + [1e-12] * 4 + [1e-9] * 2 + [1e-5] * 4
+
+
 def results(backend):
     """Products and steps of a network with odd sizes, in both dtypes."""
     found = []
@@ -64,7 +67,15 @@ def results(backend):
         lin = pgdfast.linearize(closure, model.parameters(), backend=backend)
         found += [lin.gram(), lin.dense(), lin.diagonal(), lin.gradient()]
         found += [
-            pgdfast.solve(lin, 0.1, solver=solver).step for solver in ("dual", "primal", "cg")
+            pgdfast.solve(lin, 0.1, solver=solver, cg=cg).step
+            for solver, cg in [
+                ("dual", None),
+                ("primal", None),
+                ("cg", None),
+                ("cg", pgdfast.CG(preconditioner="jacobi")),
+                ("cg", pgdfast.CG(preconditioner="nystrom")),
+                ("lsmr", pgdfast.CG(tolerance=1e-8)),
+            ]
         ]
     return found
 
@@ -88,7 +99,7 @@ def test_instruction_sets_agree(name, tmp_path):
     assert done.returncode == 0, done.stderr
     if name not in done.stdout:
         pytest.skip(f"this processor has no {name}; {done.stdout.strip()} was used")
-    limits = [1e-5] * 6 + [1e-4] + [1e-12] * 4 + [1e-9] * 2 + [1e-5]
+    limits = LIMITS
     for a, b, limit in zip(torch.load(out), results("torch"), limits, strict=True):
         assert relative(a, b) < limit
 
@@ -99,7 +110,7 @@ def test_every_blas_agrees():
     used = core.blas()
     try:
         assert core.select_blas("aten") == "aten"
-        limits = [1e-5] * 6 + [1e-4] + [1e-12] * 4 + [1e-9] * 2 + [1e-5]
+        limits = LIMITS
         for a, b, limit in zip(results("native"), results("torch"), limits, strict=True):
             assert relative(a, b) < limit
     finally:

@@ -239,7 +239,7 @@ def test_bad_options():
     params, closure = problem("mse", "one", 1, False)
     lin = pgdfast.linearize(closure, params)
     with pytest.raises(
-        ValueError, match="unknown solver 'qr'; use one of auto, dual, primal, cg, eigh"
+        ValueError, match="unknown solver 'qr'; use one of auto, dual, primal, cg, eigh, lsmr"
     ):
         pgdfast.solve(lin, 0.1, solver="qr")
     with pytest.raises(ValueError, match=r"scale has shape \(3,\); it must be \(13,\)"):

@@ -1,0 +1,108 @@
+"""LSMR: the damped least-squares problem without its normal equations, so that its condition is not squared.
+
+Source: D. C.-L. Fong and M. Saunders, LSMR: an iterative algorithm for sparse least-squares problems, SIAM J. Sci. Comput. 33
+(2011); letters and rotations as there. csrc/cpu/lsmr.cpp is the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .options import CG
+from .problem import Found, Problem
+
+
+def lsmr(problem: Problem, options: CG) -> Found:
+    """LSMR on [J W; damp I] y = [r - J q/d; 0], delta = q/d + W y, where W^-2 damp^2 = d.
+
+    Stops where its recurrence says ||A^T e|| <= tolerance ||A^T b||, e the residual: CG's test, in the variables y. The
+    backward errors of Fong and Saunders would allow atol = btol = tolerance; at 1e-6 that is one to three digits less
+    (bench/NOTES.md). Where they are a hundredth of the rounding unit it has "stagnated". residual_norm is the true one, of the
+    normal equations. Cost per iteration: one JVP and one VJP; three more products at the end.
+    """
+    lin, d = problem.linearization, problem.diagonal()
+    if problem.penalty is not None:
+        root, damp = d.rsqrt(), 1.0
+    else:
+        root, damp = None if problem.scale is None else problem.scale.to(lin.dtype).rsqrt(), math.sqrt(problem.mu)
+    run = lin.operator.lsmr if lin.operator.fused else _of(lin)
+    return Found(*run(lin.residual, d, root, damp, problem.q, options.max_iterations, options.tolerance))
+
+
+def _of(lin):
+    """LSMR in PyTorch with the signature of the native core's (kernels/native.py)."""
+
+    def run(*arguments):
+        return _lsmr(lin, *arguments)
+
+    return run
+
+
+def _rotation(a: float, b: float) -> tuple[float, float, float]:
+    """(c, s, r) with c a + s b = r, s a - c b = 0."""
+    r = math.hypot(a, b)
+    return (a / r, b / r, r) if r != 0 else (1.0, 0.0, 0.0)
+
+
+def _normalised(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return (x / norm if norm > 0 else x), norm
+
+
+def _lsmr(lin, r, d, root, damp, q, max_iterations, tolerance):
+    def scaled(x):
+        return x if root is None else root * x
+
+    offset = None if q is None else q / d
+    u, beta = _normalised(r if q is None else r - lin.jvp(offset))
+    v, alpha = _normalised(scaled(lin.vjp(u)))
+    x, h, hbar = torch.zeros_like(v), v.clone(), torch.zeros_like(v)
+    b_norm, lowest = beta, 0.01 * torch.finfo(v.dtype).eps
+    zetabar, alphabar, rho, rhobar, cbar, sbar, zeta = alpha * beta, alpha, 1.0, 1.0, 1.0, 0.0, 0.0
+    first = zetabar
+    betadd, betad, rhod, tautilde, thetatilde, rest, A_square = beta, 0.0, 1.0, 0.0, 0.0, 0.0, alpha**2
+    status, iterations = "solved" if zetabar == 0 else "max_iterations", 0
+    while status == "max_iterations" and iterations < max_iterations:
+        iterations += 1
+        u, beta = _normalised(lin.jvp(scaled(v)) - alpha * u)
+        A_square += beta**2
+        v, alpha = _normalised(scaled(lin.vjp(u)) - beta * v) if beta > 0 else (v, 0.0)
+        A_norm = math.sqrt(A_square + damp**2)
+        A_square += alpha**2
+
+        chat, shat, alphahat = _rotation(alphabar, damp)
+        rho_old, rhobar_old, zeta_old = rho, rhobar, zeta
+        c, s, rho = _rotation(alphahat, beta)
+        theta_new, thetabar, alphabar = s * alpha, sbar * rho, c * alpha
+        cbar, sbar, rhobar = _rotation(cbar * rho, theta_new)
+        if not rho * rhobar > 0:
+            status = "breakdown"
+            break
+        zeta, zetabar = cbar * zetabar, -sbar * zetabar
+        hbar = h - (thetabar * rho / (rho_old * rhobar_old)) * hbar
+        x = x + (zeta / (rho * rhobar)) * hbar
+        h = v - (theta_new / rho) * h
+
+        acute, check = chat * betadd, -shat * betadd
+        betahat, betadd = c * acute, -s * acute
+        ctilde, stilde, rhotilde = _rotation(rhod, thetabar)
+        thetatilde_old, thetatilde, rhod = thetatilde, stilde * rhobar, ctilde * rhobar
+        betad = -stilde * betad + ctilde * betahat
+        tautilde = (zeta_old - thetatilde_old * tautilde) / (rhotilde or math.nan)
+        tau = (zeta - thetatilde * tautilde) / (rhod or math.nan)
+        rest += check**2
+        e_norm = math.sqrt(rest + (betad - tau) ** 2 + betadd**2)
+        x_norm = float(torch.linalg.vector_norm(x))
+        if abs(zetabar) <= tolerance * first:
+            status = "solved"
+        elif e_norm <= lowest * (b_norm + A_norm * x_norm) or abs(zetabar) <= lowest * A_norm * e_norm:
+            status = "stagnated"
+    step = scaled(x) if q is None else scaled(x) + offset
+    g = lin.vjp(r) if q is None else lin.vjp(r) + q
+    error = g - (lin.vjp(lin.jvp(step)) + d * step)
+    g_norm = float(torch.linalg.vector_norm(g))
+    residual = float(torch.linalg.vector_norm(error)) / g_norm if g_norm > 0 else 0.0
+    dots = [float(torch.dot(a, step)) for a in (g, step, error)]
+    return step, status, iterations, residual, dots[0], dots[1], 0.0, dots[2]

@@ -1,0 +1,39 @@
+"""The memory that `auto` predicts, and what it leaves out for it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import mlp, rand
+
+import pgdfast
+
+
+def test_reason_names_what_was_left_out_for_memory(monkeypatch):
+    model = mlp(2, 3, 1)
+    x = rand(400, 2, seed=1)
+    lin = pgdfast.linearize(lambda: model(x), model.parameters())
+    names = pgdfast.solve.__globals__   # the name `solve` is the function's, not its package's
+    needed = names["predicted_bytes"](names["Problem"].of(lin, 0.1, None), pgdfast.CG())
+    assert needed["cg"] < needed["dual"]
+    monkeypatch.setitem(names, "memory_limit", lambda: 0.5 * (needed["dual"] + needed["primal"]))
+    assert "dual (0.0 GB) left out for memory" in pgdfast.solve(lin, 0.1).reason
+    for limit in (needed["cg"], 0.0):
+        monkeypatch.setitem(names, "memory_limit", lambda: limit)  # noqa: B023
+        solution = pgdfast.solve(lin, 0.1)
+        assert solution.solver == "cg" and "dual (0.0 GB) and primal (0.0 GB) left out" in solution.reason
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters of memory")
+@pytest.mark.parametrize("solver", ["dual", "cg"])
+def test_predicted_memory_is_within_a_factor_of_two(solver, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("memory_of_solve.py")), solver],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,   # away from the source folder, which has no core
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["status"] == "solved"
+    assert 0.5 < found["predicted"] / found["measured"] < 2, found
