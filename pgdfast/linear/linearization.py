@@ -76,11 +76,10 @@ class Linearizer:
 
     def read(self, result) -> Linearization:
         """The linearisation of a closure's result."""
-        with torch.no_grad():
-            trace = self._tracer.trace(result)
-        if trace.residual.numel() and not math.isfinite(trace.loss.item()):
+        trace = self._tracer.trace(result)
+        if not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
-                f"pgdfast.LM: the loss before the step is {float(trace.loss)}; nothing was changed. Check the data and the "
+                f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
             )
         if trace.program is None:
@@ -131,7 +130,7 @@ class Linearization:
     @property
     def has_squares_only(self) -> bool:
         """True without cross-entropies."""
-        return all(block.kind == "squares" for block in self._trace.blocks)
+        return self._trace.squares_only
 
     def widened(self) -> Linearization:
         """The same linearisation with products in float64, or itself where that is not to be had.

@@ -77,6 +77,11 @@ class Walker:
         self._number = {id(p): k for k, p in enumerate(params)}
         self._core = native.walker(params)
         self._known: dict[int, Structure] = {}
+        self.replays = self._core is not None
+
+    def read(self, result):
+        """What the core reads of a closure's result by a replay attached to its structure; None where none fits."""
+        return self._core.read(result)
 
     def walk(self, results: list[torch.Tensor]) -> Tape:
         """The tape below some tensors that require gradients."""
@@ -93,6 +98,14 @@ class Walker:
         self._known[number] = structure
         self._core.want(number, structure.wanted)
         return self._tape(structure, nodes)
+
+    def attach(self, core, replay, places: list[int]) -> None:
+        """Let `read` try the core's part of a replay; it answers with the replay and the wanted nodes at these places."""
+        self._core.attach(replay.structure.number, core, replay, places)
+
+    def detach(self, replay) -> None:
+        """Take that back."""
+        self._core.detach(replay.structure.number, replay)
 
     @staticmethod
     def _tape(structure: Structure, nodes: list) -> Tape:
