@@ -34,6 +34,8 @@ class _Plan:
 
         Where a gather reads the workspace it depends on the positions, and is found anew when those change.
         """
+        if self._rows is not None and not self._mixing:
+            return self._rows
         asked = [constants[k] for k in self._mixing]
         if self._rows is None or any(not torch.equal(a, b) for a, b in zip(asked, self._rows_for, strict=True)):
             self._rows = self._base.rows(constants) if self._base else row_layout(self.program, constants) or False
@@ -131,6 +133,11 @@ class Linearization:
     def has_squares_only(self) -> bool:
         """True without cross-entropies."""
         return self._trace.squares_only
+
+    @property
+    def tapeless(self) -> bool:
+        """True where the closure computes the same without gradients, bit for bit."""
+        return self._trace.tapeless
 
     def widened(self) -> Linearization:
         """The same linearisation with products in float64, or itself where that is not to be had.

@@ -25,7 +25,8 @@ class Trace:
     """A tape read at one point.
 
     loss: 0-dim, detached; value: the same as a number. residual: (M,), scaled so that the loss's gradient is J^T residual
-    (plus penalty). squares_only: no part of the loss is a cross-entropy. penalties: {parameter number: c} for
+    (plus penalty). squares_only: no part of the loss is a cross-entropy. tapeless: would the closure compute the same
+    without gradients? penalties: {parameter number: c} for
     c/2 ||theta||^2. program and constants: the linearisation, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
     """
@@ -34,6 +35,7 @@ class Trace:
     value: float
     residual: torch.Tensor
     squares_only: bool
+    tapeless: bool
     penalties: dict[int, float]
     program: Program | None
     constants: list
@@ -106,7 +108,8 @@ class Tracer:
                     if form is None:
                         return None
                     residual, penalties = self._residual(form, loss), form.penalties
-        return Trace(loss, value, residual, replay.squares_only, penalties, replay.program, constants)
+        tapeless = replay.structure.tapeless
+        return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
 
     def _trace(self, result) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
@@ -138,7 +141,7 @@ class Tracer:
         residual = self._residual(form, tensors[0])
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
-        trace = Trace(loss, loss.item(), residual, form.squares_only, form.penalties, None, [])
+        trace = Trace(loss, loss.item(), residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
         try:
             trace.program, trace.constants = self._program(tape, form, positions[0][0] if scalar and positions[0] else None)
             return trace
