@@ -53,7 +53,8 @@ def solve(
     found, wide = _run(name, problem, options, rcond, wide)
     step, status, iterations, residual_norm, gain, square, _ = found
     damped = problem.damped(step, square)
-    step = step.to(lin.dtype)
+    if step.dtype is not lin.dtype:
+        step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
         step, status, gain, damped = torch.zeros_like(step), "not_finite", 0.0, 0.0
     if name != "cg":
