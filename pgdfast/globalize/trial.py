@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import weakref
 
@@ -27,11 +26,15 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool) -> float:
         return _loss(closure)
     random = _random_state(params[0].device)
     try:
-        with _without_gradients(params):
-            return _loss(closure)
+        for p in params:
+            p.requires_grad_(False)
+        return _loss(closure)
     except RuntimeError as error:
         if not _REFUSED.search(str(error)):
             raise
+    finally:
+        for p in params:
+            p.requires_grad_(True)
     _need_tape.add(code)
     _restore(random)
     return _loss(closure)
@@ -49,17 +52,6 @@ def _loss(closure) -> float:
 def _code(closure):
     """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
     return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
-
-
-@contextlib.contextmanager
-def _without_gradients(params: list[torch.Tensor]):
-    try:
-        for p in params:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
 
 
 def _random_state(device: torch.device) -> tuple:
