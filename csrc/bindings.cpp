@@ -1,7 +1,8 @@
-// The only file that knows pybind11 and Python objects: unpacks tensors into pointers, checks them, releases the GIL.
+// The only file that knows pybind11: unpacks tensors into pointers, checks them, releases the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -11,6 +12,7 @@
 #include "cpu/simd.h"
 #include "cpu/solve.h"
 #include "plan/blas.h"
+#include "tape/replay.h"
 #include "tape/walk.h"
 
 namespace py = pybind11;
@@ -317,12 +319,99 @@ std::vector<at::Tensor> unpack(const py::list& tensors) {
   return result;
 }
 
-py::tuple walk(Walker& walker, const py::list& roots) {
-  const Walker::Walk found = walker.walk(unpack(roots));
+// A walker with the replays of the structures it knows, the one used last first; each with what its user attached to it and
+// the places of the nodes that its user asked for.
+struct Known {
+  std::shared_ptr<const Replay> replay;
+  py::object attached;
+  std::vector<std::size_t> places;
+};
+struct Reader : Walker {
+  using Walker::Walker;
+  std::unordered_map<int, std::vector<Known>> known;
+};
+
+py::tuple walk(Reader& reader, const py::list& roots) {
+  const Walker::Walk found = reader.walk(unpack(roots));
   py::list nodes(found.nodes.size());
   for (std::size_t i = 0; i < found.nodes.size(); ++i)
     PyList_SET_ITEM(nodes.ptr(), Py_ssize_t(i), torch::autograd::functionToPyObject(found.nodes[i]));
   return py::make_tuple(found.structure, found.fresh, nodes);
+}
+
+// (attached, loss, its value, residual or None, constants, nodes asked for) of a closure's result; None if no replay fits it.
+py::object read(Reader& reader, const py::object& result) {
+  const bool scalar = THPVariable_Check(result.ptr());
+  std::vector<at::Tensor> results;
+  if (scalar) results.push_back(THPVariable_Unpack(result.ptr()));
+  else if (py::isinstance<py::tuple>(result) || py::isinstance<py::list>(result))
+    for (py::handle item : result) {
+      if (!THPVariable_Check(item.ptr())) return py::none();
+      results.push_back(THPVariable_Unpack(item.ptr()));
+    }
+  const bool loss = scalar && results[0].dim() == 0;
+  for (const at::Tensor& t : results)
+    if (!t.requires_grad() || !t.is_floating_point() || (t.dim() == 0) != loss) return py::none();
+  if (results.empty()) return py::none();
+  try {
+    const Walker::Walk walk = reader.walk(results);
+    const auto found = reader.known.find(walk.structure);
+    if (walk.fresh || found == reader.known.end()) return py::none();
+    for (Known& known : found->second) {
+      Replay::Reading reading;
+      const auto outcome = known.replay->run(walk.nodes, results, loss, reading);
+      if (outcome == Replay::Outcome::raised) throw py::error_already_set();
+      if (outcome == Replay::Outcome::different) continue;
+      std::swap(known, found->second.front());
+      const Known& used = found->second.front();
+      py::list nodes(used.places.size());
+      for (std::size_t i = 0; i < used.places.size(); ++i)
+        PyList_SET_ITEM(nodes.ptr(), Py_ssize_t(i), torch::autograd::functionToPyObject(walk.nodes.at(used.places[i])));
+      const auto tensor = [](const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); };
+      return py::make_tuple(used.attached, tensor(reading.loss), reading.value, tensor(reading.residual),
+                            py::reinterpret_steal<py::object>(reading.constants.release()), nodes);
+    }
+    return py::none();
+  } catch (const py::error_already_set&) {
+    throw;
+  } catch (...) {   // PyTorch's own exceptions under their own names
+    torch::translate_exception_to_python(std::current_exception());
+    throw py::error_already_set();
+  }
+}
+
+void bind_tapes(py::module_& m) {
+  py::class_<Replay, std::shared_ptr<Replay>>(m, "Replay")
+      .def(py::init([](bool wide) { return std::make_shared<Replay>(wide ? at::kDouble : at::kFloat); }), py::arg("wide"))
+      .def("add_field",
+           [](Replay& r, int place, py::handle node, const std::string& name, int same, py::handle seen) {
+             const auto kind = static_cast<Replay::Same>(same);
+             if (kind != Replay::Same::value && !THPVariable_Check(seen.ptr())) throw py::type_error("expected a tensor");
+             if (!r.add_field(place, node.ptr(), name, kind, seen.ptr())) throw py::attribute_error(name);
+           })
+      .def("add_window", &Replay::add_window)
+      .def("add_number", &Replay::add_number)
+      .def("add_gap", &Replay::add_gap)
+      .def_property_readonly("num_fields", &Replay::num_fields)
+      .def("returned_residuals", &Replay::returned_residuals)
+      .def("scalar_loss", [](Replay& r, const std::vector<std::tuple<int, int, double>>& blocks) {
+        std::vector<Replay::Block> list;
+        for (const auto& [a, b, scale] : blocks) list.push_back({a, b, scale});
+        r.scalar_loss(std::move(list));
+      });
+  py::class_<Reader>(m, "Walker")
+      .def(py::init([](const py::list& params) { return new Reader(unpack(params)); }))
+      .def("walk", &walk)
+      .def("want", [](Reader& reader, int structure, std::vector<int> places) { reader.want(structure, std::move(places)); })
+      .def("read", &read)
+      .def("attach",
+           [](Reader& reader, int structure, std::shared_ptr<Replay> replay, py::object attached,
+              std::vector<std::size_t> places) {
+             reader.known[structure].push_back({std::move(replay), std::move(attached), std::move(places)});
+           })
+      .def("detach", [](Reader& reader, int structure, py::handle attached) {
+        std::erase_if(reader.known[structure], [&](const Known& known) { return known.attached.is(attached); });
+      });
 }
 
 // theta_l -= rate_l * direction_l for contiguous CPU parameters of one dtype; false, with nothing done, if one is not.
@@ -381,10 +470,7 @@ PYBIND11_MODULE(_C, m) {
   blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
   bind_plan<float>(m, "PlanFloat");
   bind_plan<double>(m, "PlanDouble");
-  py::class_<Walker>(m, "Walker")
-      .def(py::init([](const py::list& params) { return new Walker(unpack(params)); }))
-      .def("walk", &walk)
-      .def("want", &Walker::want);
+  bind_tapes(m);
   m.def("subtract", [](const py::list& params, const std::vector<double>& rates, py::handle direction) {
     if (!THPVariable_Check(direction.ptr())) throw py::type_error("direction must be a tensor");
     const std::vector<at::Tensor> tensors = unpack(params);

@@ -60,6 +60,7 @@ class _ReferenceLinearization:
     """A reference linearisation with the few names that LM asks for; penalties are rows of its Jacobian."""
 
     penalties: dict = {}
+    tapeless = False   # trials run as the closure is
 
     def __init__(self, found, dtype: torch.dtype):
         self.reference = found

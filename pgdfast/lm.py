@@ -139,7 +139,7 @@ class LM(torch.optim.Optimizer):
         except BaseException:
             move.undo()
             raise
-        if move.moved:
+        if move.moved and any(decays):
             move.decay(decays)
         report.advice = _advice(report, solution, failures)
         if self._rule.tries:
@@ -173,7 +173,7 @@ class LM(torch.optim.Optimizer):
         def evaluate(t):
             move.to(solution.step, t)
             report.trials += 1
-            return _loss_of(closure)
+            return globalize.trial_loss(closure, move.params, lin.tapeless)
 
         loss = report.loss
         if self._search is not None:
@@ -203,19 +203,17 @@ class LM(torch.optim.Optimizer):
         params, rates, decays = [], [], []
         for group in self.param_groups:
             rate = float(group["lr"])
-            for p in group["params"]:
-                if p.requires_grad:
-                    params.append(p)
-                    rates.append(rate)
-                    decays.append(rate * group["weight_decay"])
+            trained = [p for p in group["params"] if p.requires_grad]
+            params += trained
+            rates += [rate] * len(trained)
+            decays += [rate * group["weight_decay"]] * len(trained)
         if not params:
             raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
         return params, rates, decays
 
     def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
-        first = next(p for group in self.param_groups for p in group["params"])
-        memory = self.state[first]
+        memory = self.state[next(group["params"][0] for group in self.param_groups if group["params"])]
         if "step" not in memory:
             adaptive = self._rule.tries
             memory.update(step=0, wide=False, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
@@ -242,16 +240,6 @@ class LM(torch.optim.Optimizer):
             scales.append(state["scale"].reshape(-1))
         scale = torch.cat(scales)
         return torch.where(scale > 0, scale, 1.0)
-
-
-def _loss_of(closure) -> float:
-    """The loss at a trial point."""
-    with torch.enable_grad():
-        result = closure()
-    if isinstance(result, torch.Tensor) and result.dim() == 0:
-        return result.item()
-    parts = result if isinstance(result, (tuple, list)) else [result]
-    return 0.5 * sum(float(part.detach().double().square().sum()) for part in parts)
 
 
 def _model(lin, move, solution):

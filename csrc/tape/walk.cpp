@@ -84,7 +84,9 @@ Walker::Walk Walker::walk(const std::vector<at::Tensor>& roots) {
     }
     key_.push_back(std::int64_t(node.num_inputs()));
     for (std::uint32_t i = 0; i < node.num_inputs(); ++i) {
-      const auto shape = node.input_metadata(i).shape_as_dim_vector();
+      const auto& output = node.input_metadata(i);
+      key_.push_back(std::int64_t(c10::typeMetaToScalarType(output.options().dtype())));
+      const auto shape = output.shape_as_dim_vector();
       key_.push_back(std::int64_t(shape.size()));
       for (const auto& size : shape) key_.push_back(size.maybe_as_int().value_or(-1));
     }

@@ -1,4 +1,5 @@
-// Recognises the structure of an autograd tape: which operations, on which shapes, joined how, over which parameters.
+// Recognises the structure of an autograd tape: which operations, on which shapes and dtypes, joined how,
+// over which parameters.
 #pragma once
 
 #include <ATen/core/Tensor.h>

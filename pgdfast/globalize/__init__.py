@@ -3,5 +3,6 @@
 from .damping import RULES, Constant, Delayed, GainRatio, damping_rule
 from .line_search import Armijo, line_search
 from .move import Move
+from .trial import trial_loss
 
-__all__ = ["RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Move", "damping_rule", "line_search"]
+__all__ = ["RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Move", "damping_rule", "line_search", "trial_loss"]

@@ -16,10 +16,13 @@ class Move:
 
     def __init__(self, params: list[torch.Tensor], rates: list[float]):
         self.params, self.rates = params, rates
-        self._sizes = [p.numel() for p in params]
-        self._one_rate = rates[0] if all(rate == rates[0] for rate in rates) else None
+        self._one_rate = rates[0] if rates.count(rates[0]) == len(rates) else None
         self._saved: list[torch.Tensor] | None = None
         self.moved = False
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [p.numel() for p in self.params]
 
     @property
     def one_rate(self) -> float | None:
@@ -40,10 +43,11 @@ class Move:
         """Go to theta - t (rates * d), from wherever an earlier trial went."""
         if self.moved:
             self.undo()
-        if not native.subtract(self.params, [rate * t for rate in self.rates], direction):
+        rates = self.rates if t == 1.0 else [rate * t for rate in self.rates]
+        if not native.subtract(self.params, rates, direction):
             with torch.no_grad():
-                for p, part, rate in zip(self.params, direction.split(self._sizes), self.rates, strict=True):
-                    p.add_(part.view(p.shape).to(p.dtype), alpha=-rate * t)
+                for p, part, rate in zip(self.params, direction.split(self._sizes), rates, strict=True):
+                    p.add_(part.view(p.shape).to(p.dtype), alpha=-rate)
         self.moved = True
 
     @torch.no_grad()

@@ -37,6 +37,11 @@ def walker(params: list[torch.Tensor]):
     return None if _C is None else _C.Walker(params)
 
 
+def replay(dtype: torch.dtype):
+    """An empty reader of tapes for a program of this dtype (csrc/tape/replay.h); needs the core."""
+    return _C.Replay(wide=dtype == torch.float64)
+
+
 def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Tensor) -> bool:
     """theta_l -= rate_l * direction_l in one call; False, with nothing done, where the core cannot."""
     return _C is not None and _C.subtract(params, rates, direction)

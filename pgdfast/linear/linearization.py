@@ -34,6 +34,8 @@ class _Plan:
 
         Where a gather reads the workspace it depends on the positions, and is found anew when those change.
         """
+        if self._rows is not None and not self._mixing:
+            return self._rows
         asked = [constants[k] for k in self._mixing]
         if self._rows is None or any(not torch.equal(a, b) for a, b in zip(asked, self._rows_for, strict=True)):
             self._rows = self._base.rows(constants) if self._base else row_layout(self.program, constants) or False
@@ -76,11 +78,10 @@ class Linearizer:
 
     def read(self, result) -> Linearization:
         """The linearisation of a closure's result."""
-        with torch.no_grad():
-            trace = self._tracer.trace(result)
-        if trace.residual.numel() and not math.isfinite(trace.loss.item()):
+        trace = self._tracer.trace(result)
+        if not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
-                f"pgdfast.LM: the loss before the step is {float(trace.loss)}; nothing was changed. Check the data and the "
+                f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
             )
         if trace.program is None:
@@ -131,7 +132,12 @@ class Linearization:
     @property
     def has_squares_only(self) -> bool:
         """True without cross-entropies."""
-        return all(block.kind == "squares" for block in self._trace.blocks)
+        return self._trace.squares_only
+
+    @property
+    def tapeless(self) -> bool:
+        """True where the closure computes the same without gradients, bit for bit."""
+        return self._trace.tapeless
 
     def widened(self) -> Linearization:
         """The same linearisation with products in float64, or itself where that is not to be had.

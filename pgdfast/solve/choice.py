@@ -55,7 +55,8 @@ def solve(
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
     step, status, iterations, residual_norm, gain, square, _, slack, path = found
     damped = problem.damped(step, square)
-    step = step.to(lin.dtype)
+    if step.dtype is not lin.dtype:
+        step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
         step, status, gain, damped, slack, path = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0, ()
     if name not in ("cg", "lsmr"):

@@ -21,11 +21,15 @@ RECOGNISED = (
 
 @dataclass(slots=True)
 class Squares:
-    """w ||a - b||^2 with w constant: r = sqrt(2w) (a - b), S = sqrt(2w)."""
+    """w ||a - b||^2 with w constant: r = sqrt(2w) (a - b), S = sqrt(2w).
+
+    parts: where a and b were saved, as (position, field); empty for residuals that the closure returned.
+    """
 
     edges: tuple
     residual: torch.Tensor
     scale: float | torch.Tensor
+    parts: tuple = ()
     kind: str = "squares"
 
     def signature(self) -> tuple:
@@ -94,6 +98,11 @@ class Form:
     blocks: list = field(default_factory=list)
     penalties: dict[int, float] = field(default_factory=dict)
     consumed: set[int] = field(default_factory=set)
+
+    @property
+    def squares_only(self) -> bool:
+        """True without cross-entropies."""
+        return all(block.kind == "squares" for block in self.blocks)
 
 
 class UnrecognisedLoss(ValueError):
@@ -179,7 +188,7 @@ class _Reader:
 
     def multiply(self, position, node, edges, weight):
         if edges[0] is not None and edges[0] == edges[1]:
-            return self._square(edges[0], node._saved_self, weight)
+            return self._square(edges[0], position, weight)
         if edges[0] is not None and edges[1] is not None:
             raise UnrecognisedLoss("it multiplies two different quantities that both depend on the parameters")
         k = 0 if edges[0] is not None else 1
@@ -252,7 +261,8 @@ class _Reader:
 
     # Convex functions: end the walk with a block.
 
-    def _square(self, edge, value: torch.Tensor, weight):
+    def _square(self, edge, saver: int, weight):
+        """The squares of what stands at an edge; the node at `saver` saved it as its `self`."""
         position = edge[0]
         leaf = self.tape.leaf[position]
         if leaf >= 0 and not isinstance(weight, torch.Tensor):
@@ -262,20 +272,20 @@ class _Reader:
         if self.tape.name(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
             node, below = self.tape.nodes[position], self.tape.edges[position][0]
             self.form.consumed.add(position)
-            return self._square(below, node._saved_self, self._spread(position, node, below, weight))
+            return self._square(below, position, self._spread(position, node, below, weight))
         scale = _root_of(weight)
-        value = value.detach()
-        self.form.blocks.append(Squares((edge,), value * scale, scale))
+        value = self.tape.nodes[saver]._saved_self.detach()
+        self.form.blocks.append(Squares((edge,), value * scale, scale, ((saver, "_saved_self"),)))
         return ()
 
     def power(self, position, node, edges, weight):
         if node._saved_exponent != 2:
             raise UnrecognisedLoss(f"it raises a quantity to the power {node._saved_exponent:g}, not 2")
-        return self._square(edges[0], node._saved_self, weight)
+        return self._square(edges[0], position, weight)
 
     def dot(self, position, node, edges, weight):
         if edges[0] is not None and edges[0] == edges[1]:
-            return self._square(edges[0], node._saved_self, weight)
+            return self._square(edges[0], position, weight)
         if edges[0] is not None and edges[1] is not None:
             raise UnrecognisedLoss("it is a dot product of two different vectors that both depend on the parameters")
         return self.pull(position, node, edges, weight)
@@ -285,11 +295,12 @@ class _Reader:
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
         scale = _root_of(weight)
+        parts = (position, "_saved_self"), (position, "_saved_target")
         if edges[0] is None:
-            self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale))
+            self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale, parts[::-1]))
         else:
             kept = edges if edges[1] is not None else edges[:1]
-            self.form.blocks.append(Squares(kept, (a - b).mul_(scale), scale))
+            self.form.blocks.append(Squares(kept, (a - b).mul_(scale), scale, parts))
         return ()
 
     def negative_log_likelihood(self, position, node, edges, weight):

@@ -13,8 +13,9 @@ import torch
 from . import losses
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .replay import Replay, attach, block_constants
 from .simplify import simplify
-from .walk import Fallback, Tape, Walker, describe, rule_of
+from .walk import Fallback, Structure, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
 
@@ -23,28 +24,38 @@ _STRUCTURES_KEPT = 16
 class Trace:
     """A tape read at one point.
 
-    loss: 0-dim, detached. residual: (M,), scaled so that the loss's gradient is J^T residual (plus penalty). blocks: the
-    loss's convex parts. penalties: {parameter number: c} for c/2 ||theta||^2. program and constants: the linearisation, or
-    None where `missing` names an operation without a rule; then edges holds, per block, the autograd edges of its outputs.
+    loss: 0-dim, detached; value: the same as a number. residual: (M,), scaled so that the loss's gradient is J^T residual
+    (plus penalty). squares_only: no part of the loss is a cross-entropy. tapeless: would the closure compute the same
+    without gradients? penalties: {parameter number: c} for
+    c/2 ||theta||^2. program and constants: the linearisation, or None where `missing` names an operation without a rule;
+    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
     """
 
     loss: torch.Tensor
+    value: float
     residual: torch.Tensor
-    blocks: list
+    squares_only: bool
+    tapeless: bool
     penalties: dict[int, float]
     program: Program | None
     constants: list
     missing: str | None = None
+    blocks: list | None = None
     edges: list | None = None
 
 
 @dataclass(slots=True)
-class _Known:
-    """A program; which nodes of its tape have constants, with the inputs they need; the same for the loss's blocks."""
+class Known:
+    """A program; which nodes of its tape have constants, with the inputs they need and how many; its blocks' needs.
+
+    structure: of the tape. replay: how the core reads such tapes, once that has been found out.
+    """
 
     program: Program
-    with_constants: list[tuple[int, tuple[bool, ...]]]
+    structure: Structure
+    with_constants: list[tuple[int, tuple[bool, ...], int]]
     block_needs: list[tuple[bool, ...]]
+    replay: Replay | None = None
 
 
 class Tracer:
@@ -56,16 +67,22 @@ class Tracer:
         self.dtype = params[0].dtype
         for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
-        self._known: dict[tuple, _Known] = {}
+        self._known: dict[tuple, Known] = {}
+        self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
     def trace(self, result) -> Trace:
-        """Read what a closure returned; to be called without gradients.
+        """Read what a closure returned.
 
         result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those.
         Raises ValueError for results that cannot be linearised, each with what to do instead.
         """
         try:
-            return self._trace(result)
+            if self.replays:
+                trace = self._replay(result)
+                if trace is not None:
+                    return trace
+            with torch.no_grad():
+                return self._trace(result)
         except RuntimeError as error:
             if "already been freed" in str(error) or "second time" in str(error):
                 raise ValueError(
@@ -73,6 +90,26 @@ class Tracer:
                     "loss or the residuals without calling backward()."
                 ) from error
             raise
+
+    def _replay(self, result) -> Trace | None:
+        """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
+        read = self._walker.read(result)
+        if read is None:
+            return None
+        replay, loss, value, residual, constants, nodes = read
+        penalties = replay.penalties
+        if nodes:
+            with torch.no_grad():
+                tape = replay.tape(nodes)
+                if not replay.fill(tape, constants, self.dtype):
+                    return None
+                if residual is None:
+                    form = replay.form(tape, constants, self.dtype)
+                    if form is None:
+                        return None
+                    residual, penalties = self._residual(form, loss), form.penalties
+        tapeless = replay.structure.tapeless
+        return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
 
     def _trace(self, result) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
@@ -104,15 +141,17 @@ class Tracer:
         residual = self._residual(form, tensors[0])
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
+        trace = Trace(loss, loss.item(), residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
         try:
-            program, constants = self._program(tape, form)
-            return Trace(loss, residual, form.blocks, form.penalties, program, constants)
+            trace.program, trace.constants = self._program(tape, form, positions[0][0] if scalar and positions[0] else None)
+            return trace
         except Fallback as error:
             self._refuse_opaque(tape)
-            missing = error.operation
+            trace.missing = error.operation
         except UnsupportedStructure as error:
-            missing = str(error)
-        return Trace(loss, residual, form.blocks, form.penalties, None, [], missing, self._edges(tape, form))
+            trace.missing = str(error)
+        trace.blocks, trace.edges = form.blocks, self._edges(tape, form)
+        return trace
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""
@@ -141,7 +180,7 @@ class Tracer:
             return torch.empty(0, dtype=self.dtype, device=like.device)
         return torch.cat([part.to(self.dtype) for part in parts])
 
-    def _program(self, tape: Tape, form: losses.Form) -> tuple[Program, list]:
+    def _program(self, tape: Tape, form: losses.Form, root: int | None) -> tuple[Program, list]:
         number, nodes = tape.structure.number, tape.nodes
         work, key = [], [number]
         for position, rule in self._rules(tape, form):
@@ -157,19 +196,19 @@ class Tracer:
             known, constants = self._record(tape, form, work)
             if number >= 0:
                 if len(self._known) >= _STRUCTURES_KEPT:
-                    self._known.pop(next(iter(self._known)))
+                    forgotten = self._known.pop(next(iter(self._known)))
+                    if forgotten.replay is not None:
+                        self._walker.detach(forgotten.replay)
                 self._known[key] = known
             return known.program, constants
+        if self.replays and known.replay is None:   # seen twice, it may well come again
+            known.replay = attach(self._walker, known, tape, work, form, root)
         op = Refresh(self.dtype)
-        for k, needs in known.with_constants:
+        for k, needs, _ in known.with_constants:
             _, rule, values = work[k]
             op.needs = needs
             rule.apply(op, *values)
-        for block, needs in zip(form.blocks, known.block_needs, strict=True):
-            op.needs = needs
-            if any(needs):
-                block.apply(op)
-        return known.program, op.constants
+        return known.program, op.constants + block_constants(form.blocks, known.block_needs, self.dtype)
 
     @staticmethod
     def _rules(tape: Tape, form: losses.Form) -> list:
@@ -181,7 +220,7 @@ class Tracer:
             tape.structure.rules[consumed] = rules
         return rules
 
-    def _record(self, tape: Tape, form: losses.Form, work) -> tuple[_Known, list]:
+    def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)
         leaves = [whole(program.add_buffer(PARAMETER, p.numel()), p.shape) for p in self.params]
         slots: dict[tuple[int, int], Slot] = {}
@@ -198,7 +237,7 @@ class Tracer:
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
             if len(op.constants) > before:
-                with_constants.append((k, op.needs))
+                with_constants.append((k, op.needs, len(op.constants) - before))
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [None if e is None else slots[e] for e in block.edges]
@@ -209,7 +248,7 @@ class Tracer:
                 block.apply(op)
             block_needs.append(op.needs)
         simplify(program)
-        return _Known(program, with_constants, block_needs), op.constants
+        return Known(program, tape.structure, with_constants, block_needs), op.constants
 
 
 def _check_result(result, tensors) -> None:

@@ -7,6 +7,14 @@ import torch
 from ..kernels import native
 from .rules import RULES
 
+# Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
+# one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
+# but for leaves and losses.
+_CHOOSY = {"BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"}
+_PLAIN = {
+    "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
+    "LinalgVectorNormBackward0",
+}
 _RULE_OF_TYPE: dict[type, object] = {}
 
 
@@ -24,7 +32,7 @@ class Structure:
     number: identifies the structure. roots: (position, output) of each result. names: node types. leaf: number of the
     parameter that an AccumulateGrad node belongs to, else -1. active: does a parameter reach the node. edges: per node,
     (position, output) of each input that is active, else None. shapes: per node, of its outputs. wanted: positions of
-    the active nodes that are no leaves.
+    the active nodes that are no leaves. tapeless: would the operations compute the same, bit for bit, without gradients?
     """
 
     def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int]):
@@ -45,6 +53,7 @@ class Structure:
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
+        self.tapeless = not _CHOOSY.intersection(self.names) and all(n in RULES or n in _PLAIN for n in self.names)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
 
 
@@ -77,6 +86,11 @@ class Walker:
         self._number = {id(p): k for k, p in enumerate(params)}
         self._core = native.walker(params)
         self._known: dict[int, Structure] = {}
+        self.replays = self._core is not None
+
+    def read(self, result):
+        """What the core reads of a closure's result by a replay attached to its structure; None where none fits."""
+        return self._core.read(result)
 
     def walk(self, results: list[torch.Tensor]) -> Tape:
         """The tape below some tensors that require gradients."""
@@ -93,6 +107,14 @@ class Walker:
         self._known[number] = structure
         self._core.want(number, structure.wanted)
         return self._tape(structure, nodes)
+
+    def attach(self, core, replay, places: list[int]) -> None:
+        """Let `read` try the core's part of a replay; it answers with the replay and the wanted nodes at these places."""
+        self._core.attach(replay.structure.number, core, replay, places)
+
+    def detach(self, replay) -> None:
+        """Take that back."""
+        self._core.detach(replay.structure.number, replay)
 
     @staticmethod
     def _tape(structure: Structure, nodes: list) -> Tape:
