@@ -1,13 +1,10 @@
 """Prints the figures after the tests, in words and units that pytest-benchmark's own table does not have."""
 
-import platform
-
 import pytest
-import torch
 
 import pgdfast
 
-from .tables import TABLES, report
+from .tables import RESULTS, results, setting
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,26 +18,21 @@ def native_core():
 @pytest.fixture(scope="module")
 def lines(request):
     """A list of lines that are printed at the end of the run."""
-    return report(request.config, [])
+    found = []
+    results(request.config).notes.append(found)
+    return found
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    tables = [lines for lines in config.stash.get(TABLES, []) if lines]
-    if not tables:
+    found = config.stash.get(RESULTS, None)
+    if found is None:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("pgdfast benchmarks")
-    write(f"{_processor()}; Python {platform.python_version()}; PyTorch {torch.__version__}; "
-          + ", ".join(f"{key} {value}" for key, value in pgdfast.build_info().items() if "torch" not in key))
-    for lines in tables:
-        write("")
-        for line in lines:
-            write(line)
+    for line in found.lines():
+        terminalreporter.write_line(line)
 
 
-def _processor():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def pytest_sessionfinish(session):
+    found = session.config.stash.get(RESULTS, None)
+    if found is not None and setting("OUTPUT"):
+        found.write(setting("OUTPUT"))

@@ -1,4 +1,4 @@
-"""Run by test_memory.py in a process of its own: takes LM steps and prints what they took, as one line of JSON.
+"""Run by test_memory.py in a process of its own: takes LM steps on a problem and prints what they took, as a line of JSON.
 
 Resident memory is that of this process alone. On Linux its peak is VmHWM; ru_maxrss, the fallback, would there start at
 the size of the process that started this one.
@@ -10,6 +10,8 @@ import json
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 import pgdfast
 
@@ -30,6 +32,11 @@ def peak():
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident():
+    """Bytes that are resident now."""
+    return _status("VmRSS")
 
 
 def _status(field):
@@ -53,22 +60,44 @@ def heap():
     return info.uordblks + info.hblkhd
 
 
+def forget_peak():
+    """Let the peak start anew at what is resident now; False where the system cannot."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def warm_up():
+    """One dual step on a small network with what every step needs once: code, BLAS buffers, threads."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    x, y = torch.randn(64, 16), torch.randn(64, 4)
+    optimizer = pgdfast.LM(model.parameters(), damping_rule="constant", solver="dual")
+    optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
+
+
 def main():
     after_import = peak()
-    problem = problems().DIGITS
+    warm_up()
+    problem = problems().PROBLEMS[sys.argv[1]]
     model = problem.model()
     closure = problem.closure(model)
     optimizer = pgdfast.LM(
         model.parameters(), lr=1e-2, damping=problem.damping, damping_rule="constant", solver="dual"
     )
+    closure()
+    baseline = _resident() if forget_peak() else None
     heaps, peaks = [heap()], [peak()]
     for _ in range(STEPS):
         optimizer.step(closure)
         heaps.append(heap())
         peaks.append(peak())
     print(json.dumps({
-        "after_import": after_import, "heaps": heaps, "peaks": peaks, "solver": optimizer.report.solver,
-        "status": optimizer.report.status, "residuals": problem.residuals, "native": pgdfast.backends()["native"],
+        "after_import": after_import, "baseline": baseline, "heaps": heaps, "peaks": peaks, "solver": optimizer.report.solver,
+        "status": optimizer.report.status, "residuals": problem.residuals, "activations": problem.activations,
+        "native": pgdfast.backends()["native"],
     }))
 
 

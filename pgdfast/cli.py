@@ -1,8 +1,8 @@
 """The `pgdfast` command: reads the command line, hands on the work, returns an exit code.
 
-Exit codes: 0 done; 1 the results could not be written, `verify` found an error beyond its bound, or tasks of `run all`
-failed; 2 a value on the command line is wrong, or something that the command needs is missing (one line on stderr says
-which); 130 interrupted.
+Exit codes: 0 done; 1 the results could not be written, `verify` found an error or `bench` a time beyond its bound, or
+tasks of `run all` failed; 2 a value on the command line is wrong, or something that the command needs is missing (one
+line on stderr says which); 130 interrupted.
 """
 
 import argparse
@@ -69,6 +69,13 @@ def _verify(argv):
     return _with_own_options("pgdfast verify", verify, argv)
 
 
+def _bench(argv):
+    """`pgdfast bench [PROBLEM ...]`."""
+    from pgdfast import bench
+
+    return _with_own_options("pgdfast bench", bench, argv)
+
+
 def _report(argv):
     """`pgdfast report DIR`."""
     from pgdfast.tasks import report
@@ -83,7 +90,7 @@ def _with_own_options(prog, module, argv):
     return module.run(parser.parse_args(argv))
 
 
-_COMMANDS = {"run": _run, "report": _report, "verify": _verify}
+_COMMANDS = {"run": _run, "report": _report, "verify": _verify, "bench": _bench}
 
 
 def _command_parser():
@@ -95,7 +102,8 @@ def _command_parser():
         "  run TASK       train on one of the experiments; write pictures, numbers and a record\n"
         "  run all        train on every experiment, one after another, and make the report\n"
         "  report DIR     put the records and pictures in a folder on one page (HTML)\n"
-        "  verify [TASK]  compare the fast solver with the reference on every task\n\n"
+        "  verify [TASK]  compare the fast solver with the reference on every task\n"
+        "  bench          time steps and their parts beside other packages; tables and pictures\n\n"
         "'pgdfast COMMAND --help' says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

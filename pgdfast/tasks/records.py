@@ -21,8 +21,8 @@ class WriteError(Exception):
     """The results could not be written."""
 
 
-def prepare_folder(path):
-    """Make the folder `path` where missing, prove that a file can be made in it, and return it."""
+def prepare_folder(path, option="--out"):
+    """Make the folder `path`, which `option` named, where missing, prove that a file can be made in it, and return it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def prepare_folder(path):
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--out: got {str(path)!r} ({reason}); needed: a folder that can be made and written to"
+            f"{option}: got {str(path)!r} ({reason}); needed: a folder that can be made and written to"
         ) from error
     return path
 
