@@ -83,41 +83,33 @@ bool Cholesky<T>::factor(const T* matrix, index ld, index n, const T* added, int
       if (!work(matrix, ld, first, rows, p, block)) good = false;
   };
   diagonal(0, blocks_[0]);
-  std::atomic<index> next{0};
-  bool going = good;   // read by all threads between barriers, where nobody writes it
-  const auto run = [&](std::vector<T>& block, auto&& barrier) {
-    for (index first = 0; first + height < order_ && going; first += height) {
-      const index p0 = (first + height) / width_, groups = (count - p0 + kTilePanels - 1) / kTilePanels;
-      const index ahead = std::min(groups, height / group);   // the next diagonal block's columns, by one thread, then it
-      for (index item = next++; item < groups - ahead + 1 && good; item = next++) {
-        const index from = item == 0 ? 0 : ahead + item - 1, to = item == 0 ? ahead : from + 1;
-        for (index g = from; g < to && good; ++g)
-          if (!work(matrix, ld, first, height, p0 + g * kTilePanels, block)) good = false;
-        if (item == 0 && good) diagonal(first + height, block);
-      }
-      barrier();
+  // Per block of rows: first its part of the next diagonal block's columns and that block itself, by one thread, while others
+  // take the columns beyond. All threads go through all blocks, so that they meet; after a failure they do nothing there.
+  const index steps = (order_ - 1) / height;
+  std::vector<std::atomic<index>> next(static_cast<std::size_t>(steps));
+  for (std::atomic<index>& n : next) n = 0;
+  const auto step = [&](index number, std::vector<T>& block) {
+    const index first = number * height, p0 = (first + height) / width_, groups = (count - p0 + kTilePanels - 1) / kTilePanels;
+    const index ahead = std::min(groups, height / group);
+    std::atomic<index>& mine = next[std::size_t(number)];
+    for (index item = mine++; item < groups - ahead + 1 && good; item = mine++) {
+      const index from = item == 0 ? 0 : ahead + item - 1, to = item == 0 ? ahead : from + 1;
+      for (index g = from; g < to && good; ++g)
+        if (!work(matrix, ld, first, height, p0 + g * kTilePanels, block)) good = false;
+      if (item == 0 && good) diagonal(first + height, block);
     }
   };
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    {
-      run(blocks_[std::size_t(omp_get_thread_num())], [&] {
+    for (index number = 0; number < steps; ++number) {
+      step(number, blocks_[std::size_t(omp_get_thread_num())]);
 #pragma omp barrier
-#pragma omp single
-        {
-          next = 0;
-          going = good;
-        }
-      });
     }
     return good;
   }
 #endif
-  run(blocks_[0], [&] {
-    next = 0;
-    going = good;
-  });
+  for (index number = 0; number < steps; ++number) step(number, blocks_[0]);
   return good;
 }
 

@@ -116,7 +116,7 @@ class Packing {
   Packing(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work)
       : program_(program), layout_(layout), work_(work), s_(*program.structure) {}
 
-  std::vector<Side<T>> run(index explicit_columns) {
+  std::vector<Side<T>> run(index explicit_columns, int threads) {
     index size = 0, copied = 0;
     for (const Block& block : layout_.blocks) {
       size += panels_of(block.rows * block.sections) * explicit_columns;
@@ -124,12 +124,13 @@ class Packing {
         if (!touches(use, block)) continue;
         const MatMul& g = matmul(use);
         size += panels_of(block.rows) * g.k + panels_of(block.rows * block.sections) * g.m;
-        copied = std::max({copied, block.rows * g.k, block.rows * block.sections * g.m});
+        copied += block.rows * (g.k + block.sections * g.m);
       }
     }
     ensure(work_.packed, size * tiles<T>().width);
     ensure(work_.copy, copied);
     next_ = work_.packed.data();
+    copy_ = work_.copy.data();
     std::vector<Side<T>> sides;
     for (const Block& block : layout_.blocks) {
       Side<T> side{&block, block.rows * block.sections, {}, {}};
@@ -139,6 +140,10 @@ class Packing {
         side.explicit_rows = pack(side.count, explicit_columns, work_.rows.data() + block.base * explicit_columns, explicit_columns, 1);
       sides.push_back(std::move(side));
     }
+    each_item(threads, index(jobs_.size()), [&](index number, int) {
+      const Job& job = jobs_[std::size_t(number)];
+      tiles<T>().pack(job.count, job.depth, job.x, job.row, job.column, job.out, job.depth * tiles<T>().width);
+    });
     return sides;
   }
 
@@ -151,7 +156,9 @@ class Packing {
 
   Panels<T> pack(index count, index depth, const T* x, index row, index column) {
     const Panels<T> panels{next_, depth * tiles<T>().width, depth};
-    tiles<T>().pack(count, depth, x, row, column, next_, panels.stride);
+    const index piece = kPiece * tiles<T>().width;
+    for (index i = 0; i < count; i += piece)
+      jobs_.push_back({std::min(piece, count - i), depth, row, column, x + i * row, next_ + i * depth});
     next_ += panels_of(count) * panels.stride;
     return panels;
   }
@@ -168,32 +175,43 @@ class Packing {
     if (whole) {
       result.constants = pack(block.rows, g.k, c, g.cn, g.ck);
     } else {
-      copy(block, begin, end, 1, g.k, c, 0, g.cn, g.ck);
-      result.constants = pack(block.rows, g.k, work_.copy.data(), g.k, 1);
+      result.constants = pack(block.rows, g.k, copy(block, begin, end, 1, g.k, c, 0, g.cn, g.ck), g.k, 1);
     }
     if (whole && block.sections == 1) {
       result.cotangents = pack(block.rows, g.m, y, g.yn, g.ym);
     } else {
-      copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
-      result.cotangents = pack(block.rows * block.sections, g.m, work_.copy.data(), g.m, 1);
+      const T* ordered = copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
+      result.cotangents = pack(block.rows * block.sections, g.m, ordered, g.m, 1);
     }
     return result;
   }
 
-  void copy(const Block& block, index begin, index end, index sections, index depth, const T* x, index section, index row, index column) {
-    T* out = work_.copy.data();
+  // The rows of a block in K's order, section by section.
+  const T* copy(const Block& block, index begin, index end, index sections, index depth, const T* x, index section, index row,
+                index column) {
+    T *const start = copy_, *out = copy_;
+    copy_ += sections * block.rows * depth;
     for (index o = 0; o < sections; ++o)
       for (index i = block.r0; i < block.r0 + block.rows; ++i, out += depth) {
         if (i < begin || i >= end) std::memset(out, 0, sizeof(T) * std::size_t(depth));
         else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * section + (i - begin) * row, column, out, 1, true);
       }
+    return start;
   }
+
+  static constexpr index kPiece = 4;   // panels that one thread packs at a time
+  struct Job {
+    index count, depth, row, column;
+    const T* x;
+    T* out;
+  };
 
   const Bound<T>& program_;
   const RowLayout& layout_;
   Workspace<T>& work_;
   const Structure& s_;
-  T* next_ = nullptr;
+  std::vector<Job> jobs_;
+  T *next_ = nullptr, *copy_ = nullptr;
 };
 
 // Pointers to the panels of one group of columns.
@@ -290,16 +308,17 @@ void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index pane
     for (const Factors<T>& q : b.factors) {
       if (p.parameter != q.parameter) continue;
       const T weight = weights[p.parameter], shift = p.companion >= 0 ? weights[p.companion] : T(0);
-      const Group<T> constants(q.constants, shares ? 0 : panel, count);
-      const Group<T> cotangents(q.cotangents, panel, count);
+      const Group<T> constants(q.constants, shares ? 0 : panel, count), cotangents(q.cotangents, panel, count);
       for (index i = i0; i < i1; i += t.rows) {
         const index valid = std::min(t.rows, a.count - i);
+        const int from = same ? int(std::max<index>(i - j, 0) / t.width) : 0;   // panels left of the diagonal
+        T *s = scratch + from * t.width, *out = corner + i * ld + from * t.width;
         if (shares)
           spread(*shared, *a.block, i, valid, *b.block, j, columns, scratch);
         else
-          t.product(count, t.rows, p.constants.depth, row_of(p.constants, i), constants.at, scratch, columns, false);
-        t.scaled_product(count, valid, p.cotangents.depth, row_of(p.cotangents, i), cotangents.at, scratch, columns, weight,
-                         shift, corner + i * ld, ld, !first);
+          t.product(count - from, t.rows, p.constants.depth, row_of(p.constants, i), constants.at + from, s, columns, false);
+        t.scaled_product(count - from, valid, p.cotangents.depth, row_of(p.cotangents, i), cotangents.at + from, s, columns,
+                         weight, shift, out, ld, !first);
       }
       first = false;
       if (shares) ++shared;
@@ -307,8 +326,11 @@ void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index pane
   for (index l = 0; l < a.explicit_rows.depth; l += kDepth) {
     const index depth = std::min(kDepth, a.explicit_rows.depth - l);
     const Group<T> right(b.explicit_rows, panel, count, l);
-    for (index i = i0; i < i1; i += t.rows)
-      t.product(count, std::min(t.rows, a.count - i), depth, row_of(a.explicit_rows, i, l), right.at, corner + i * ld, ld, !first);
+    for (index i = i0; i < i1; i += t.rows) {
+      const int from = same ? int(std::max<index>(i - j, 0) / t.width) : 0;
+      t.product(count - from, std::min(t.rows, a.count - i), depth, row_of(a.explicit_rows, i, l), right.at + from,
+                corner + i * ld + from * t.width, ld, !first);
+    }
     first = false;
   }
   if (first)
@@ -330,14 +352,13 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   unit_sweeps(program, layout, work);
   const ExplicitColumns columns = explicit_columns(s, layout);
   if (columns.total > 0) explicit_rows(program, layout, weights, columns, work);
-  const std::vector<Side<T>> sides = Packing<T>(program, layout, work).run(columns.total);
-
   double depth = double(columns.total);
   for (const Use& use : layout.uses) {
     const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
     if (use.form == Form::factored) depth += double(g.m + g.k) * double(g.n) / double(layout.num_rows);
   }
   const int threads = threads_for(depth * double(s.num_residuals) * double(s.num_residuals));
+  const std::vector<Side<T>> sides = Packing<T>(program, layout, work).run(columns.total, threads);
   const SharedProducts<T> shared(sides, work, threads);
   // One item: a few rows of K with all columns from the diagonal on.
   const index group = kTilePanels * t.width;

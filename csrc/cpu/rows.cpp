@@ -109,12 +109,16 @@ template <class T>
 bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena) {
   const Structure& s = *program.structure;
   if (layout.max_sections != 1) return false;
-  for (const Use& use : layout.uses)
-    if (layout.row_width[std::size_t(s.instructions[std::size_t(use.instruction)].y)] == 0) return false;
+  std::vector<char> used(s.buffers.size(), 0);
+  for (const Use& use : layout.uses) {
+    const std::size_t y = std::size_t(s.instructions[std::size_t(use.instruction)].y);
+    if (layout.row_width[y] == 0) return false;
+    used[y] = 1;
+  }
   const Simd<T>& body = simd<T>();
   for (std::size_t b = 0; b < s.buffers.size(); ++b) {
     const index width = layout.row_width[b];
-    if (width == 0 || s.buffers[b].role != Role::workspace) continue;
+    if (!used[b]) continue;
     const T* unit = work.arenas.data() + s.buffers[b].offset;
     T* scaled = arena + s.buffers[b].offset;
     const index rows = s.buffers[b].size / width;

@@ -1,6 +1,7 @@
 // Included by one file per instruction set, after simd_body.inl, with PGDFAST_ISA, the bytes of its vectors and the rows
 // of a tile defined: as many accumulators as its registers hold. Internal linkage, no library template, as there.
 #include <type_traits>
+#include <utility>
 
 #include "tiles.h"
 
@@ -142,29 +143,35 @@ void scaled_product(int panels, index valid, index depth, const T* a, const T* c
   else scaled_product_of<T, 3>(valid, depth, a, b, s, lds, weight, shift, out, ld, add);
 }
 
-// Transposes `width` vectors in place: exchanges off-diagonal blocks of size 1, 2, 4, ...
+// Exchanges the off-diagonal blocks of size s of a square of `width` vectors.
+#if defined(__GNUC__) && !defined(__clang__)
+template <class T, int s, std::size_t... lane>
+inline void exchange(Vector<T>* v, std::index_sequence<lane...>) {
+  constexpr int width = Lanes<T>::count;
+  using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Integer Mask __attribute__((vector_size(PGDFAST_VECTOR_BYTES)));
+  const Mask low = {Integer(int(lane) & s ? width + int(lane) - s : int(lane))...};
+  const Mask high = {Integer(int(lane) & s ? width + int(lane) : int(lane) + s)...};
+  PGDFAST_UNROLL
+  for (int i = 0; i < width; ++i) {
+    if (i & s) continue;
+    const Vector<T> a = v[i], b = v[i + s];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + s] = __builtin_shuffle(a, b, high);
+  }
+}
+#endif
+
+// Transposes `width` vectors in place.
 template <class T>
 inline void transpose(Vector<T>* v) {
   constexpr int width = Lanes<T>::count;
 #if defined(__GNUC__) && !defined(__clang__)
-  using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-  typedef Integer Mask __attribute__((vector_size(PGDFAST_VECTOR_BYTES)));
-  PGDFAST_UNROLL
-  for (int s = 1; s < width; s *= 2) {
-    Mask low, high;
-    PGDFAST_UNROLL
-    for (int l = 0; l < width; ++l) {
-      low[l] = (l & s) ? width + l - s : l;
-      high[l] = (l & s) ? width + l : l + s;
-    }
-    PGDFAST_UNROLL
-    for (int i = 0; i < width; ++i) {
-      if (i & s) continue;
-      const Vector<T> a = v[i], b = v[i + s];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + s] = __builtin_shuffle(a, b, high);
-    }
-  }
+  constexpr auto lanes = std::make_index_sequence<std::size_t(width)>();
+  if constexpr (width > 1) exchange<T, 1>(v, lanes);
+  if constexpr (width > 2) exchange<T, 2>(v, lanes);
+  if constexpr (width > 4) exchange<T, 4>(v, lanes);
+  if constexpr (width > 8) exchange<T, 8>(v, lanes);
 #else
   T plain[width][width];
   for (int i = 0; i < width; ++i) Lanes<T>::store(plain[i], v[i]);

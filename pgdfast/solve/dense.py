@@ -10,7 +10,9 @@ import torch
 
 from .problem import WIDE_FACTOR, Found, Problem
 
-_ROUNDS, _REFINED = 6, 1e-7   # of refinement: at most, and the relative error of the solution to be reached
+# Refinement: rounds at most, the relative error to be reached, and the first correction's relative size beyond which so many
+# rounds would be needed that summing and factoring in float64 is quicker (measured on PINNs, whose products are dear).
+_ROUNDS, _REFINED, _WORTHWHILE = 6, 1e-7, 3e-3
 
 
 def dual(problem: Problem) -> Found:
@@ -64,8 +66,8 @@ def primal(problem: Problem) -> Found:
 def refined(name: str, problem: Problem, found: Found) -> Found | None:
     """The same solve, refined in float64: residuals by float64 products, corrections by the float32 factor that is held.
 
-    name: "dual" or "primal"; found: its float32 result. None where the core holds no such factor, or the corrections do not
-    shrink: the matrix is too ill-conditioned for its float32 factor. Cost: two products and one solve with the factor per
+    name: "dual" or "primal"; found: its float32 result. None where the core holds no such factor, or the corrections shrink too
+    slowly: the matrix is too ill-conditioned for its float32 factor. Cost: two products and one solve with the factor per
     round, two rounds as a rule.
     Source: Wilkinson (1963); Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 12.
     """
@@ -114,16 +116,17 @@ def _refined_primal(problem, wide, core, product, found):
 
 
 def _corrected(core, x: torch.Tensor, residual):
-    """(x, last correction) after rounds of x += F^-1 residual(x), F the factor held; (None, None) if that does not converge.
+    """(x, last correction) after rounds of x += F^-1 residual(x), F the factor held; (None, None) if that is not worthwhile.
 
     The error after a round is about the last correction times the rate at which corrections shrink.
     """
-    before = float(torch.linalg.vector_norm(x))
+    before, least = float(torch.linalg.vector_norm(x)), _WORTHWHILE
     for _ in range(_ROUNDS):
         correction = core.correct(residual(x).to(core.dtype))
         size = float(torch.linalg.vector_norm(correction.double()))
-        if not size <= 0.5 * before:
+        if not size <= least * before:
             break
+        least = 0.1
         x = x + correction
         rate, before = size / before if before > 0 else 0.0, size
         if size * rate <= _REFINED * float(torch.linalg.vector_norm(x)):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from .cg import SLOTS
 from .options import CG, Nystrom
 from .problem import WIDE_FACTOR, Problem
