@@ -228,6 +228,12 @@ class Plan {
   index M() const { return solver_.structure.num_residuals; }
   index P() const { return solver_.structure.num_parameters; }
   double flops() const { return solver_.structure.flops; }
+  // Into how many rows each part of the program can be cut; 1: it cannot.
+  std::vector<index> rows_of_parts() const {
+    std::vector<index> rows;
+    for (const Component& part : solver_.structure.parts) rows.push_back(part.rows);
+    return rows;
+  }
   bool normal_pays() const { return solver_.normal_pays(); }
   index arena_size() const { return solver_.structure.arena_size; }
 
@@ -458,6 +464,7 @@ void bind_plan(py::module_& m, const char* name) {
       .def_property_readonly("num_parameters", &P::P)
       .def_property_readonly("flops", &P::flops)
       .def_property_readonly("normal_pays", &P::normal_pays)
+      .def_property_readonly("rows_of_parts", &P::rows_of_parts)
       .def_property_readonly("arena_size", &P::arena_size);
 }
 

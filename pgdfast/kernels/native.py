@@ -85,6 +85,11 @@ class Kernels:
         )
 
     @property
+    def rows_of_parts(self) -> list[int]:
+        """Into how many rows each independent part of the program can be cut for its sweeps; 1: it cannot."""
+        return self._plan.rows_of_parts
+
+    @property
     def sums_sections(self) -> bool:
         """Whether J^T J comes from factors summed over the outputs of a row, without J; known once there are rows."""
         return self._plan.normal_pays
