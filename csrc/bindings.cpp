@@ -1,4 +1,5 @@
 // The only file that knows pybind11: unpacks tensors into pointers, checks them, releases the GIL.
+#include <ATen/Parallel.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,6 +25,12 @@ template <class T>
 constexpr at::ScalarType scalar_type = std::is_same_v<T, float> ? at::kFloat : at::kDouble;
 
 const char* blas_name = "none";
+
+// While the core works: no GIL, and as many threads as PyTorch may use at that moment.
+struct Running {
+  Running() { max_threads = at::get_num_threads(); }
+  py::gil_scoped_release release;
+};
 
 // A contiguous CPU tensor of T with exactly `count` elements, as a pointer.
 template <class T>
@@ -137,29 +144,29 @@ class Plan {
   void jvp(py::handle v, py::handle u) {
     const T* from = pointer<T>(v, P(), "v");
     T* to = pointer<T>(u, M(), "u");
-    py::gil_scoped_release release;
+    const Running running;
     pgdfast::jvp(solver_.program, from, to, solver_.arena_data());
   }
   void vjp(py::handle u, py::handle v) {
     const T* from = pointer<T>(u, M(), "u");
     T* to = pointer<T>(v, P(), "v");
-    py::gil_scoped_release release;
+    const Running running;
     pgdfast::vjp(solver_.program, from, to, solver_.arena_data());
   }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");
-    py::gil_scoped_release release;
+    const Running running;
     pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
   }
   void gram(py::handle K) {
     require_rows("gram");
     T* to = pointer<T>(K, M() * M(), "K");
-    py::gil_scoped_release release;
+    const Running running;
     solver_.gram_matrix(to);
   }
   void diagonal(py::handle d) {
     T* to = pointer<T>(d, P(), "d");
-    py::gil_scoped_release release;
+    const Running running;
     pgdfast::diagonal(solver_.program, solver_.layout, solver_.work, to);
   }
   py::tuple dual(py::handle r, py::handle weights, double shift, py::handle q, py::handle delta) {
@@ -183,7 +190,7 @@ class Plan {
     const index n = solver_.held == Solver<T>::Held::gram ? M() : P();
     const T* from = pointer<T>(b, n, "b");
     T* to = pointer<T>(x, n, "x");
-    py::gil_scoped_release release;
+    const Running running;
     solver_.correct(from, to);
   }
   void dual_vector(py::handle y) {
@@ -254,7 +261,7 @@ class Plan {
   py::tuple solved(F&& run) {
     Outcome outcome;
     {
-      py::gil_scoped_release release;
+      const Running running;
       outcome = run();
     }
     return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square,
@@ -485,7 +492,6 @@ PYBIND11_MODULE(_C, m) {
     return d.scalar_type() == at::kFloat ? subtract<float>(tensors, rates, d) : subtract<double>(tensors, rates, d);
   });
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
-  m.def("set_max_threads", [](int count) { max_threads = count; });
   m.def("instruction_set", [] { return std::string(simd_name()); });
   m.def("blas", [] { return std::string(blas_name); });
   m.def("select_blas", [](const std::string& name) { return std::string(blas_name = fill_blas(name.c_str())); });

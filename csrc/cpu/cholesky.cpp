@@ -52,7 +52,8 @@ bool Cholesky<T>::work(const T* matrix, index ld, index first, index rows, index
     for (index i = 0; i < rows; i += t.rows) {
       const index r = first + i;
       if (column + columns <= r) break;
-      t.product(panels, t.rows, depth, panel(r / width_) + k * width_ + r % width_, b, block.data() + i * columns, columns, true);
+      t.product(panels, t.rows, depth, panel(r / width_) + k * width_ + r % width_, b, block.data() + i * columns, columns,
+                true);
     }
   }
   for (index i = 0; i < rows * columns; ++i) block[std::size_t(i)] = -block[std::size_t(i)];

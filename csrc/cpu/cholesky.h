@@ -1,7 +1,8 @@
 // Cholesky of a symmetric positive definite matrix, U^T U, on packed panels.
 //
 // Rows of U are found from the top, block by block of rows, each from the rows above it ("left-looking"): every element is
-// written once, and all products run over panels that are already packed. Column panel p of U holds rows 0 .. (p + 1) width - 1.
+// written once, and all products run over panels that are already packed. Column panel p of U holds rows 0 to
+// (p + 1) width - 1.
 #pragma once
 
 #include <vector>
@@ -13,7 +14,8 @@ namespace pgdfast {
 template <class T>
 class Cholesky {
  public:
-  // Factors matrix + diag(added), of which the upper triangle is read: row-major, rows `ld` apart. False if it is not positive definite to working precision. Costs n^3 / 3 operations.
+  // Factors matrix + diag(added), of which the upper triangle is read: row-major, rows `ld` apart. False if it is not
+  // positive definite to working precision. Costs n^3 / 3 operations.
   bool factor(const T* matrix, index ld, index n, const T* added, int threads);
   // x <- (U^T U)^-1 x. Costs 2 n^2 operations.
   void solve(T* x) const;

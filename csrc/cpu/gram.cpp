@@ -137,7 +137,8 @@ class Packing {
       for (const Use& use : layout_.uses)
         if (touches(use, block)) side.factors.push_back(factors(use, block));
       if (explicit_columns > 0)
-        side.explicit_rows = pack(side.count, explicit_columns, work_.rows.data() + block.base * explicit_columns, explicit_columns, 1);
+        side.explicit_rows =
+            pack(side.count, explicit_columns, work_.rows.data() + block.base * explicit_columns, explicit_columns, 1);
       sides.push_back(std::move(side));
     }
     each_item(threads, index(jobs_.size()), [&](index number, int) {
@@ -271,7 +272,9 @@ class SharedProducts {
 
   static bool needed(const Side<T>& a, const Side<T>& b) { return a.block->sections > 1 || b.block->sections > 1; }
   // Of the pair of blocks (a, b), a <= b, in the order of their pairs of uses.
-  const Shared<T>* of(std::size_t a, std::size_t b) const { return products_.data() + start_[a * sides_ - a * (a + 1) / 2 + b]; }
+  const Shared<T>* of(std::size_t a, std::size_t b) const {
+    return products_.data() + start_[a * sides_ - a * (a + 1) / 2 + b];
+  }
 
  private:
   std::size_t sides_ = 0;

@@ -12,7 +12,8 @@ template <class T>
 index gram_stride(index num_residuals);
 
 // K in K index order (see Block), row-major, gram_stride elements to a row. The upper triangle is right, what is left of
-// the diagonal is not. `weights` has one factor per parameter buffer. Costs M^2 (m + k) a use, m and k the sizes of its factors.
+// the diagonal is not. `weights` has one factor per parameter buffer. Costs M^2 (m + k) a use with
+// factors of m and k columns.
 template <class T>
 void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Workspace<T>& work, T* K);
 

@@ -115,8 +115,10 @@ class Outers {
     const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
     Outer<T> result{&block, use.parameter, parameter + op.x_offset, m, k, g.xm, g.xk, next_, nullptr};
     for (index o = 0; o < block.sections; ++o)
-      pack_rows(m, block, begin, end, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size) + (begin - use.row0) * g.yn, g.ym, g.yn);
-    result.c = pack_rows(k, block, begin, end, program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn, g.ck, g.cn);
+      pack_rows(m, block, begin, end, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size) + (begin - use.row0) * g.yn,
+                g.ym, g.yn);
+    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
+    result.c = pack_rows(k, block, begin, end, c, g.ck, g.cn);
     return result;
   }
 
@@ -132,7 +134,8 @@ template <class T>
 void weighted(const T* u, index u_count, index element, const T* v, index v_count, index sections, index rows, index begin,
               index depth, T* out) {
   const Tiles<T>& t = tiles<T>();
-  const index stride = rows * t.width, u_panels = (u_count + t.width - 1) / t.width, v_panels = (v_count + t.width - 1) / t.width;
+  const auto panels_of = [&](index count) { return (count + t.width - 1) / t.width; };
+  const index stride = rows * t.width, u_panels = panels_of(u_count), v_panels = panels_of(v_count);
   for (index p = 0; p < v_panels; ++p)
     for (index o = 0; o < sections; ++o)
       t.scale_panel(depth, u + (o * u_panels + element / t.width) * stride + begin * t.width + element % t.width,

@@ -171,6 +171,7 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
   unit_sweeps(program, layout, work);
   std::vector<int> uses(std::size_t(s.num_parameter_buffers), 0);
   for (const Use& use : layout.uses) ++uses[std::size_t(use.parameter)];
+  const auto square = [](T x) { return x * x; };
   std::vector<T> squares_c, squares_y, rows;
   for (int l = 0; l < s.num_parameter_buffers; ++l) {
     const Buffer& buffer = s.buffers[std::size_t(l)];
@@ -188,8 +189,8 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
           squares_c.resize(std::size_t(g.k * g.n));
           squares_y.resize(std::size_t(g.m * g.n));
           for (index n = 0; n < g.n; ++n) {
-            for (index k = 0; k < g.k; ++k) squares_c[std::size_t(n * g.k + k)] = c[k * g.ck + n * g.cn] * c[k * g.ck + n * g.cn];
-            for (index m = 0; m < g.m; ++m) squares_y[std::size_t(n * g.m + m)] = y[m * g.ym + n * g.yn] * y[m * g.ym + n * g.yn];
+            for (index k = 0; k < g.k; ++k) squares_c[std::size_t(n * g.k + k)] = square(c[k * g.ck + n * g.cn]);
+            for (index m = 0; m < g.m; ++m) squares_y[std::size_t(n * g.m + m)] = square(y[m * g.ym + n * g.yn]);
           }
           gemm<T>(g.m, g.k, g.n, T(1), squares_y.data(), 1, g.m, squares_c.data(), g.k, 1, T(1),
                   d + buffer.offset + op.x_offset, g.xm, g.xk);
@@ -205,7 +206,8 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
 
 #define PGDFAST_INSTANTIATE(T)                                                                   \
   template void unit_sweeps<T>(const Bound<T>&, const RowLayout&, Workspace<T>&);                \
-  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*, const std::vector<index>&, index, T*, index, Folding); \
+  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*,              \
+                            const std::vector<index>&, index, T*, index, Folding);               \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
   template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);

@@ -91,8 +91,9 @@ bool Solver<T>::normal_pays() const {
     else explicit_columns += double(structure.buffers[std::size_t(use.parameter)].size);
   }
   // Explicit columns pass through products of single elements, about eight times as slow, and sums over sections.
-  const double own = factored * factored + (8 + 3 * double(layout.max_sections)) * explicit_columns * (factored + explicit_columns);
-  return double(layout.num_rows) * own < double(structure.num_residuals) * double(structure.num_parameters) * double(structure.num_parameters);
+  const double single = explicit_columns * (factored + explicit_columns), P = double(structure.num_parameters);
+  const double own = factored * factored + (8 + 3 * double(layout.max_sections)) * single;
+  return double(layout.num_rows) * own < double(structure.num_residuals) * P * P;
 }
 
 template <class T>
@@ -110,7 +111,8 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
       BlasThreads threads(threads_for(double(M) * double(P) * double(P)));
       constexpr index width = 256;   // upper triangle by row panels
       for (index j = 0; j < P; j += width)
-        gemm<T>(std::min(width, P - j), P - j, M, T(1), J.data() + j, 1, P, J.data() + j, P, 1, T(0), matrix.data() + j * ld + j, ld, 1);
+        gemm<T>(std::min(width, P - j), P - j, M, T(1), J.data() + j, 1, P, J.data() + j, P, 1, T(0),
+                matrix.data() + j * ld + j, ld, 1);
     }
     held = Held::normal;
   }

@@ -61,7 +61,8 @@ struct Solver {
   Outcome primal(const T* r, const T* d, const T* q, T* delta);
   // The same by preconditioned conjugate gradients. Arrival is judged by the true residual, which is recomputed every 50
   // iterations and whenever the recurrence claims to have arrived; CG restarts from it where the two differ, until that no
-  // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path, gets one entry per slot.
+  // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path,
+  // gets one entry per slot.
   Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
   // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
   // W or null. Stops where its recurrence says ||A^T e|| <= tolerance ||A^T b||, e the residual, or where the backward errors

@@ -304,6 +304,7 @@ void backward(const Bound<T>& program, const Memory<T>& memory, const Instructio
   }
 }
 
+constexpr index kLargeWeight = 1 << 23;   // bytes of a weight that is better read once, by a product on all threads
 constexpr index kCache = 1 << 20;   // bytes of a few rows' buffers and constants that stay in the second-level cache
 
 // Rows of a component to take at once: few enough for the cache, many enough for products with its largest weight, which
@@ -314,6 +315,7 @@ index pieces_of(const Component& part, int threads) {
   const index cached = kCache / std::max<index>(2 * part.row_elements * index(sizeof(T)), 1);
   const index least = std::clamp<index>(part.largest_weight * index(sizeof(T)) / 4096, 16, 512);
   const index pieces = (part.rows - 1) / std::max(cached, least) + 1;
+  if (part.largest_weight * index(sizeof(T)) >= kLargeWeight) return pieces;
   return std::min(part.rows, (pieces + threads - 1) / threads * threads);
 }
 

@@ -14,7 +14,8 @@ template <class T>
 struct Tiles {
   index width;   // rows of a panel: one vector
   index rows;    // rows of a tile; divides width
-  // Packs x (count x depth, given by strides) into ceil(count / width) panels, `panel` elements apart, zeros behind the last row.
+  // Packs x (count x depth, given by strides) into ceil(count / width) panels, `panel` elements apart, with zeros
+  // behind the last row.
   void (*pack)(index count, index depth, const T* x, index row, index column, T* out, index panel);
   // out[i, j] (+)= sum_l a[l * width + i] b_j[l * width + j'] for `valid` rows i and the columns of `panels` panels b.
   void (*product)(int panels, index valid, index depth, const T* a, const T* const* b, T* out, index ld, bool add);

@@ -106,7 +106,8 @@ std::vector<Component> components(const Structure& s) {
     for (const RowCut& cut : component.cuts) {
       const Instruction& op = s.instructions[std::size_t(cut.instruction)];
       for (const Dim& dim : dims_of(op)) sizes.insert(dim.size);
-      if (op.kind == Kind::matmul) component.largest_weight = std::max(component.largest_weight, op.matmul.k * std::min(op.matmul.m, op.matmul.n));
+      if (op.kind == Kind::matmul)
+        component.largest_weight = std::max(component.largest_weight, op.matmul.k * std::min(op.matmul.m, op.matmul.n));
     }
     sizes.insert(common);
     for (auto rows = sizes.rbegin(); rows != sizes.rend() && *rows > 1; ++rows)

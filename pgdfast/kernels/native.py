@@ -66,7 +66,6 @@ class Kernels:
 
     def bind(self, constants: list) -> None:
         """Point the plan at these constants, which it keeps alive."""
-        _C.set_max_threads(torch.get_num_threads())
         if not self._plan.bind(constants):
             raise RuntimeError("pgdfast: a tape of known structure holds tensors of another layout; please report this.")
         self._constants = constants
