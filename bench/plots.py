@@ -112,8 +112,8 @@ def _name_ends(axes, found, colors, left, right):
         axes.annotate(
             NAMES[row], xy=(x[-1], y[-1]), xytext=(1.03, at), textcoords="axes fraction", color=colors[row], fontsize=9.5,
             va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colors[row], "linewidth": 0.6, "alpha": 0.6,
-                        "shrinkB": 3, "relpos": (0, 0.5)} if end < 0.9 or abs(at - share[list(found).index(row)]) > 0.03 else None)
+            arrowprops=None if end >= 0.9 and abs(at - share[list(found).index(row)]) <= 0.03 else {
+                "arrowstyle": "-", "color": colors[row], "linewidth": 0.6, "alpha": 0.6, "shrinkB": 3, "relpos": (0, 0.5)})
 
 
 if __name__ == "__main__":
