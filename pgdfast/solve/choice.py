@@ -9,7 +9,7 @@ from .cg import cg as run_cg
 from .lsmr import lsmr
 from .memory import memory_limit, predicted_bytes
 from .options import CG
-from .problem import WIDE_FACTOR, Found, Problem
+from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
 SOLVERS = ("auto", "dual", "primal", "cg", "eigh", "lsmr")
@@ -18,10 +18,9 @@ SOLVERS = ("auto", "dual", "primal", "cg", "eigh", "lsmr")
 # factor, an eigendecomposition counted in operations of a Cholesky, and CG's narrow products.
 _CHOLESKY, _EIGH, _SWEEP = 1.5, 25.0, 1.5
 # In float32 a step's relative error is about 1e-8 of the condition number of the damped matrix, which the trace of
-# J D^-1 J^T bounds; beyond these the step is refined with float64 products, or where the matrix is so small that this saves
-# nothing, or the float32 factor too poor, summed and factored in float64 (measured: bench/NOTES.md).
+# J D^-1 J^T bounds. Beyond these the step is refined with float64 products; up to DOUBLE_FACTOR, where that saves nothing, and
+# where the float32 factor is too poor for it, it is summed and factored in float64 (measured: bench/NOTES.md).
 _NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
-_DIRECT_IN_FLOAT64 = 192   # the order up to which it saves nothing
 _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
 
 
@@ -87,7 +86,7 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, kee
     if not (wide and small):
         found = run(problem)
         enough = found.trace <= _NARROW_CONDITION
-        if found.status == "solved" and not enough and order > _DIRECT_IN_FLOAT64:
+        if found.status == "solved" and not enough and order > DOUBLE_FACTOR:
             better = dense.refined(name, problem, found)
             found, enough = better or found, better is not None
         if not small or (enough and found.status == "solved"):

@@ -6,10 +6,9 @@ import os
 
 from .cg import SLOTS
 from .options import CG, Nystrom
-from .problem import WIDE_FACTOR, Problem
+from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 
-_DOUBLE_FACTOR = 192   # up to this order a float32 matrix has a float64 factor (csrc/cpu/solve.h)
-_CHUNK = 64            # Jacobian rows per batched sweep in PyTorch (kernels/torch_kernels.py)
+_CHUNK = 64   # Jacobian rows per batched sweep in PyTorch (kernels/torch_kernels.py)
 
 
 def memory_limit() -> float:
@@ -70,7 +69,7 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[s
 
 def _factored(order: float, width: int) -> float:
     """Bytes of a matrix in the core and of its factor, half as large; small float32 ones are copied to float64 for it."""
-    return order * order * (1.5 * width + (12 if width == 4 and order <= _DOUBLE_FACTOR else 0))
+    return order * order * (1.5 * width + (12 if width == 4 and order <= DOUBLE_FACTOR else 0))
 
 
 def _dense(order: float, width: int) -> int:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-WIDE_FACTOR = 2048   # up to this order the small dense factor is held in float64 (csrc/cpu/solve.h)
+WIDE_FACTOR = 2048    # up to this order a float32 problem may be summed and factored in float64
+DOUBLE_FACTOR = 192   # up to this order the core factors a float32 matrix in float64 in any case (csrc/cpu/solve.h)
 
 
 class Found(NamedTuple):
