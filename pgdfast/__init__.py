@@ -4,7 +4,7 @@ opt = pgdfast.LM(model.parameters())
 loss = opt.step(lambda: F.mse_loss(model(x), y))
 """
 
-from . import reference
+from . import pde, reference
 from .build import build_info, check_build
 from .hybrid import Hybrid
 from .kernels import backends
@@ -21,5 +21,5 @@ __version__ = "0.1.0"
 __all__ = [
     "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau", "Report", "Solution",
     "Spectrum", "SpectrumHistory", "backends", "build_info", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum",
-    "reference", "solve",
+    "pde", "reference", "solve",
 ]
