@@ -12,7 +12,7 @@
 namespace pgdfast {
 namespace {
 
-constexpr index kBlock = 1 << 13;   // elements of z that a thread has under way: they stay in its cache
+constexpr index kBlock = 1 << 15;   // elements of z that a thread has under way: they stay in its cache
 
 // What the activation's derivatives are computed from, at n scaled arguments x (see jet_body.inl).
 template <class T>
@@ -52,63 +52,84 @@ Maths<T>& maths() {
   return table;
 }
 
+namespace {
+
+// Some points of one layer. x: (count, given, in); shared: the first derivatives of z that all points share, or null.
 template <class T>
-void jet_layer(const JetLayer<T>& layer) {
-  const index C = layer.channels.count(), width = layer.out, given = layer.given, rows = std::max<index>(kBlock / (C * width), 4);
-  const index blocks = (layer.points + rows - 1) / rows;
+void points_of(const JetLayer<T>& layer, index count, index given, const Channels& channels, const T* x, const T* shared, T* y,
+               T* kept, T* scratch) {
+  const index K = channels.first, C = channels.count(), in = layer.in, width = layer.out;
   const bool plain = layer.activation == Activation::identity;
-  const int threads = threads_for(double(layer.points) * double(width) * (2.0 * double(given * layer.in) + 20.0 * double(C)));
+  T* z = plain ? y : scratch;   // a plain layer writes its products in place
+  const index step = (plain ? C : given) * width;
+  if (!plain || given == C) {
+    gemm<T>(count * given, width, in, T(1), x, in, 1, layer.weight, 1, in, T(0), z, width, 1);
+  } else {
+    std::memset(y, 0, sizeof(T) * std::size_t(count * C * width));
+    for (index c = 0; c < given; ++c)
+      gemm<T>(count, width, in, T(1), x + c * in, given * in, 1, layer.weight, 1, in, T(0), y + c * width, step, 1);
+    for (index i = 0; i < count && shared; ++i) std::copy(shared, shared + K * width, y + i * step + width);
+  }
+  if (layer.bias != nullptr)
+    for (index i = 0; i < count; ++i) simd<T>().muladd(width, T(1), nullptr, 0, layer.bias, 1, z + i * step, 1, false);
+  if (plain) return;
+  T *argument = z + count * given * width, *a = argument + count * width, *b = a + count * width;
+  for (index i = 0; i < count; ++i)
+    simd<T>().muladd(width, T(layer.scale), nullptr, 0, z + i * step, 1, argument + i * width, 1, true);
+  functions_of(layer.activation, count * width, argument, a, b);
+  simd<T>().jet_activation(layer.activation, count, width, given, channels, T(layer.scale), z, shared, a, b, y, kept,
+                           b + count * width);
+}
+
+}  // namespace
+
+template <class T>
+void jet_chain(index points, index given, const Channels& channels, const T* x, const T* along,
+               const std::vector<JetLayer<T>>& layers) {
+  const index K = channels.first, C = channels.count();
+  index width = 0;
+  double flops = 0;
+  for (const JetLayer<T>& layer : layers) {
+    width = std::max(width, layer.out);
+    flops += double(points * layer.out * C) * (2.0 * double(layer.in) + 20.0);
+  }
+  const index rows = std::max<index>(kBlock / (C * width), 4), stack = rows * C * width;
+  std::vector<T> shared(std::size_t(along ? K * layers[0].out : 0));
+  if (along)
+    gemm<T>(K, layers[0].out, layers[0].in, T(1), along, layers[0].in, 1, layers[0].weight, 1, layers[0].in, T(0), shared.data(),
+            layers[0].out, 1);
+  const int threads = threads_for(flops);
   std::vector<std::vector<T>> scratch(static_cast<std::size_t>(threads));
-  const BlasThreads inside(1);
-  each_item(threads, blocks, [&](index block, int thread) {
-    const BlasThreads own(1);
-    const index begin = block * rows, count = std::min(rows, layer.points - begin);
-    std::vector<T>& own_scratch = scratch[std::size_t(thread)];
-    if (own_scratch.empty()) own_scratch.resize(std::size_t((plain ? 0 : rows * (given + 3) + 3) * width));
-    T* y = layer.y + begin * C * width;
-    // A plain layer writes its products in place, unless channels are missing between the points.
-    const bool direct = plain && given == C;
-    if (plain && !direct) std::memset(y, 0, sizeof(T) * std::size_t(count * C * width));
-    T* z = plain ? y : own_scratch.data();
-    const T* x = layer.x + begin * given * layer.in;
-    if (plain && !direct) {
-      for (index c = 0; c < given; ++c)
-        gemm<T>(count, width, layer.in, T(1), x + c * layer.in, given * layer.in, 1, layer.weight, 1, layer.in, T(0),
-                y + c * width, C * width, 1);
-    } else {
-      gemm<T>(count * given, width, layer.in, T(1), x, layer.in, 1, layer.weight, 1, layer.in, T(0), z,
-              width, 1);
+  each_item(threads, (points + rows - 1) / rows, [&](index block, int thread) {
+    const BlasThreads inside(1);
+    std::vector<T>& own = scratch[std::size_t(thread)];
+    if (own.empty()) own.resize(std::size_t(3 * stack + 3 * (rows * width + width + 16)));
+    const index begin = block * rows, count = std::min(rows, points - begin);
+    const T* input = x + begin * given * layers[0].in;
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      const JetLayer<T>& layer = layers[l];
+      const index at = begin * C * layer.out;
+      T* y = layer.y ? layer.y + at : own.data() + index(l % 2) * stack;
+      points_of(layer, count, l == 0 ? given : C, channels, input, l == 0 && along ? shared.data() : nullptr, y,
+                layer.kept ? layer.kept + at : nullptr, own.data() + 2 * stack);
+      input = y;
     }
-    const index step = (plain ? C : given) * width;
-    if (layer.bias != nullptr)
-      for (index i = 0; i < count; ++i) simd<T>().muladd(width, T(1), nullptr, 0, layer.bias, 1, z + i * step, 1, false);
-    if (plain) return;
-    T *argument = z + rows * given * width, *a = argument + rows * width, *b = a + rows * width;
-    for (index i = 0; i < count; ++i)
-      simd<T>().muladd(width, T(layer.scale), nullptr, 0, z + i * step, 1, argument + i * width, 1, true);
-    functions_of(layer.activation, count * width, argument, a, b);
-    const auto at = [&](T* all, index channels) { return all == nullptr ? nullptr : all + begin * channels * width; };
-    simd<T>().jet_activation(layer.activation, count, width, given, layer.channels, T(layer.scale), z, a, b, y,
-                             at(layer.slope, 1), at(layer.mix, layer.channels.first), at(layer.bend, layer.channels.second),
-                             b + rows * width);
   });
 }
 
 template <class T>
-void jet_adjoint(index points, index width, const Channels& channels, const T* slope, const T* mix, const T* bend,
-                 const T* y_bar, T* z_bar) {
+void jet_adjoint(index points, index width, const Channels& channels, const T* kept, const T* y_bar, T* z_bar) {
   const index C = channels.count(), rows = std::max<index>(kBlock / (C * width), 4);
   each_item(threads_for(double(points * width * C) * 4.0), (points + rows - 1) / rows, [&](index block, int) {
-    const index begin = block * rows, count = std::min(rows, points - begin);
-    simd<T>().jet_adjoint(count, width, channels, slope + begin * width, mix + begin * channels.first * width,
-                          bend + begin * channels.second * width, y_bar + begin * C * width, z_bar + begin * C * width);
+    const index begin = block * rows * C * width;
+    simd<T>().jet_adjoint(std::min(rows, points - block * rows), width, channels, kept + begin, y_bar + begin, z_bar + begin);
   });
 }
 
-#define PGDFAST_INSTANTIATE(T)                  \
-  template Maths<T>& maths<T>();                \
-  template void jet_layer<T>(const JetLayer<T>&); \
-  template void jet_adjoint<T>(index, index, const Channels&, const T*, const T*, const T*, const T*, T*);
+#define PGDFAST_INSTANTIATE(T)                                                                                    \
+  template Maths<T>& maths<T>();                                                                                  \
+  template void jet_chain<T>(index, index, const Channels&, const T*, const T*, const std::vector<JetLayer<T>>&); \
+  template void jet_adjoint<T>(index, index, const Channels&, const T*, const T*, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

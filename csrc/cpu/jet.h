@@ -6,8 +6,11 @@
 //
 //   y = g(z)    y_k = g' z_k    y_s = g' z_s + g'' q_s    q_s = sum_k weights[s, k] z_k^2
 //
-// Tangents and cotangents of that need g', mix_k = g'' z_k and bend_s = g'' z_s + g''' q_s (see jet_adjoint).
+// Tangents and cotangents of that need C coefficients of a point, in this order: the slope g', mix_k = g'' z_k and
+// bend_s = g'' z_s + g''' q_s (see jet_adjoint). They are kept as (N, C, width), like a stack.
 #pragma once
+
+#include <vector>
 
 #include "../plan/plan.h"
 
@@ -32,24 +35,27 @@ struct Maths {
 template <class T>
 Maths<T>& maths();
 
-// y = g(x W^T + bias), g(z) = activation(scale z) or z, for a stack x whose second channels may be missing (given = 1 + K): zero.
-// x: (N, given, in). weight: (out, in). bias: (out) or null. y: (N, C, out). slope (g'): (N, out), mix: (N, K, out) and
-// bend: (N, S, out), all null where no tape is wanted or the activation is the identity.
+// One layer, y = g(x W^T + bias) with g(z) = activation(scale z), or z. weight: (out, in). bias: (out) or null. y: (N, C, out),
+// null where nobody reads it but the next layer. kept: (N, C, out), or null where no tape is wanted or the activation is the
+// identity.
 template <class T>
 struct JetLayer {
-  index points, in, out, given;
-  Channels channels;
+  index in, out;
   Activation activation;
   double scale;
-  const T *x, *weight, *bias;
-  T *y, *slope, *mix, *bend;
+  const T *weight, *bias;
+  T *y, *kept;
 };
-template <class T>
-void jet_layer(const JetLayer<T>& layer);
 
-// The cotangent of x W^T + bias from that of y: both (N, C, out).
+// A chain of layers, a few points at a time through all of them, so that what is not asked for never leaves a core's cache.
+// x: (N, given, in). Its second channels may be missing (given = 1 + K): zero. Its first ones may be missing, too (given = 1):
+// then `along` holds those that all points share, (K, in); else it is null. The last layer has a y.
 template <class T>
-void jet_adjoint(index points, index width, const Channels& channels, const T* slope, const T* mix, const T* bend,
-                 const T* y_bar, T* z_bar);
+void jet_chain(index points, index given, const Channels& channels, const T* x, const T* along,
+               const std::vector<JetLayer<T>>& layers);
+
+// The cotangent of x W^T + bias from that of y, both (N, C, width).
+template <class T>
+void jet_adjoint(index points, index width, const Channels& channels, const T* kept, const T* y_bar, T* z_bar);
 
 }  // namespace pgdfast

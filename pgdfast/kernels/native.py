@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import torch
+from torch.autograd import forward_ad
 
 REBUILD = "rebuild it with: pip install --force-reinstall --no-deps --no-cache-dir . (in the pgdfast source folder)"
 
@@ -49,26 +50,38 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
 
 def applies_to_jets(*tensors: torch.Tensor | None) -> bool:
     """Whether the core takes these to a layer in Taylor mode: CPU tensors of one dtype, outside of function transforms."""
-    given = [t for t in tensors if t is not None]
-    return (
-        _C is not None and applies(given[0].device, given[0].dtype)
-        and all(t.dtype is given[0].dtype and t.device.type == "cpu" for t in given)
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
-    )
+    if _C is None or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    dtype = tensors[0].dtype
+    if dtype is not torch.float64 and dtype is not torch.float32:
+        return False
+    return all(t is None or (t.dtype is dtype and t.device.type == "cpu") for t in tensors)
 
 
-def jet_layer(x, weight, bias, weights, directions, activation: int, scale, y, slope, mix, bend) -> None:
-    """A layer in Taylor mode: fills y (N, C, out) and, unless None, what its derivatives need (csrc/cpu/jet.h)."""
-    call = _C.jet_layer_float if x.dtype == torch.float32 else _C.jet_layer_double
-    sizes = len(x), x.shape[1], x.shape[2], len(weight)
-    call(x, weight, bias, sizes, directions, [w for row in weights for w in row], activation, scale, y, slope, mix, bend)
+def jet_chain(x, along, parameters, forms, weights, directions, keep=False):
+    """A chain of layers in Taylor mode (csrc/cpu/jet.h, pgdfast/pde/chain.py).
+
+    parameters: weight and bias (or None) of every layer in turn. forms: (number of the activation, scale) of every layer.
+    Returns the last layer's stack, (N, C, out); or with `keep` all stacks from x on, and of every layer the coefficients of
+    its derivatives, (N, C, out), or None for the identity.
+    """
+    stacks, coefficients, layers = [x], [], []
+    for k, (kind, scale) in enumerate(forms):
+        weight, last = parameters[2 * k], k == len(forms) - 1
+        shape = x.shape[0], 1 + directions + len(weights), weight.shape[0]
+        stacks.append(x.new_empty(shape) if keep or last else None)
+        coefficients.append(x.new_empty(shape) if keep and kind != 0 else None)
+        layers.append((weight, parameters[2 * k + 1], kind, scale, stacks[-1], coefficients[-1]))
+    call = _C.jet_chain_float if x.dtype == torch.float32 else _C.jet_chain_double
+    call(x, along, *x.shape, directions, [w for row in weights for w in row], layers)
+    return (stacks, coefficients) if keep else stacks[-1]
 
 
-def jet_adjoint(weights, directions, slope, mix, bend, y_bar) -> torch.Tensor:
+def jet_adjoint(weights, directions, kept, y_bar) -> torch.Tensor:
     """The cotangent of what an activation in Taylor mode was applied to, (N, C, out)."""
     z_bar = torch.empty_like(y_bar)
     call = _C.jet_adjoint_float if y_bar.dtype == torch.float32 else _C.jet_adjoint_double
-    call(len(y_bar), y_bar.shape[2], directions, [w for row in weights for w in row], slope, mix, bend, y_bar, z_bar)
+    call(y_bar.shape[0], y_bar.shape[2], directions, [w for row in weights for w in row], kept, y_bar, z_bar)
     return z_bar
 
 

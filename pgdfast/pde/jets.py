@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,12 @@ def _coordinates(given, count: int) -> list[int]:
 
 
 def _coordinate_directions(x: torch.Tensor, coordinates) -> torch.Tensor:
-    return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[list(coordinates)]
+    return _unit_vectors(x.shape[1], tuple(coordinates), x.dtype, x.device)
+
+
+@lru_cache(maxsize=64)
+def _unit_vectors(count: int, coordinates: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.eye(count, dtype=dtype, device=device)[list(coordinates)]
 
 
 def _announce(operation: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .layer import layer, padded
+from .chain import Layer, chain, padded, spread
 
 
 class Unsupported(Exception):
@@ -37,37 +37,57 @@ class Form:
 class Stack(torch.Tensor):
     """The tensor that a network sees: shape (N,) or (N, width), with all channels behind it.
 
-    A product with a weight waits until it is known whether an activation follows: the core does both in one pass.
+    Layers wait until somebody needs the channels: the core takes a chain of them in one call.
     """
 
     @staticmethod
-    def __new__(cls, channels, form, waiting=None):
-        source = channels if waiting is None else waiting[0]
-        shape = (len(source), *source.shape[2:]) if waiting is None else (len(source), len(waiting[1]))
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=source.device)
-        self.form, self._channels, self._waiting = form, channels, waiting
+    def __new__(cls, shape, form, like, channels=None, seed=None, parent=None, layer=None):
+        """See the class; like: any tensor of the network's dtype and device."""
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self.form, self.like = form, like
+        self.sizes = shape   # the same as `shape`, without the way through __torch_function__
+        self.seed = seed     # of the inputs: (x, along), derivatives that all points share
+        self.parent, self.layer, self.users = parent, layer, 0
+        self._channels = channels
         return self
 
+    def then(self, layer: Layer) -> Stack:
+        """The stack behind a layer."""
+        self.users += 1
+        return Stack((self.sizes[0], layer.weight.shape[0]), self.form, self.like, parent=self, layer=layer)
+
     @property
-    def waiting(self):
-        """(stack, weight, bias, scale) of a product that has not been computed yet, or None."""
-        return self._waiting
+    def waits(self) -> bool:
+        """Whether the last layer has not been computed yet."""
+        return self._channels is None and self.layer is not None
 
     @property
     def given(self) -> torch.Tensor:
         """The channels, (N, C, ...); second derivatives that are zero may be missing."""
-        if self._channels is None:
-            stack, weight, bias, scale = self._waiting
-            self._channels = layer(stack, weight, bias, self.form.weights, self.form.directions, "identity", 1.0)
-            if scale != 1.0:
-                self._channels = scale * self._channels
-            self._waiting = None
+        if self.waits:
+            layers, at = [self.layer], self.parent
+            while at.waits and at.users < 2:   # what two read is computed for itself
+                layers.append(at.layer)
+                at = at.parent
+            source = at.seed if at._channels is None and at.seed is not None else (at.given, None)
+            scale = 1.0
+            if self.layer.activation == "identity":   # one that was not followed by an activation
+                layers[0], scale = self.layer._replace(scale=1.0), self.layer.scale
+            channels = chain(*source, self.form.weights, self.form.directions, layers[::-1])
+            self._channels = channels if scale == 1.0 else scale * channels
+        elif self._channels is None:
+            self._channels = spread(*self.seed)
         return self._channels
 
     @property
     def channels(self) -> torch.Tensor:
         """All channels, (N, C, ...)."""
         return padded(self.given, self.form.channels)
+
+    @property
+    def depth(self) -> int:
+        """How many layers wait."""
+        return 1 + self.parent.depth if self.waits else 0
 
     def __repr__(self, **_):
         return f"Stack({tuple(self.shape)}, {self.form.channels} channels)"
@@ -107,7 +127,19 @@ def _rule(*functions):
 
 
 def _like(x: Stack, channels: torch.Tensor) -> Stack:
-    return Stack(channels, x.form)
+    points, _, *rest = channels.shape
+    return Stack((points, *rest), x.form, x.like, channels)
+
+
+def _open(x: Stack) -> bool:
+    """Whether a scale and an activation may still join the product that x is."""
+    return x.waits and x.users == 0 and x.layer.activation == "identity"
+
+
+def _compute(*stacks: Stack) -> None:
+    """Compute the channels of all, those first that others may be computed from."""
+    for stack in sorted(stacks, key=lambda stack: stack.depth):
+        stack.given  # noqa: B018
 
 
 def _constant(c, like: torch.Tensor):
@@ -121,11 +153,13 @@ def _constant(c, like: torch.Tensor):
 
 @_rule(F.linear)
 def _linear(input, weight, bias=None):
-    if not isinstance(input, Stack) or input.dim() != 2 or isinstance(weight, Stack) or weight.dim() != 2:
+    if not isinstance(input, Stack) or len(input.sizes) != 2 or isinstance(weight, Stack) or weight.dim() != 2:
         raise Unsupported("linear")
-    if input.dtype is not weight.dtype or weight.shape[1] != input.shape[1]:
+    if input.like.dtype is not weight.dtype or weight.shape[1] != input.sizes[1]:
         raise Unsupported("linear of another dtype or size")   # the nested form gives PyTorch's own message
-    return Stack(None, input.form, (input.given, weight, bias, 1.0))
+    if input.waits and input.layer.activation == "identity" and input.layer.scale != 1.0:
+        input.given  # noqa: B018
+    return input.then(Layer(weight, bias))
 
 
 @_rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
@@ -143,13 +177,14 @@ def _addmm(bias, left, right, *, beta=1, alpha=1):
 
 
 def _activate(kind: str, x: Stack) -> Stack:
-    if x.waiting is not None:
-        stack, weight, bias, scale = x.waiting
-        return _like(x, layer(stack, weight, bias, x.form.weights, x.form.directions, kind, scale))
+    if _open(x):
+        x.parent.users -= 1
+        return x.parent.then(x.layer._replace(activation=kind))
     given = x.given
-    flat = given.flatten(2) if given.dim() > 2 else given.unsqueeze(2)
+    flat = given if given.dim() == 3 else given.unsqueeze(2)
     eye = torch.eye(flat.shape[2], dtype=flat.dtype, device=flat.device)
-    return _like(x, layer(flat, eye, None, x.form.weights, x.form.directions, kind, 1.0).view(len(x), -1, *given.shape[2:]))
+    y = chain(flat, None, x.form.weights, x.form.directions, [Layer(eye, None, kind)])
+    return _like(x, y if given.dim() == 3 else y.squeeze(2))
 
 
 def _elementwise(kind: str, *functions):
@@ -205,10 +240,11 @@ def _mul(a, b):
     if not isinstance(a, Stack):
         a, b = b, a
     if not isinstance(b, Stack):
-        if a.waiting is not None and isinstance(b, (int, float)):
-            stack, weight, bias, scale = a.waiting
-            return Stack(None, a.form, (stack, weight, bias, scale * b))
+        if isinstance(b, (int, float)) and _open(a):
+            a.parent.users -= 1
+            return a.parent.then(a.layer._replace(scale=a.layer.scale * b))
         return _like(a, a.given * _constant(b, a.given))
+    _compute(a, b)
     x, y, K = a.channels, b.channels, a.form.directions
     if x.dim() != y.dim():
         raise Unsupported("a product of tensors of different dimensions")
@@ -242,8 +278,9 @@ def _add(a, b, *, alpha=1):
     if not isinstance(a, Stack):
         a, b = b, a
     if isinstance(b, Stack):
-        if a.dim() != b.dim():
+        if len(a.sizes) != len(b.sizes):
             raise Unsupported("a sum of tensors of different dimensions")
+        _compute(a, b)
         return _like(a, a.channels + b.channels)
     channels = a.channels
     return _like(a, channels + _constant(b, channels) * a.form.unit(channels))
@@ -263,10 +300,11 @@ def _rsub(a, b):
 def _cat(tensors, dim=0):
     tensors = list(tensors)
     first = next(t for t in tensors if isinstance(t, Stack))
-    if dim not in (1, -1) or first.dim() != 2:
+    if dim not in (1, -1) or len(first.sizes) != 2:
         raise Unsupported("cat along another dimension than the last")
     if any(not isinstance(t, Stack) for t in tensors):
         raise Unsupported("cat with a constant")
+    _compute(*tensors)
     return _like(first, torch.cat([t.channels for t in tensors], -1))
 
 
@@ -275,7 +313,7 @@ def _getitem(x, at):
     at = at if isinstance(at, tuple) else (at,)
     whole = slice(None)
     if at[0] is Ellipsis:
-        at = (whole, *at[1:]) if len(at) == x.dim() else at
+        at = (whole, *at[1:]) if len(at) == len(x.sizes) else at
     if not isinstance(at[0], slice) or at[0] != whole or any(isinstance(i, torch.Tensor) for i in at):
         raise Unsupported("indexing of points")
     result = x.given[(whole, whole, *at[1:])]
@@ -286,35 +324,35 @@ def _getitem(x, at):
 
 @_rule(torch.unsqueeze, torch.Tensor.unsqueeze)
 def _unsqueeze(x, dim):
-    if x.dim() != 1 or dim not in (1, -1):
+    if len(x.sizes) != 1 or dim not in (1, -1):
         raise Unsupported("unsqueeze")
     return _like(x, x.given.unsqueeze(-1))
 
 
 @_rule(torch.squeeze, torch.Tensor.squeeze)
 def _squeeze(x, dim=None):
-    if dim not in (1, -1) or x.dim() != 2:
+    if dim not in (1, -1) or len(x.sizes) != 2:
         raise Unsupported("squeeze")
     return _like(x, x.given.squeeze(-1))
 
 
 @_rule(torch.unbind, torch.Tensor.unbind)
 def _unbind(x, dim=0):
-    if dim not in (1, -1) or x.dim() != 2:
+    if dim not in (1, -1) or len(x.sizes) != 2:
         raise Unsupported("unbind of points")
     return tuple(_like(x, part) for part in x.given.unbind(-1))
 
 
 @_rule(torch.chunk, torch.Tensor.chunk)
 def _chunk(x, chunks, dim=0):
-    if dim not in (1, -1) or x.dim() != 2:
+    if dim not in (1, -1) or len(x.sizes) != 2:
         raise Unsupported("chunk of points")
     return tuple(_like(x, part) for part in x.given.chunk(chunks, -1))
 
 
 @_rule(torch.split, torch.Tensor.split)
 def _split(x, sizes, dim=0):
-    if dim not in (1, -1) or x.dim() != 2:
+    if dim not in (1, -1) or len(x.sizes) != 2:
         raise Unsupported("split of points")
     return tuple(_like(x, part) for part in x.given.split(sizes, -1))
 
