@@ -35,7 +35,9 @@ void chain(py::handle x, py::handle along, index points, index given, index in, 
                     optional_pointer<T>(kept, size, "kept")});
     width = out;
   }
-  if (list.empty() || list.back().y == nullptr) throw py::value_error("the last layer must have a y");
+  if (list.empty()) throw py::value_error("there must be a layer");
+  if (points == 0) return;
+  if (list.back().y == nullptr) throw py::value_error("the last layer must have a y");
   const Running running;
   jet_chain(points, given, channels, from, shared, list);
 }
