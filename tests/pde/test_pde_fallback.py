@@ -21,10 +21,9 @@ def forget(monkeypatch):
 
 def laplacian_of(net, x):
     """Point by point and output by output."""
-    outputs = net(x).shape[1]
+    outputs, hessian = net(x).shape[1], torch.autograd.functional.hessian
     return torch.stack([
-        torch.stack([torch.autograd.functional.hessian(lambda p, o=o: net(p[None])[0, o], point).trace() for o in range(outputs)])
-        for point in x
+        torch.stack([hessian(lambda p, o=o: net(p[None])[0, o], point).trace() for o in range(outputs)]) for point in x
     ])
 
 
