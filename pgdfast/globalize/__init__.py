@@ -2,7 +2,11 @@
 
 from .damping import RULES, Constant, Delayed, GainRatio, damping_rule
 from .line_search import Armijo, line_search
+from .momentum import Momentum, checked_constraint
 from .move import Move
 from .trial import trial_loss
 
-__all__ = ["RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Move", "damping_rule", "line_search", "trial_loss"]
+__all__ = [
+    "RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Momentum", "Move", "checked_constraint", "damping_rule",
+    "line_search", "trial_loss",
+]
