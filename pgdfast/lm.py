@@ -71,7 +71,7 @@ class LM(torch.optim.Optimizer):
                 "pgdfast.LM: CG(truncate=True) shortens a rejected step along CG's path from zero, and with momentum that path "
                 "starts elsewhere; use truncate=False or momentum=0."
             )
-        self._backend = choose_backend(backend)
+        self._backend, self._generators = choose_backend(backend), globalize.Generators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._damping, self._scaling, self._solver = damping, scaling, solver
         self._cg, self._rcond = cg or CG(), rcond
@@ -80,8 +80,8 @@ class LM(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
         own = (
-            "_rule", "_search", "_momentum", "_constraint", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond",
-            "report",
+            "_rule", "_search", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling", "_solver", "_cg",
+            "_rcond", "report",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
@@ -104,20 +104,23 @@ class LM(torch.optim.Optimizer):
         params, rates, decays = self._trainable()
         memory = self._memory()
         start = perf_counter()
+        draws = self._generators.draws(closure, params[0].device) if self.predicts else None
         lin = self._backend.linearize(closure, params)
+        if draws is not None:
+            draws.linearised()
         loss = float(lin.loss)
         report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters)
         report.seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
         if lin.num_residuals == 0 and not lin.penalties:
             report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
         else:
-            self._descend(closure, lin, globalize.Move(params, rates), decays, memory, report)
+            self._descend(closure, lin, draws, globalize.Move(params, rates), decays, memory, report)
         memory["step"] += 1
         memory["rule"] = self._rule.state_dict()
         self.report = report
         return lin.loss
 
-    def _descend(self, closure, lin, move, decays, memory, report) -> None:
+    def _descend(self, closure, lin, draws, move, decays, memory, report) -> None:
         """Try dampings until one gives a step that is kept."""
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale, prior = self._scale(lin, move.params), self._momentum.prior(move.params, self.state)
@@ -138,7 +141,7 @@ class LM(torch.optim.Optimizer):
                     move.to(solution.step)
                     report.status = "accepted"
                     break
-                elif self._try(closure, lin, move, solution, report, mu == start and prior is None):
+                elif self._try(closure, lin, draws, move, solution, report, mu == start and prior is None):
                     if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
                         mu = self._rule.accepted(mu, report.gain_ratio)
                     break
@@ -182,7 +185,7 @@ class LM(torch.optim.Optimizer):
             report.of(solution)
         return solution
 
-    def _try(self, closure, lin, move, solution, report, first: bool) -> bool:
+    def _try(self, closure, lin, draws, move, solution, report, first: bool) -> bool:
         """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
         start = perf_counter()
         reduction, slope = _model(lin, move, solution)
@@ -190,7 +193,8 @@ class LM(torch.optim.Optimizer):
         def evaluate(t):
             move.to(solution.step, t)
             report.trials += 1
-            return globalize.trial_loss(closure, move.params, lin.tapeless)
+            with draws:   # the batch of the linearisation
+                return globalize.trial_loss(closure, move.params, lin.tapeless, draws)
 
         loss = report.loss
         if self._search is not None:
