@@ -41,18 +41,20 @@ class Reference:
         """An explicit Jacobian."""
         return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
 
-    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, **_) -> Solution:
+    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, prior=None, **_) -> Solution:
         """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
         lin = linearization.reference
         found = reference.solve(
             lin, damping, scale=None if scale is None else scale.double(), solver=solver,
-            cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond,
+            cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond, prior=prior,
         )
         gain = float(torch.dot(lin.vjp(lin.residual), found.step))
         curvature = float(lin.jvp(found.step).square().sum())
+        damped = float((damping * found.step.square() if scale is None else damping * scale * found.step.square()).sum())
         return Solution(
-            found.step, found.status, found.iterations, found.solver, "reference", gain, gain - curvature,
+            found.step, found.status, found.iterations, found.solver, "reference", gain, damped,
             linearization, damping if scale is None else damping * scale, found.residual_norm,
+            slack=gain - damped - curvature, prior=prior,
         )
 
 

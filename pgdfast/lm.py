@@ -46,23 +46,32 @@ class LM(torch.optim.Optimizer):
     "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). scaling: "identity" or "marquardt", D the
     running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or
     "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend: "auto", "native", "torch" or
-    "reference"; PGDFAST_BACKEND does the same from outside.
+    "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for batches that change from step to
+    step: + mu D beta delta_last on the right; two more products with J a solve. norm_constraint: the largest ||lr delta||^2;
+    longer moves are shortened to it.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
 
-    Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2.
+    Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
     def __init__(
         self, params, lr: float = 1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None,
         scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
         cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
+        momentum: float = 0.0, norm_constraint: float | None = None,
     ):
         _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._rule = globalize.damping_rule(damping_rule)
         self._search = globalize.line_search(line_search)
-        self._backend = choose_backend(backend)
+        self._momentum, self._constraint = globalize.Momentum(momentum), globalize.checked_constraint(norm_constraint)
+        if momentum and cg is not None and cg.truncate:
+            raise ValueError(
+                "pgdfast.LM: CG(truncate=True) shortens a rejected step along CG's path from zero, and with momentum that path "
+                "starts elsewhere; use truncate=False or momentum=0."
+            )
+        self._backend, self._generators = choose_backend(backend), globalize.Generators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._damping, self._scaling, self._solver = damping, scaling, solver
         self._cg, self._rcond = cg or CG(), rcond
@@ -70,7 +79,10 @@ class LM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
-        own = ("_rule", "_search", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
+        own = (
+            "_rule", "_search", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling", "_solver", "_cg",
+            "_rcond", "report",
+        )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @property
@@ -92,31 +104,35 @@ class LM(torch.optim.Optimizer):
         params, rates, decays = self._trainable()
         memory = self._memory()
         start = perf_counter()
+        draws = self._generators.draws(closure, params[0].device) if self.predicts else None
         lin = self._backend.linearize(closure, params)
+        if draws is not None:
+            draws.linearised()
         loss = float(lin.loss)
         report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters)
         report.seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
         if lin.num_residuals == 0 and not lin.penalties:
             report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
         else:
-            self._descend(closure, lin, globalize.Move(params, rates), decays, memory, report)
+            self._descend(closure, lin, draws, globalize.Move(params, rates), decays, memory, report)
         memory["step"] += 1
         memory["rule"] = self._rule.state_dict()
         self.report = report
         return lin.loss
 
-    def _descend(self, closure, lin, move, decays, memory, report) -> None:
+    def _descend(self, closure, lin, draws, move, decays, memory, report) -> None:
         """Try dampings until one gives a step that is kept."""
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
-        scale = self._scale(lin, move.params)
+        scale, prior = self._scale(lin, move.params), self._momentum.prior(move.params, self.state)
         trying = self.predicts
         if trying or any(decays):
             move.save()
         failures, solution = 0, None
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
-                solution = self._shorter(solution, report) or self._solve(lin, mu, scale, memory, report)
-                report.damping = mu
+                solution = self._shorter(solution, report) or self._solve(lin, mu, scale, prior, memory, report)
+                report.damping, report.momentum = mu, 0.0 if prior is None else self._momentum.beta
+                move.constrain(solution.step, self._constraint)
                 if not solution.usable:
                     failures += 1
                     report.status = "failed"
@@ -125,10 +141,13 @@ class LM(torch.optim.Optimizer):
                     move.to(solution.step)
                     report.status = "accepted"
                     break
-                elif self._try(closure, lin, move, solution, report):
+                elif self._try(closure, lin, draws, move, solution, report, mu == start and prior is None):
                     if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
                         mu = self._rule.accepted(mu, report.gain_ratio)
                     break
+                elif prior is not None:   # more damping would only lead to the prior: without it, to ever shorter steps
+                    lin.parameters_unchanged()
+                    prior = None
                 elif report.status == "stalled" or not self._rule.tries:
                     break
                 else:
@@ -139,6 +158,7 @@ class LM(torch.optim.Optimizer):
         except BaseException:
             move.undo()
             raise
+        self._momentum.keep(solution.step if move.moved else None, move.params, self.state)
         if move.moved and any(decays):
             move.decay(decays)
         report.advice = _advice(report, solution, failures)
@@ -147,11 +167,11 @@ class LM(torch.optim.Optimizer):
         else:
             report.next_damping = report.damping
 
-    def _solve(self, lin, mu, scale, memory, report):
+    def _solve(self, lin, mu, scale, prior, memory, report):
         start = perf_counter()
         solution = self._backend.solve(
             lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond, wide=memory["wide"],
-            keep=memory["keep"], time=memory["step"],
+            keep=memory["keep"], time=memory["step"], prior=prior,
         )
         memory["wide"], memory["keep"] = solution.wide, solution.keep
         report.seconds["solve"] += perf_counter() - start
@@ -165,7 +185,7 @@ class LM(torch.optim.Optimizer):
             report.of(solution)
         return solution
 
-    def _try(self, closure, lin, move, solution, report) -> bool:
+    def _try(self, closure, lin, draws, move, solution, report, first: bool) -> bool:
         """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
         start = perf_counter()
         reduction, slope = _model(lin, move, solution)
@@ -173,7 +193,8 @@ class LM(torch.optim.Optimizer):
         def evaluate(t):
             move.to(solution.step, t)
             report.trials += 1
-            return globalize.trial_loss(closure, move.params, lin.tapeless)
+            with draws:   # the batch of the linearisation
+                return globalize.trial_loss(closure, move.params, lin.tapeless, draws)
 
         loss = report.loss
         if self._search is not None:
@@ -185,7 +206,7 @@ class LM(torch.optim.Optimizer):
         report.predicted_reduction = predicted
         # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
         # climb. Later attempts are small because mu rose: they must descend.
-        stalled = report.attempts == 1 and predicted <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
+        stalled = first and predicted <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
         kept = t is not None and (after < loss or (stalled and after == loss))
         if predicted > 0 and not stalled:
             report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf

@@ -16,7 +16,8 @@ class Report:
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
     attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
-    line_search: accepted t, None without a search. seconds: wall time of the phases linearize, solve, trial.
+    line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
+    dropped because a trial with it did not descend. seconds: wall time of the phases linearize, solve, trial.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class Report:
     attempts: int = 0
     trials: int = 0
     line_search: float | None = None
+    momentum: float = 0.0
     residuals: int = 0
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

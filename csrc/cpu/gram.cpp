@@ -1,42 +1,19 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
 #include "../plan/blas.h"
+#include "factors.h"
 #include "parallel.h"
-#include "simd.h"
-#include "tiles.h"
 
 namespace pgdfast {
 namespace {
 
+constexpr index kPassBytes = index(64) << 20;   // what a pass may pack at least; a quarter of K beyond (solve/memory.py)
 constexpr index kDepth = 256;   // depth of panels that one tile sums at once: three of them stay in the first-level cache
-
-// A factor's rows in one block of K, packed.
-template <class T>
-struct Panels {
-  const T* data = nullptr;
-  index stride = 0, depth = 0;   // elements from panel to panel
-};
-
-// One use of a weight in one block: constants by row of the block, cotangents by residual.
-template <class T>
-struct Factors {
-  int parameter, companion;
-  Panels<T> constants, cotangents;
-};
-
-// What one block of residuals brings to K.
-template <class T>
-struct Side {
-  const Block* block;
-  index count;                       // residuals
-  std::vector<Factors<T>> factors;
-  Panels<T> explicit_rows;
-};
 
 // C C'^T of two uses whose rows have several residuals, found once for all of those.
 template <class T>
@@ -45,175 +22,12 @@ struct Shared {
   index ld;
 };
 
-// Columns of the explicit part: each parameter whose uses are not factored, at its own offset.
-struct ExplicitColumns {
-  std::vector<index> start;   // per parameter buffer, -1 if it has no explicit rows
-  std::vector<Folding> folding;
-  index total = 0;
-};
-
-// A matrix with a narrow contiguous dimension is folded where all its uses are products.
-Folding folding(const Structure& s, const RowLayout& layout, int parameter) {
-  const index size = s.buffers[std::size_t(parameter)].size;
-  Folding found{1, size};
-  for (const Use& use : layout.uses) {
-    const Instruction& op = s.instructions[std::size_t(use.instruction)];
-    if (use.parameter != parameter) continue;
-    if (op.kind != Kind::matmul) return {};
-    for (const auto& [stride, extent] : {std::pair(op.matmul.xm, op.matmul.m), std::pair(op.matmul.xk, op.matmul.k)})
-      if (extent >= 16 && stride > 1 && stride < 16) found.fold = stride;
-  }
-  for (const Use& use : layout.uses) {
-    const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
-    if (use.parameter != parameter) continue;
-    for (const auto& [stride, extent] : {std::pair(g.xb, g.b), std::pair(g.xm, g.m), std::pair(g.xk, g.k)})
-      if (extent > 1 && (!found.takes(stride) || (stride == 1 && extent > found.fold))) return {};
-  }
-  return size % found.fold == 0 ? found : Folding{};
-}
-
-ExplicitColumns explicit_columns(const Structure& s, const RowLayout& layout) {
-  ExplicitColumns columns;
-  columns.start.assign(std::size_t(s.num_parameter_buffers), -1);
-  columns.folding.resize(std::size_t(s.num_parameter_buffers));
-  for (const Use& use : layout.uses) {
-    index& start = columns.start[std::size_t(use.parameter)];
-    if (use.form != Form::rows || start >= 0) continue;
-    start = columns.total;
-    columns.total += s.buffers[std::size_t(use.parameter)].size;
-    columns.folding[std::size_t(use.parameter)] = folding(s, layout, use.parameter);
-  }
-  return columns;
-}
-
+// What one pass may pack; PGDFAST_PASS_BYTES forces it, for tests.
 template <class T>
-void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* weights, const ExplicitColumns& columns,
-                   Workspace<T>& work) {
-  const Structure& s = *program.structure;
-  const index size = s.num_residuals * columns.total;
-  ensure(work.rows, size);
-  std::memset(work.rows.data(), 0, sizeof(T) * std::size_t(size));
-  for (const Use& use : layout.uses) {
-    if (use.form != Form::rows) continue;
-    T* origin = work.rows.data() + columns.start[std::size_t(use.parameter)];
-    for (index o = 0; o < layout.max_sections; ++o)
-      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.k_index, o, origin, columns.total,
-               columns.folding[std::size_t(use.parameter)]);
-  }
-  for (int l = 0; l < s.num_parameter_buffers; ++l) {
-    const index start = columns.start[std::size_t(l)];
-    if (start < 0 || weights[l] == T(1)) continue;
-    const T root = std::sqrt(weights[l]);
-    for (index i = 0; i < s.num_residuals; ++i)
-      for (index j = 0; j < s.buffers[std::size_t(l)].size; ++j) work.rows[std::size_t(i * columns.total + start + j)] *= root;
-  }
+index pass_elements(index num_residuals) {
+  if (const char* forced = std::getenv("PGDFAST_PASS_BYTES")) return index(std::atoll(forced)) / index(sizeof(T));
+  return std::max(kPassBytes / index(sizeof(T)), num_residuals * num_residuals / 4);
 }
-
-// Packs all factors and explicit rows, block by block.
-template <class T>
-class Packing {
- public:
-  Packing(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work)
-      : program_(program), layout_(layout), work_(work), s_(*program.structure) {}
-
-  std::vector<Side<T>> run(index explicit_columns, int threads) {
-    index size = 0, copied = 0;
-    for (const Block& block : layout_.blocks) {
-      size += panels_of(block.rows * block.sections) * explicit_columns;
-      for (const Use& use : layout_.uses) {
-        if (!touches(use, block)) continue;
-        const MatMul& g = matmul(use);
-        size += panels_of(block.rows) * g.k + panels_of(block.rows * block.sections) * g.m;
-        copied += block.rows * (g.k + block.sections * g.m);
-      }
-    }
-    ensure(work_.packed, size * tiles<T>().width);
-    ensure(work_.copy, copied);
-    next_ = work_.packed.data();
-    copy_ = work_.copy.data();
-    std::vector<Side<T>> sides;
-    for (const Block& block : layout_.blocks) {
-      Side<T> side{&block, block.rows * block.sections, {}, {}};
-      for (const Use& use : layout_.uses)
-        if (touches(use, block)) side.factors.push_back(factors(use, block));
-      if (explicit_columns > 0)
-        side.explicit_rows =
-            pack(side.count, explicit_columns, work_.rows.data() + block.base * explicit_columns, explicit_columns, 1);
-      sides.push_back(std::move(side));
-    }
-    each_item(threads, index(jobs_.size()), [&](index number, int) {
-      const Job& job = jobs_[std::size_t(number)];
-      tiles<T>().pack(job.count, job.depth, job.x, job.row, job.column, job.out, job.depth * tiles<T>().width);
-    });
-    return sides;
-  }
-
- private:
-  static index panels_of(index rows) { return (rows + tiles<T>().width - 1) / tiles<T>().width; }
-  const MatMul& matmul(const Use& use) const { return s_.instructions[std::size_t(use.instruction)].matmul; }
-  bool touches(const Use& use, const Block& block) const {
-    return use.form == Form::factored && use.row0 < block.r0 + block.rows && block.r0 < use.row0 + matmul(use).n;
-  }
-
-  Panels<T> pack(index count, index depth, const T* x, index row, index column) {
-    const Panels<T> panels{next_, depth * tiles<T>().width, depth};
-    const index piece = kPiece * tiles<T>().width;
-    for (index i = 0; i < count; i += piece)
-      jobs_.push_back({std::min(piece, count - i), depth, row, column, x + i * row, next_ + i * depth});
-    next_ += panels_of(count) * panels.stride;
-    return panels;
-  }
-
-  // Constants by row; cotangents by section, then row. Rows of the block that the use does not reach are zero.
-  Factors<T> factors(const Use& use, const Block& block) {
-    const Instruction& op = s_.instructions[std::size_t(use.instruction)];
-    const MatMul& g = op.matmul;
-    const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
-    const bool whole = end - begin == block.rows;
-    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
-    const T* y = cotangent(s_, op, work_.arenas.data()) + (begin - use.row0) * g.yn;
-    Factors<T> result{use.parameter, use.companion, {}, {}};
-    if (whole) {
-      result.constants = pack(block.rows, g.k, c, g.cn, g.ck);
-    } else {
-      result.constants = pack(block.rows, g.k, copy(block, begin, end, 1, g.k, c, 0, g.cn, g.ck), g.k, 1);
-    }
-    if (whole && block.sections == 1) {
-      result.cotangents = pack(block.rows, g.m, y, g.yn, g.ym);
-    } else {
-      const T* ordered = copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
-      result.cotangents = pack(block.rows * block.sections, g.m, ordered, g.m, 1);
-    }
-    return result;
-  }
-
-  // The rows of a block in K's order, section by section.
-  const T* copy(const Block& block, index begin, index end, index sections, index depth, const T* x, index section, index row,
-                index column) {
-    T *const start = copy_, *out = copy_;
-    copy_ += sections * block.rows * depth;
-    for (index o = 0; o < sections; ++o)
-      for (index i = block.r0; i < block.r0 + block.rows; ++i, out += depth) {
-        if (i < begin || i >= end) std::memset(out, 0, sizeof(T) * std::size_t(depth));
-        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * section + (i - begin) * row, column, out, 1, true);
-      }
-    return start;
-  }
-
-  static constexpr index kPiece = 4;   // panels that one thread packs at a time
-  struct Job {
-    index count, depth, row, column;
-    const T* x;
-    T* out;
-  };
-
-  const Bound<T>& program_;
-  const RowLayout& layout_;
-  Workspace<T>& work_;
-  const Structure& s_;
-  std::vector<Job> jobs_;
-  T *next_ = nullptr, *copy_ = nullptr;
-};
 
 // Pointers to the panels of one group of columns.
 template <class T>
@@ -234,7 +48,7 @@ const T* row_of(const Panels<T>& panels, index i, index depth = 0) {
 template <class T>
 class SharedProducts {
  public:
-  SharedProducts(const std::vector<Side<T>>& sides, Workspace<T>& work, int threads) {
+  SharedProducts(const std::vector<Side<T>>& sides, const Passes& passes, Workspace<T>& work, int threads) {
     struct Job {
       Panels<T> left, right;
       index rows, columns, offset, ld;
@@ -247,7 +61,7 @@ class SharedProducts {
         if (!needed(sides[a], sides[b])) continue;
         for (const Factors<T>& p : sides[a].factors)
           for (const Factors<T>& q : sides[b].factors) {
-            if (p.parameter != q.parameter) continue;
+            if (p.parameter != q.parameter || passes.repeated[std::size_t(p.parameter)]) continue;
             const index width = tiles<T>().width, ld = (sides[b].block->rows + width - 1) / width * width;
             jobs.push_back({p.constants, q.constants, sides[a].block->rows, sides[b].block->rows, size, ld});
             size += sides[a].block->rows * ld;
@@ -297,21 +111,26 @@ void spread(const Shared<T>& shared, const Block& a, index i, index rows, const 
   }
 }
 
-// The tiles of K in rows i0 .. i1 - 1 of a block and one group of columns of another.
+// Adds to (or, where nothing stands there yet, writes) the tiles of K in rows i0 .. i1 - 1 of a block and one group of columns
+// of another.
 template <class T>
 void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index panel, int count, bool same, const T* weights,
-              const Shared<T>* shared, T* scratch, T* K, index ld) {
+              const Passes& passes, const Shared<T>* shared, bool add, T* scratch, T* K, index ld) {
   const Tiles<T>& t = tiles<T>();
   const index j = panel * t.width, columns = count * t.width;
   T* corner = K + a.block->base * ld + b.block->base + j;
   if (same) i1 = std::min(i1, j + columns);   // tiles below the diagonal
-  const bool shares = SharedProducts<T>::needed(a, b);
-  bool first = true;
+  bool first = !add;
   for (const Factors<T>& p : a.factors)
     for (const Factors<T>& q : b.factors) {
       if (p.parameter != q.parameter) continue;
+      const bool shares = SharedProducts<T>::needed(a, b) && !passes.repeated[std::size_t(p.parameter)];
       const T weight = weights[p.parameter], shift = p.companion >= 0 ? weights[p.companion] : T(0);
-      const Group<T> constants(q.constants, shares ? 0 : panel, count), cotangents(q.cotangents, panel, count);
+      // Rows p of J are outer products y (x) c of a high and a low vector, and the product of two of them that of the high
+      // ones times that of the low ones: (C C'^T) * (Y Y'^T), or (Y C'^T) * (C Y'^T) where roles are exchanged.
+      const bool alike = p.m_is_high == q.m_is_high;
+      const Panels<T>&left = alike ? p.constants : p.cotangents, &other = alike ? p.cotangents : p.constants;
+      const Group<T> right(q.constants, shares ? 0 : panel, count), cotangents(q.cotangents, panel, count);
       for (index i = i0; i < i1; i += t.rows) {
         const index valid = std::min(t.rows, a.count - i);
         const int from = same ? int(std::max<index>(i - j, 0) / t.width) : 0;   // panels left of the diagonal
@@ -319,9 +138,9 @@ void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index pane
         if (shares)
           spread(*shared, *a.block, i, valid, *b.block, j, columns, scratch);
         else
-          t.product(count - from, t.rows, p.constants.depth, row_of(p.constants, i), constants.at + from, s, columns, false);
-        t.scaled_product(count - from, valid, p.cotangents.depth, row_of(p.cotangents, i), cotangents.at + from, s, columns,
-                         weight, shift, out, ld, !first);
+          t.product(count - from, t.rows, left.depth, row_of(left, i), right.at + from, s, columns, false);
+        t.scaled_product(count - from, valid, other.depth, row_of(other, i), cotangents.at + from, s, columns, weight, shift,
+                         out, ld, !first);
       }
       first = false;
       if (shares) ++shared;
@@ -353,16 +172,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   const Structure& s = *program.structure;
   const index ld = gram_stride<T>(s.num_residuals);
   unit_sweeps(program, layout, work);
-  const ExplicitColumns columns = explicit_columns(s, layout);
-  if (columns.total > 0) explicit_rows(program, layout, weights, columns, work);
-  double depth = double(columns.total);
-  for (const Use& use : layout.uses) {
-    const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
-    if (use.form == Form::factored) depth += double(g.m + g.k) * double(g.n) / double(layout.num_rows);
-  }
-  const int threads = threads_for(depth * double(s.num_residuals) * double(s.num_residuals));
-  const std::vector<Side<T>> sides = Packing<T>(program, layout, work).run(columns.total, threads);
-  const SharedProducts<T> shared(sides, work, threads);
+  const Passes passes = plan_passes(s, layout, t.width, pass_elements<T>(s.num_residuals));
   // One item: a few rows of K with all columns from the diagonal on.
   const index group = kTilePanels * t.width;
   struct Item {
@@ -370,21 +180,34 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
     index row;
   };
   std::vector<Item> items;
-  for (std::size_t a = 0; a < sides.size(); ++a)
-    for (index i = 0; i < sides[a].count; i += group) items.push_back({a, i});
-  work.scratch.resize(std::max(work.scratch.size(), std::size_t(threads)));
-  for (std::vector<T>& scratch : work.scratch) ensure(scratch, t.rows * group);
-  each_item(threads, index(items.size()), [&](index number, int thread) {
-    const Item item = items[std::size_t(number)];
-    const Side<T>& a = sides[item.side];
-    for (std::size_t other = item.side; other < sides.size(); ++other) {
-      const Side<T>& b = sides[other];
-      const index panels = (b.count + t.width - 1) / t.width;
-      for (index p = other == item.side ? item.row / t.width : 0; p < panels; p += kTilePanels)
-        tiles_of(a, item.row, std::min(item.row + group, a.count), b, p, int(std::min<index>(kTilePanels, panels - p)),
-                 other == item.side, weights, shared.of(item.side, other), work.scratch[std::size_t(thread)].data(), K, ld);
+  for (std::size_t a = 0; a < layout.blocks.size(); ++a)
+    for (index i = 0; i < layout.blocks[a].rows * layout.blocks[a].sections; i += group) items.push_back({a, i});
+  for (const Pass& pass : passes.list) {
+    const bool add = &pass != passes.list.data();
+    double depth = double(pass.columns);
+    for (const Use& use : layout.uses) {
+      const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
+      if (pass.factored[std::size_t(use.parameter)] && use.form == Form::factored)
+        depth += double(g.m + g.k) * double(g.n) / double(layout.num_rows);
     }
-  });
+    const int threads = threads_for(depth * double(s.num_residuals) * double(s.num_residuals));
+    const std::vector<Side<T>> sides = pack_pass(program, layout, weights, passes, pass, threads, work);
+    const SharedProducts<T> shared(sides, passes, work, threads);
+    work.scratch.resize(std::max(work.scratch.size(), std::size_t(threads)));
+    for (std::vector<T>& scratch : work.scratch) ensure(scratch, t.rows * group);
+    each_item(threads, index(items.size()), [&](index number, int thread) {
+      const Item item = items[std::size_t(number)];
+      const Side<T>& a = sides[item.side];
+      for (std::size_t other = item.side; other < sides.size(); ++other) {
+        const Side<T>& b = sides[other];
+        const index panels = (b.count + t.width - 1) / t.width;
+        for (index p = other == item.side ? item.row / t.width : 0; p < panels; p += kTilePanels)
+          tiles_of(a, item.row, std::min(item.row + group, a.count), b, p, int(std::min<index>(kTilePanels, panels - p)),
+                   other == item.side, weights, passes, shared.of(item.side, other), add,
+                   work.scratch[std::size_t(thread)].data(), K, ld);
+      }
+    });
+  }
 }
 
 #define PGDFAST_INSTANTIATE(T)             \

@@ -79,7 +79,8 @@ class Outers {
     std::memset(work_.rows.data(), 0, sizeof(T) * std::size_t(size * s_.num_residuals));
     for (const Use& use : layout_.uses)
       for (index o = 0; use.parameter == parameter && o < layout_.max_sections; ++o)
-        add_rows(program_, layout_, use, work_.arenas.data() + o * s_.arena_size, layout_.k_index, o, work_.rows.data(), size);
+        add_rows(program_, layout_, use, instruction(use), work_.arenas.data() + o * s_.arena_size, layout_.k_index, o,
+                 work_.rows.data(), size);
   }
 
   const T* pack(index count, index depth, const T* x, index row, index column) {

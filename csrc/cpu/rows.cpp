@@ -20,11 +20,10 @@ void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>&
 }
 
 template <class T>
-void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
+void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const Instruction& op, const T* arena,
               const std::vector<index>& row_index, index section, T* J, index ld, Folding columns) {
   const Structure& s = *program.structure;
   const Simd<T>& body = simd<T>();
-  const Instruction& op = s.instructions[std::size_t(use.instruction)];
   const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
   const T* y = cotangent(s, op, arena);
   const auto row_of = [&](index y_position) -> T* {
@@ -149,8 +148,8 @@ void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work,
   std::memset(J, 0, sizeof(T) * std::size_t(M * P));
   for (const Use& use : layout.uses)
     for (index o = 0; o < layout.max_sections; ++o)
-      add_rows(program, layout, use, work.arenas.data() + o * s.arena_size, layout.element, o,
-               J + s.buffers[std::size_t(use.parameter)].offset, P);
+      add_rows(program, layout, use, s.instructions[std::size_t(use.instruction)], work.arenas.data() + o * s.arena_size,
+               layout.element, o, J + s.buffers[std::size_t(use.parameter)].offset, P);
 }
 
 template <class T>
@@ -197,7 +196,7 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
           continue;
         }
         if (rows.empty()) rows.assign(std::size_t(M * buffer.size), T(0));
-        add_rows(program, layout, use, arena, layout.k_index, o, rows.data(), buffer.size);
+        add_rows(program, layout, use, op, arena, layout.k_index, o, rows.data(), buffer.size);
       }
     }
     if (!rows.empty()) add_squares(M, buffer.size, rows.data(), d + buffer.offset);
@@ -206,8 +205,8 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
 
 #define PGDFAST_INSTANTIATE(T)                                                                   \
   template void unit_sweeps<T>(const Bound<T>&, const RowLayout&, Workspace<T>&);                \
-  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const T*,              \
-                            const std::vector<index>&, index, T*, index, Folding);               \
+  template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const Instruction&,   \
+                            const T*, const std::vector<index>&, index, T*, index, Folding);     \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
   template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);

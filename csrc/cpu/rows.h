@@ -42,10 +42,10 @@ struct Folding {
   index offset(index x) const { return fold == 1 ? x : x % fold * (size / fold) + x / fold; }
 };
 
-// Adds the Jacobian rows of one use and section to J (leading dimension ld, origin at the parameter's columns).
-// `row_index` maps row * max_sections + section to a row of J.
+// Adds the Jacobian rows of one use and section to J (leading dimension ld, origin at the parameter's columns). `op` is the
+// use's instruction, or a part of it. `row_index` maps row * max_sections + section to a row of J.
 template <class T>
-void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const T* arena,
+void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const Instruction& op, const T* arena,
               const std::vector<index>& row_index, index section, T* J, index ld, Folding columns = {});
 
 // v = J^T y for y in K index order, from the last unit sweeps: where rows have one section each and lie in order, the

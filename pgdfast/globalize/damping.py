@@ -10,6 +10,12 @@ from __future__ import annotations
 SMALLEST, LARGEST = 1e-20, 1e20
 
 
+def _checked(smallest: float) -> float:
+    if not (isinstance(smallest, (int, float)) and 0 < smallest < LARGEST):
+        raise ValueError(f"pgdfast.LM: a damping rule's smallest mu is {smallest!r}; it must be a positive number.")
+    return float(smallest)
+
+
 def _raised(mu: float, factor: float, curvature: float) -> float:
     if mu == 0:
         return min(max(curvature, SMALLEST), LARGEST)
@@ -48,13 +54,15 @@ class Constant:
 class GainRatio:
     """Nielsen's rule (Damping parameter in Marquardt's method, IMM-REP-1999-05, eq. 3.5).
 
-    Accepted: mu * max(1/3, 1 - (2 rho - 1)^3), nu = 2. Rejected: mu * nu, nu doubles.
+    Accepted: mu * max(1/3, 1 - (2 rho - 1)^3), nu = 2. Rejected: mu * nu, nu doubles. smallest: mu never falls below it. A
+    model that is linear in its parameters is predicted exactly, and mu falls for ever: on small noisy batches that fits each
+    one's noise, unless this bounds it.
     """
 
     tries = True
 
-    def __init__(self):
-        self.nu = 2.0
+    def __init__(self, smallest: float = SMALLEST):
+        self.nu, self.smallest = 2.0, _checked(smallest)
 
     def accepted(self, mu: float, rho: float | None) -> float:
         """Down by at most 3; up when the model was poor."""
@@ -62,7 +70,7 @@ class GainRatio:
         if rho is None:
             return mu
         factor = max(1 / 3, 1 - (2 * min(max(rho, 0.0), 1.0) - 1) ** 3)
-        return min(max(mu * factor, SMALLEST), LARGEST) if mu > 0 else 0.0
+        return min(max(mu * factor, self.smallest), LARGEST) if mu > 0 else 0.0
 
     def rejected(self, mu: float, rho: float, curvature: float) -> float:
         """Up by 2, 4, 8, ... in a row."""
@@ -89,13 +97,19 @@ class GainRatio:
 
 
 class Delayed:
-    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu."""
+    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu.
+
+    smallest: as for GainRatio.
+    """
 
     tries = True
 
+    def __init__(self, smallest: float = SMALLEST):
+        self.smallest = _checked(smallest)
+
     def accepted(self, mu: float, rho: float | None) -> float:
         """Down by 5."""
-        return max(mu / 5, SMALLEST) if mu > 0 else 0.0
+        return max(mu / 5, self.smallest) if mu > 0 else 0.0
 
     def rejected(self, mu: float, rho: float, curvature: float) -> float:
         """Up by 2."""

@@ -16,6 +16,7 @@ class Move:
 
     def __init__(self, params: list[torch.Tensor], rates: list[float]):
         self.params, self.rates = params, rates
+        self._given = rates
         self._one_rate = rates[0] if rates.count(rates[0]) == len(rates) else None
         self._saved: list[torch.Tensor] | None = None
         self.moved = False
@@ -33,6 +34,17 @@ class Move:
         """The direction with each parameter's part times its learning rate, (P,)."""
         parts = direction.split(self._sizes)
         return torch.cat([rate * part for rate, part in zip(self.rates, parts, strict=True)])
+
+    def constrain(self, direction: torch.Tensor, square: float | None) -> None:
+        """Shorten the rates, all by one factor, so that ||rates * d||^2 <= square; as given where that holds, or for None."""
+        if square is None:
+            return
+        self.rates, self._one_rate = self._given, self._given[0] if self._one_rate is not None else None
+        length = float(torch.linalg.vector_norm(self.scaled(direction), dtype=torch.float64))
+        factor = square**0.5 / length if length * length > square else 1.0
+        if factor < 1:
+            self.rates = [factor * rate for rate in self._given]
+            self._one_rate = None if self._one_rate is None else self.rates[0]
 
     def save(self) -> None:
         """Copy the parameters, so that `undo` can return to them."""

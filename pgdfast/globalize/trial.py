@@ -7,24 +7,27 @@ import weakref
 
 import torch
 
+from .draws import Draws, Generators, code_of
+
 # "One of the differentiated Tensors does not require grad", "cannot register a hook on a tensor that doesn't require gradient"
 _REFUSED = re.compile("(not|n't) require (a )?grad")
 # Code of closures that were refused.
 _need_tape: weakref.WeakSet = weakref.WeakSet()
 
 
-def trial_loss(closure, params: list[torch.Tensor], tapeless: bool) -> float:
+def trial_loss(closure, params: list[torch.Tensor], tapeless: bool, draws: Draws | None = None) -> float:
     """The loss at the parameters' present values, bit for bit that of a run with a tape.
 
     tapeless: do the closure's kernels not depend on which tensors require gradients (Linearization.tapeless)? Then the
     parameters do not require them for this run. Gradients stay enabled, for closures that differentiate with respect to
     their inputs. A closure that autograd refuses, because it differentiates with respect to the parameters, is run again
-    with its tape, from the same random numbers, and so from then on. Anything else that it raises is the caller's.
+    with its tape, from the same random numbers (those of `draws`, where the caller has gone back to them), and so from then
+    on. Anything else that it raises is the caller's.
     """
-    code = _code(closure)
+    code = code_of(closure)
     if not tapeless or code is None or code in _need_tape:
         return _loss(closure)
-    random = _random_state(params[0].device)
+    draws = draws or Generators().draws(closure, params[0].device)
     try:
         for p in params:
             p.requires_grad_(False)
@@ -36,7 +39,7 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool) -> float:
         for p in params:
             p.requires_grad_(True)
     _need_tape.add(code)
-    _restore(random)
+    draws.rewind()
     return _loss(closure)
 
 
@@ -47,19 +50,3 @@ def _loss(closure) -> float:
         return result.item()
     parts = result if isinstance(result, (tuple, list)) else [result]
     return 0.5 * sum(float(part.detach().double().square().sum()) for part in parts)
-
-
-def _code(closure):
-    """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
-    return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
-
-
-def _random_state(device: torch.device) -> tuple:
-    return device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _restore(state: tuple) -> None:
-    device, cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)

@@ -45,8 +45,9 @@ def solve(
     cg_max_iterations: int = 150,
     cg_tolerance: float = 1e-6,
     rcond: float = 1e-8,
+    prior: Tensor | None = None,
 ) -> Solution:
-    """Solve (mu D + J^T J) delta = J^T r.
+    """Solve (mu D + J^T J) delta = J^T r + mu D p.
 
     Args:
         linearization: J (M, P) and r (M,), float64.
@@ -61,6 +62,8 @@ def solve(
         cg_tolerance: CG stops at ||b - A delta|| <= cg_tolerance ||b||.
         rcond: with damping 0, "eigh" drops eigenvalues of J^T J (in the variables D^1/2 theta) that
             are at most rcond times the largest.
+        prior: p, (P,), to which the damping pulls; None is zero. It is solved for delta - p, which
+            has r - J p for r; with damping 0 that is the least-squares solution nearest to p.
 
     Returns:
         The solution. A numerical failure is a status there, never an exception.
@@ -88,10 +91,15 @@ def solve(
             f"pgdfast.reference.solve: scale must be positive, finite and of shape ({J.shape[1]},)"
         )
 
+    p = torch.zeros_like(D) if prior is None else prior.to(J)
+    if p.shape != D.shape:
+        raise ValueError(f"pgdfast.reference.solve: prior must be of shape ({J.shape[1]},)")
+
     if solver == "auto":
         solver = "dual" if J.shape[0] <= J.shape[1] else "primal"
     if mu == 0 and solver in ("dual", "primal", "lsmr"):
         solver = "eigh"
+    g, r = J.T @ r, r - J @ p
     b, iterations = J.T @ r, 0
     if b.numel() == 0 or not b.any():
         delta, status = torch.zeros_like(b), "solved"
@@ -108,14 +116,16 @@ def solve(
     if not delta.isfinite().all():
         delta, status = torch.zeros_like(b), "breakdown"
 
+    error = b - (J.T @ (J @ delta) + mu * D * delta)
+    if status not in ("not_positive_definite", "breakdown"):
+        delta = delta + p
     J_delta = J @ delta
-    error = b - (J.T @ J_delta + mu * D * delta)
     return Solution(
         step=delta,
         status=status,
         iterations=iterations,
         residual_norm=(error.norm() / b.norm()).item() if b.any() else 0.0,
-        predicted_reduction=(b @ delta - 0.5 * J_delta @ J_delta).item(),
+        predicted_reduction=(g @ delta - 0.5 * J_delta @ J_delta).item(),
         solver=solver,
     )
 

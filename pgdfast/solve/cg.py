@@ -36,7 +36,7 @@ def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -
     start = start.to(lin.dtype) if start is not None and start.shape == (P,) else None
     path = torch.empty(SLOTS, P, dtype=lin.dtype, device=lin.device) if options.truncate else None
     run = operator.cg if operator.fused else _of(lin)
-    found, slots = run(lin.residual, d, problem.q, M, start, path, options)
+    found, slots = run(problem.r, d, problem.q, M, start, path, options)
     found = Found(*found, tuple((k, path[slot], *rest) for slot, k, *rest in sorted(slots, key=lambda item: item[1])))
     if options.warm_start and math.isfinite(found.square):
         kept["start"] = found.step.to(lin.params[0].dtype)

@@ -26,43 +26,47 @@ _EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a di
 
 def solve(
     linearization, damping: float, *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide: bool = False, keep: dict | None = None, time: int = 0,
+    wide: bool = False, keep: dict | None = None, time: int = 0, prior=None,
 ) -> Solution:
-    """Solve (mu D + J^T J) delta = J^T r at a linearisation.
+    """Solve (mu D + J^T J) delta = J^T r + mu D p at a linearisation.
 
     damping: mu >= 0; 0 is Gauss-Newton, the pseudo-inverse cut at rcond. scale: (P,) positive diagonal D, or None for the
-    identity. solver: one of SOLVERS. cg: options of CG and LSMR. wide: for a float32 problem, sum in float64 at once instead
-    of when float32 turns out too narrow. keep: `Solution.keep` of the last solve, for a warm start or a sketch; time: steps
-    taken so far, by which a sketch ages. Returns a Solution; its step is subtracted from the parameters.
-    Raises ValueError for a negative or non-finite damping, a scale of the wrong shape and an unknown solver.
+    identity. prior: p, (P,), to which the damping pulls the step, or None for zero; two more products with J. solver: one of
+    SOLVERS. cg: options of CG and LSMR. wide: for a float32 problem, sum in float64 at once instead of when float32 turns
+    out too narrow. keep: `Solution.keep` of the last solve, for a warm start or a sketch; time: steps taken so far, by which
+    a sketch ages. Returns a Solution; its step is subtracted from the parameters.
+    Raises ValueError for a negative or non-finite damping, a scale or prior of the wrong shape and an unknown solver.
     """
     if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
         raise ValueError(f"pgdfast.solve: damping is {damping!r}; it must be one finite number that is not negative.")
     if solver not in SOLVERS:
         raise ValueError(f"pgdfast.solve: unknown solver {solver!r}; use one of {', '.join(SOLVERS)}.")
-    if scale is not None and scale.shape != (linearization.num_parameters,):
-        raise ValueError(
-            f"pgdfast.solve: scale has shape {tuple(scale.shape)}; it must be ({linearization.num_parameters},)."
-        )
+    for what, vector in (("scale", scale), ("prior", prior)):
+        if vector is not None and vector.shape != (linearization.num_parameters,):
+            raise ValueError(
+                f"pgdfast.solve: {what} has shape {tuple(vector.shape)}; it must be ({linearization.num_parameters},)."
+            )
     lin = linearization
     if lin.num_residuals == 0 and not lin.penalties:
         step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
         return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0)
-    problem = Problem.of(lin, float(damping), scale)
+    problem = Problem.of(lin, float(damping), scale, prior)
     options = cg or CG()
     name, reason = choose(problem, solver, options, wide)
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
+    if prior is not None and found.status != "not_positive_definite":
+        found = problem.from_prior(found)
     step, status, iterations, residual_norm, gain, square, _, slack, path = found
     damped = problem.damped(step, square)
     if step.dtype is not lin.dtype:
         step = step.to(lin.dtype)
     if not abs(gain) + square < float("inf"):
-        step, status, gain, damped, slack, path = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0, ()
+        step, status, gain, damped, slack, path, prior = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0, (), None
     if name not in ("cg", "lsmr"):
         residual_norm = None
     return Solution(
         step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
-        keep,
+        keep, prior,
     )
 
 

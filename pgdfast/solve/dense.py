@@ -20,7 +20,7 @@ def dual(problem: Problem) -> Found:
 
     With uniform d = mu the equation is multiplied through by mu, so that small mu stays representable.
     """
-    lin, r = problem.linearization, problem.linearization.residual
+    lin, r = problem.linearization, problem.r
     operator = lin.operator
     if operator.fused and lin.rows is not None and problem.scale is None:
         if problem.uniform:
@@ -52,9 +52,9 @@ def primal(problem: Problem) -> Found:
     lin = problem.linearization
     _ = lin.rows   # Jacobian rows are cheaper once the row structure is known
     if lin.operator.fused:
-        return Found(*lin.operator.primal(lin.residual, problem.diagonal(), problem.q))
+        return Found(*lin.operator.primal(problem.r, problem.diagonal(), problem.q))
     J = lin.dense()
-    g = lin.gradient()
+    g = problem.gradient()
     H, d = J.T @ J, problem.diagonal()
     step, ok = _cholesky_solve(H, d, g)
     if not ok:
@@ -81,7 +81,7 @@ def refined(name: str, problem: Problem, found: Found) -> Found | None:
 
 
 def _refined_dual(problem, wide, core, product, found):
-    r = wide.linearization.residual
+    r = wide.r
     weights, shift = None, problem.mu
     if not problem.uniform:
         weights, shift = 1 / wide.diagonal(), 1.0
@@ -108,7 +108,7 @@ def _refined_dual(problem, wide, core, product, found):
 
 
 def _refined_primal(problem, wide, core, product, found):
-    g, d = wide.linearization.gradient(), wide.diagonal()
+    g, d = wide.gradient(), wide.diagonal()
     step, _ = _corrected(core, found.step.double(), lambda x: g - d * x - product.vjp(product.jvp(x)))
     if step is None:
         return None
@@ -142,7 +142,7 @@ def eigh(problem: Problem, rcond: float) -> Found:
     variables D^1/2 delta. Penalties join J as rows.
     """
     lin = problem.linearization
-    r, J = lin.residual, None
+    r, J = problem.r, None
     scale = problem.scale
     if problem.penalty is None and scale is None and lin.num_residuals <= lin.num_parameters:
         K = lin.gram()
@@ -175,7 +175,7 @@ def eigh(problem: Problem, rcond: float) -> Found:
         step = (vectors @ (inverse * (vectors.T @ g))).to(lin.dtype)
     if scale is not None:
         step = step * _inverse_root(scale, step)
-    gain = float(torch.dot(lin.gradient().double(), step.double()))
+    gain = float(torch.dot(problem.gradient().double(), step.double()))
     return Found(step, "solved", gain=gain, square=_square(step))
 
 
@@ -186,7 +186,7 @@ def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _stacked(problem: Problem):
     """J and r with the penalty as further rows sqrt(c) I, sqrt(c) theta."""
     lin = problem.linearization
-    J, r = lin.dense(), lin.residual
+    J, r = lin.dense(), problem.r
     if problem.penalty is None:
         return J, r
     kept = problem.penalty > 0

@@ -28,7 +28,7 @@ def lsmr(problem: Problem, options: CG) -> Found:
     else:
         root, damp = None if problem.scale is None else problem.scale.to(lin.dtype).rsqrt(), math.sqrt(problem.mu)
     run = lin.operator.lsmr if lin.operator.fused else _of(lin)
-    return Found(*run(lin.residual, d, root, damp, problem.q, options.max_iterations, options.tolerance))
+    return Found(*run(problem.r, d, root, damp, problem.q, options.max_iterations, options.tolerance))
 
 
 def _of(lin):

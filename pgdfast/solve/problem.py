@@ -34,23 +34,55 @@ class Problem:
     """(diag(d) + J^T J) delta = J^T r + q, with d = mu * scale + c and q = c theta.
 
     mu: damping; scale: (P,) or None for the identity; penalty c: (P,) or None; uniform: d is the number mu.
+
+    A prior p, to which the damping pulls instead of to zero, adds mu D p on the right. With delta = p + psi it leaves the
+    same equation for psi with r - J p for r and q - c p for q, which every solver solves as it is; mu = 0 included, where
+    delta is the least-squares solution nearest to p.
     """
 
     linearization: object
     mu: float
     scale: torch.Tensor | None
     penalty: torch.Tensor | None
+    r: torch.Tensor
     q: torch.Tensor | None
+    prior: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, linearization, mu: float, scale: torch.Tensor | None) -> Problem:
-        """Gather the penalty of a linearisation beside a damping and scale."""
-        return cls(linearization, mu, scale, linearization.penalty, linearization.penalty_gradient)
+    def of(cls, linearization, mu: float, scale: torch.Tensor | None, prior: torch.Tensor | None = None) -> Problem:
+        """Gather the penalty of a linearisation beside a damping, scale and prior. A prior costs one product with J."""
+        penalty, r, q = linearization.penalty, linearization.residual, linearization.penalty_gradient
+        if prior is not None:
+            prior = prior.to(linearization.dtype)
+            r = r - linearization.jvp(prior)
+            q = q if penalty is None else q - penalty * prior
+        return cls(linearization, mu, scale, penalty, r, q, prior)
 
     def widened(self) -> Problem:
         """The same problem in float64 (see Linearization.widened)."""
         wide = self.linearization.widened()
-        return self if wide is self.linearization else Problem.of(wide, self.mu, self.scale)
+        return self if wide is self.linearization else Problem.of(wide, self.mu, self.scale, self.prior)
+
+    def gradient(self) -> torch.Tensor:
+        """The right-hand side J^T r + q, (P,)."""
+        g = self.linearization.vjp(self.r)
+        return g if self.q is None else g + self.q
+
+    def from_prior(self, found: Found) -> Found:
+        """What was found for psi, turned into delta = p + psi with the gain, length and slack of that. Costs one JVP.
+
+        Earlier iterates are left out: they lead away from p, not from zero.
+        """
+        lin = self.linearization
+        step = found.step + self.prior.to(found.step.dtype)
+        pushed, wide = lin.jvp(step).double(), step.double()
+        gain, curvature = float(torch.dot(lin.residual.double(), pushed)), float(torch.dot(pushed, pushed))
+        if self.penalty is not None:
+            gain += float(torch.dot(lin.penalty_gradient.double(), wide))
+            curvature += float(torch.dot(self.penalty.double() * wide, wide))
+        square = float(torch.dot(wide, wide))
+        slack = gain - self.damped(step, square) - curvature
+        return found._replace(step=step, gain=gain, square=square, slack=slack, path=())
 
     @property
     def uniform(self) -> bool:

@@ -23,7 +23,7 @@ _USABLE = ("solved", "max_iterations", "stagnated", "progress", "truncated")
 
 @dataclass(slots=True)
 class Solution:
-    """delta of (mu D + J^T J + penalty) delta = g.
+    """delta of (mu D + J^T J + penalty) delta = g, + mu D p where there is a prior p.
 
     step: (P,), to be subtracted from the parameters. status: "solved", "max_iterations", "stagnated", "progress" or
     "truncated" (the step is usable), or "not_positive_definite", "breakdown", "not_finite" (the step is zero or partial;
@@ -44,6 +44,7 @@ class Solution:
     slack: float = 0.0                  # (g - A delta) . delta, 0 for an exact solve
     path: tuple = field(repr=False, default=())            # earlier iterates: (iteration, step, gain, square, slack)
     keep: dict = field(repr=False, default_factory=dict)   # what the next solve may start from
+    prior: torch.Tensor | None = field(repr=False, default=None)
 
     @property
     def usable(self) -> bool:
@@ -89,11 +90,16 @@ class Solution:
 
     @property
     def residual_norm(self) -> float:
-        """||g - (mu D + J^T J + penalty) delta|| / ||g||; costs two products unless the solver knew it."""
+        """||g - (mu D + J^T J + penalty) delta|| / ||g||; costs two products unless the solver knew it.
+
+        With a prior p, delta - p stands for delta and the model's gradient at p for g: the equation that was solved.
+        """
         if self.known_residual_norm is None:
-            lin = self.linearization
+            lin, step = self.linearization, self.step
             g = lin.gradient()
-            left = lin.ggn(self.step) + self.damping_diagonal * self.step
+            if self.prior is not None:
+                g, step = g - lin.ggn(self.prior), step - self.prior
+            left = lin.ggn(step) + self.damping_diagonal * step
             norm = float(torch.linalg.vector_norm(g))
             self.known_residual_norm = float(torch.linalg.vector_norm(g - left)) / norm if norm > 0 else 0.0
         return self.known_residual_norm

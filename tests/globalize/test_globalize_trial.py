@@ -79,7 +79,9 @@ def test_steps_are_those_with_a_tape(monkeypatch):
     ends = []
     for forced in (False, True):
         if forced:
-            monkeypatch.setattr(pgdfast.globalize, "trial_loss", lambda closure, params, _: trial_loss(closure, params, False))
+            monkeypatch.setattr(
+                pgdfast.globalize, "trial_loss", lambda closure, params, _, draws: trial_loss(closure, params, False, draws)
+            )
         params, closure = fit()
         opt = pgdfast.LM(params, line_search="armijo")
         ends.append([*(opt.step(closure) for _ in range(6)), flat(params)])
