@@ -20,7 +20,8 @@ folder or above it; prints a table per problem; writes results.json and pictures
 a result is wrong.
 
 A: 1-80-80-1, 100 rows. B: 2-80-80-1, 400 rows. C: PINN. D: modular addition. E: polynomial. F: transformer.
-G: 784-250-10. pde: Laplacians of networks. sweeps: width, depth, rows. memory: peak memory of exact steps. bench/README.md says more."""
+G: 784-250-10. pde: Laplacians of networks. sweeps: width, depth, rows. memory: peak memory of exact steps.
+bench/README.md says more."""
 QUICK_ROUNDS = 6
 
 # Without the current folder on sys.path: the installed package, with its core, is to be timed and not the source folder.

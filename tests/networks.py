@@ -84,6 +84,22 @@ class Columns(nn.Module):
         return self.last(h) + wave.unsqueeze(-1) - 2.0
 
 
+class Odds(nn.Module):
+    """A product read before and behind its activation, constants among the columns, arguments by name."""
+
+    def __init__(self, outputs=1, width=5):
+        super().__init__()
+        self.first, self.middle = nn.Linear(2, width), nn.Linear(width + 2, width)
+        self.last = nn.Linear(2 * width, outputs)
+
+    def forward(self, x):
+        z = self.first(x)
+        h = z + torch.tanh(z)
+        h = torch.cat(tensors=[h, torch.cat([torch.ones_like(x[:, :1]), 0.5 * x[:, 1:]], 1)], dim=1)
+        h = torch.hstack([torch.sin(2 * self.middle(h)), self.middle(h) ** 2])
+        return self.last(h / 3).sub(0.25)
+
+
 def build(name, outputs=1, dtype=torch.float64, inputs=2):
     """A network by name, with weights of its own seed."""
     before = torch.get_default_dtype(), torch.get_rng_state()
@@ -92,10 +108,10 @@ def build(name, outputs=1, dtype=torch.float64, inputs=2):
     try:
         if name in ACTIVATIONS:
             return mlp(inputs, 9, 6, outputs, activation=ACTIVATIONS[name]).to(dtype)
-        return {"residual": Residual, "fourier": Fourier, "columns": Columns}[name](outputs=outputs).to(dtype)
+        return {"residual": Residual, "fourier": Fourier, "columns": Columns, "odds": Odds}[name](outputs=outputs).to(dtype)
     finally:
         torch.set_default_dtype(before[0])
         torch.set_rng_state(before[1])
 
 
-NAMES = (*ACTIVATIONS, "residual", "fourier", "columns")
+NAMES = (*ACTIVATIONS, "residual", "fourier", "columns", "odds")

@@ -6,6 +6,9 @@ below, which computes value and derivatives; the network is any callable that is
 
 from __future__ import annotations
 
+import inspect
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -94,8 +97,8 @@ class Stack(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        rule = _RULES.get(function)
-        if rule is not None:
+        rule, takes = _RULES.get(function, (None, ()))
+        if rule is not None and (not kwargs or takes >= kwargs.keys()):
             return rule(*args, **(kwargs or {}))
         if function in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -113,14 +116,15 @@ _METADATA = {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point,
     torch.is_floating_point, torch.numel,
 }
-_RULES: dict = {}
+_RULES: dict = {}   # {function: (rule, names of its arguments)}
 
 
 def _rule(*functions):
     """Register a rule for these functions of PyTorch."""
 
     def register(rule):
-        _RULES.update(dict.fromkeys(functions, rule))
+        takes = frozenset(inspect.signature(rule).parameters)
+        _RULES.update(dict.fromkeys(functions, (rule, takes)))
         return rule
 
     return register
@@ -302,10 +306,27 @@ def _cat(tensors, dim=0):
     first = next(t for t in tensors if isinstance(t, Stack))
     if dim not in (1, -1) or len(first.sizes) != 2:
         raise Unsupported("cat along another dimension than the last")
-    if any(not isinstance(t, Stack) for t in tensors):
-        raise Unsupported("cat with a constant")
-    _compute(*tensors)
-    return _like(first, torch.cat([t.channels for t in tensors], -1))
+    _compute(*[t for t in tensors if isinstance(t, Stack)])
+    unit = first.form.unit(first.channels)
+    parts = [t.channels if isinstance(t, Stack) else _constant(t, first.channels) * unit for t in tensors]
+    # Neighbours that no parameter reaches as one: LM's tape can place one such piece.
+    joined = [torch.cat(list(group), -1) for _, group in itertools.groupby(parts, lambda part: part.requires_grad)]
+    return _like(first, torch.cat(joined, -1))
+
+
+@_rule(torch.hstack)
+def _hstack(tensors):
+    return _cat(tensors, 1)
+
+
+def _filled(function):
+    @_rule(function)
+    def apply(input):
+        return function(torch.empty(input.sizes, dtype=input.like.dtype, device=input.like.device))
+
+
+_filled(torch.zeros_like)
+_filled(torch.ones_like)
 
 
 @_rule(torch.Tensor.__getitem__)
