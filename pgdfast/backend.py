@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import is_
 
 import torch
@@ -44,15 +45,20 @@ class Reference:
     def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, **_) -> Solution:
         """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
         lin = linearization.reference
-        found = reference.solve(
-            lin, damping, scale=None if scale is None else scale.double(), solver=solver,
-            cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond,
+        options = dict(
+            scale=None if scale is None else scale.double(), solver=solver, cg_max_iterations=cg.max_iterations,
+            cg_tolerance=cg.tolerance, rcond=rcond,
         )
+        found = reference.solve(lin, damping, **options)
+
+        def again(u):
+            return reference.solve(replace(lin, residual=u.double()), damping, **options).step
+
         gain = float(torch.dot(lin.vjp(lin.residual), found.step))
         curvature = float(lin.jvp(found.step).square().sum())
         return Solution(
             found.step, found.status, found.iterations, found.solver, "reference", gain, gain - curvature,
-            linearization, damping if scale is None else damping * scale, found.residual_norm,
+            linearization, damping if scale is None else damping * scale, found.residual_norm, solve_again=again,
         )
 
 

@@ -52,7 +52,7 @@ def solve(
     options = cg or CG()
     name, reason = choose(problem, solver, options, wide)
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
-    step, status, iterations, residual_norm, gain, square, _, slack, path = found
+    step, status, iterations, residual_norm, gain, square, _, slack, path, again = found
     damped = problem.damped(step, square)
     if step.dtype is not lin.dtype:
         step = step.to(lin.dtype)
@@ -62,7 +62,7 @@ def solve(
         residual_norm = None
     return Solution(
         step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
-        keep,
+        keep, again and (lambda u: again(u.to(found.step.dtype)).to(lin.dtype)),
     )
 
 
