@@ -164,6 +164,14 @@ class Packing {
     return panels;
   }
 
+  // Is the weight transposed here, as against its first use? Nested derivatives use it both ways, with one residual a row
+  // (linear/rows.py): the factors of its two dimensions then change places.
+  bool transposed(const Use& use) const {
+    for (const Use& first : layout_.uses)
+      if (first.form == Form::factored && first.parameter == use.parameter) return first.m_is_high != use.m_is_high;
+    return false;
+  }
+
   // Constants by row; cotangents by section, then row. Rows of the block that the use does not reach are zero.
   Factors<T> factors(const Use& use, const Block& block) {
     const Instruction& op = s_.instructions[std::size_t(use.instruction)];
@@ -184,6 +192,7 @@ class Packing {
       const T* ordered = copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
       result.cotangents = pack(block.rows * block.sections, g.m, ordered, g.m, 1);
     }
+    if (transposed(use)) std::swap(result.constants, result.cotangents);
     return result;
   }
 

@@ -166,6 +166,8 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         group = candidates[parameter]
         if group[0] is None or any(c is None or c.window != group[0].window for c in group):
             continue
+        if sections > 1 and any(c.m_is_high != group[0].m_is_high for c in group):
+            continue   # constants belong to a row, cotangents to a residual: they cannot change places
         bias = companions.get(parameter, -1)
         rows = sum(c.rows for c in group)
         # The elementwise product weighs like some 4 multiply-adds per element of K.
