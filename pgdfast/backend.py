@@ -40,7 +40,7 @@ class Reference:
 
     def linearize(self, closure, params: list[torch.Tensor]):
         """An explicit Jacobian."""
-        return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
+        return _ReferenceLinearization(reference.linearize(closure, params), params)
 
     def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, **_) -> Solution:
         """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
@@ -67,10 +67,11 @@ class _ReferenceLinearization:
 
     penalties: dict = {}
     tapeless = False   # trials run as the closure is
+    residuals_need_tape = True
 
-    def __init__(self, found, dtype: torch.dtype):
-        self.reference = found
-        self.loss = found.loss.detach().to(dtype)
+    def __init__(self, found, params: list[torch.Tensor]):
+        self.reference, self._params = found, params
+        self.loss = found.loss.detach().to(params[0].dtype)
         self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
 
     def parameters_unchanged(self) -> None:
@@ -80,6 +81,16 @@ class _ReferenceLinearization:
     def residual(self) -> torch.Tensor:
         """(M,), float64."""
         return self.reference.residual
+
+    @property
+    def has_squares_only(self) -> bool:
+        """True without cross-entropies."""
+        return self.reference.squares_only
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,), float64) at the parameters' present values."""
+        loss, residual = reference.residual(run, self._params)
+        return float(loss), residual
 
     def widened(self) -> _ReferenceLinearization:
         """Itself: float64 throughout."""
@@ -92,6 +103,10 @@ class _ReferenceLinearization:
     def gradient(self) -> torch.Tensor:
         """J^T r, (P,)."""
         return self.reference.vjp(self.reference.residual)
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v, (M,)."""
+        return self.reference.jvp(v)
 
     def ggn(self, v: torch.Tensor) -> torch.Tensor:
         """J^T J v, (P,)."""

@@ -11,10 +11,14 @@ from torch.optim import optimizer
 
 from . import globalize
 from .backend import backend as choose_backend
-from .report import Report
+from .report import Report, advice
 from .solve import CG, SOLVERS
 
 _ATTEMPTS = 12   # dampings tried in one step before it is given up
+_NO_SQUARES = (
+    "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
+    "changed. Use acceleration=None for it."
+)
 
 
 def _hooked(step):
@@ -59,10 +63,12 @@ class LM(torch.optim.Optimizer):
         scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
         cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
     ):
-        _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble)
+        _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._rule = globalize.damping_rule(damping_rule)
-        self._search = globalize.line_search(line_search)
+        self._search, self._acceleration = globalize.line_search(line_search), globalize.acceleration(acceleration)
         self._backend = choose_backend(backend)
+        if self._search is not None and self._acceleration is not None:
+            raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._damping, self._scaling, self._solver = damping, scaling, solver
         self._cg, self._rcond = cg or CG(), rcond
@@ -70,7 +76,7 @@ class LM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
-        own = ("_rule", "_search", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
+        own = ("_rule", "_search", "_acceleration", "_backend", "_damping", "_scaling", "_solver", "_cg", "_rcond", "report")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @property
@@ -93,6 +99,8 @@ class LM(torch.optim.Optimizer):
         memory = self._memory()
         start = perf_counter()
         lin = self._backend.linearize(closure, params)
+        if self._acceleration is not None and not lin.has_squares_only:
+            raise ValueError(_NO_SQUARES)
         loss = float(lin.loss)
         report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters)
         report.seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
@@ -110,7 +118,7 @@ class LM(torch.optim.Optimizer):
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale = self._scale(lin, move.params)
         trying = self.predicts
-        if trying or any(decays):
+        if trying or any(decays) or self._acceleration is not None:
             move.save()
         failures, solution = 0, None
         try:
@@ -120,9 +128,12 @@ class LM(torch.optim.Optimizer):
                 if not solution.usable:
                     failures += 1
                     report.status = "failed"
-                    mu = self._rule.invalid(mu, _curvature(lin, solution))
+                    mu = self._rule.invalid(mu, globalize.curvature(lin, solution))
                 elif not trying:
-                    move.to(solution.step)
+                    if self._acceleration is None:
+                        move.to(solution.step)
+                    else:
+                        self._accelerated(closure, lin, move, solution, report)
                     report.status = "accepted"
                     break
                 elif self._try(closure, lin, move, solution, report):
@@ -133,7 +144,7 @@ class LM(torch.optim.Optimizer):
                     break
                 else:
                     lin.parameters_unchanged()
-                    mu = self._rule.rejected(mu, report.gain_ratio, _curvature(lin, solution))
+                    mu = self._rule.rejected(mu, report.gain_ratio, globalize.curvature(lin, solution))
             else:
                 mu = self._rule.exhausted(start)
         except BaseException:
@@ -141,7 +152,7 @@ class LM(torch.optim.Optimizer):
             raise
         if move.moved and any(decays):
             move.decay(decays)
-        report.advice = _advice(report, solution, failures)
+        report.advice = advice(report, solution, failures)
         if self._rule.tries:
             memory["damping"] = report.next_damping = mu
         else:
@@ -168,7 +179,7 @@ class LM(torch.optim.Optimizer):
     def _try(self, closure, lin, move, solution, report) -> bool:
         """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
         start = perf_counter()
-        reduction, slope = _model(lin, move, solution)
+        reduction, slope = globalize.predictions(lin, move, solution)
 
         def evaluate(t):
             move.to(solution.step, t)
@@ -179,6 +190,8 @@ class LM(torch.optim.Optimizer):
         if self._search is not None:
             t, after, _ = self._search.search(evaluate, loss, slope)
             report.line_search = t
+        elif self._acceleration is not None and solution.status != "truncated":
+            t, after = 1.0, self._accelerated(closure, lin, move, solution, report)
         else:
             t, after = 1.0, evaluate(1.0)
         predicted = reduction(t or 1.0)
@@ -197,6 +210,15 @@ class LM(torch.optim.Optimizer):
             move.undo()
         report.seconds["trial"] += perf_counter() - start
         return kept
+
+    def _accelerated(self, closure, lin, move, solution, report) -> float:
+        """Move along the step with its second-order correction; the loss there."""
+        trials, delta = globalize.Trials(closure, lin, move, solution), move.scaled(solution.step)
+        e, after = self._acceleration.take(trials, delta)
+        report.trials += trials.count
+        report.correction = trials.size(e - delta) / max(trials.size(delta), 1e-300)
+        move.shift(e)
+        return after
 
     def _trainable(self):
         """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
@@ -242,43 +264,7 @@ class LM(torch.optim.Optimizer):
         return torch.where(scale > 0, scale, 1.0)
 
 
-def _model(lin, move, solution):
-    """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta."""
-    rate = move.one_rate
-    if rate is not None:
-        return (lambda t: solution.reduction(rate * t)), rate * solution.gain
-    direction = move.scaled(solution.step)
-    slope = float(torch.dot(lin.gradient(), direction))
-    curvature = float(torch.dot(direction, lin.ggn(direction)))
-    return (lambda t: t * slope - 0.5 * t * t * curvature), slope
-
-
-def _curvature(lin, solution) -> float:
-    """G . delta / ||delta||^2, or that of the gradient where there is no step."""
-    square = float(solution.step.double().square().sum())
-    if square > 0 and solution.gain > 0:
-        return solution.gain / square
-    g = lin.gradient()
-    square = float(torch.dot(g, g))
-    return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
-
-
-def _advice(report, solution, failures: int) -> str:
-    if report.status == "stalled":
-        return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
-    if report.status == "rejected":
-        return (
-            f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
-            "check that the closure is deterministic, raise the damping, or use float64"
-        )
-    if report.status == "failed" or solution.status != "solved":
-        return solution.advice
-    if failures:
-        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
-    return ""
-
-
-def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
+def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
     if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
         raise ValueError(f"pgdfast.LM: lr is {lr!r}; it must be a finite number that is not negative.")
     if callable(damping):
@@ -299,6 +285,5 @@ def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solve
         raise ValueError(f"pgdfast.LM: cg is {cg!r}; it must be pgdfast.CG(max_iterations=..., tolerance=...).")
     if not 0 < rcond < 1:
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
-    for name, value in (("acceleration", acceleration), ("ensemble", ensemble)):
-        if value is not None:
-            raise ValueError(f"pgdfast.LM: {name}={value!r} is not available in this version; use {name}=None.")
+    if ensemble is not None:
+        raise ValueError(f"pgdfast.LM: ensemble={ensemble!r} is not available in this version; use ensemble=None.")

@@ -15,6 +15,7 @@ class Report:
     predicted reduction is at rounding level; a step that did not raise the loss was kept); "empty" (no residuals).
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
+    correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
     line_search: accepted t, None without a search. seconds: wall time of the phases linearize, solve, trial.
     """
@@ -35,6 +36,7 @@ class Report:
     attempts: int = 0
     trials: int = 0
     line_search: float | None = None
+    correction: float | None = None
     residuals: int = 0
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -55,3 +57,19 @@ class Report:
             work = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})"
         text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{work}"
         return text + (f"\n{self.advice}" if self.advice else "")
+
+
+def advice(report: Report, solution, failures: int) -> str:
+    """What to do about a step; empty where nothing is to be done. failures: solves of it that gave no usable step."""
+    if report.status == "stalled":
+        return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
+    if report.status == "rejected":
+        return (
+            f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
+            "check that the closure is deterministic, raise the damping, or use float64"
+        )
+    if report.status == "failed" or solution.status != "solved":
+        return solution.advice
+    if failures:
+        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
+    return ""

@@ -1,8 +1,13 @@
-"""From a step of the model to a step that is kept: damping rules, line search, and bit-exact undo."""
+"""From a step of the model to a step that is kept: damping rules, second-order corrections, line search, bit-exact undo."""
 
+from .acceleration import ACCELERATIONS, Chord, Geodesic, Trials, acceleration
 from .damping import RULES, Constant, Delayed, GainRatio, damping_rule
 from .line_search import Armijo, line_search
+from .model import curvature, predictions
 from .move import Move
-from .trial import trial_loss
+from .trial import trial_loss, trial_residual
 
-__all__ = ["RULES", "Armijo", "Constant", "Delayed", "GainRatio", "Move", "damping_rule", "line_search", "trial_loss"]
+__all__ = [
+    "ACCELERATIONS", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Geodesic", "Move", "Trials",
+    "acceleration", "curvature", "damping_rule", "line_search", "predictions", "trial_loss", "trial_residual",
+]

@@ -41,9 +41,15 @@ class Move:
 
     def to(self, direction: torch.Tensor, t: float = 1.0) -> None:
         """Go to theta - t (rates * d), from wherever an earlier trial went."""
+        self._subtract(direction, self.rates if t == 1.0 else [rate * t for rate in self.rates])
+
+    def shift(self, displacement: torch.Tensor) -> None:
+        """Go to theta - e: the same for a displacement that has the learning rates in it."""
+        self._subtract(displacement, [1.0] * len(self.params))
+
+    def _subtract(self, direction: torch.Tensor, rates: list[float]) -> None:
         if self.moved:
             self.undo()
-        rates = self.rates if t == 1.0 else [rate * t for rate in self.rates]
         if not native.subtract(self.params, rates, direction):
             with torch.no_grad():
                 for p, part, rate in zip(self.params, direction.split(self._sizes), rates, strict=True):

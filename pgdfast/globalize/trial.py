@@ -21,14 +21,25 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool) -> float:
     their inputs. A closure that autograd refuses, because it differentiates with respect to the parameters, is run again
     with its tape, from the same random numbers, and so from then on. Anything else that it raises is the caller's.
     """
+    return _loss(run_trial(closure, params, tapeless))
+
+
+def trial_residual(closure, params: list[torch.Tensor], lin) -> tuple[float, torch.Tensor]:
+    """(loss, residual) at the parameters' present values, comparable with those of a linearisation of the closure."""
+    tapeless = lin.tapeless and not lin.residuals_need_tape
+    return lin.residual_at(lambda: run_trial(closure, params, tapeless))
+
+
+def run_trial(closure, params: list[torch.Tensor], tapeless: bool):
+    """What the closure returns, run as `trial_loss` runs it."""
     code = _code(closure)
     if not tapeless or code is None or code in _need_tape:
-        return _loss(closure)
+        return _result(closure)
     random = _random_state(params[0].device)
     try:
         for p in params:
             p.requires_grad_(False)
-        return _loss(closure)
+        return _result(closure)
     except RuntimeError as error:
         if not _REFUSED.search(str(error)):
             raise
@@ -37,12 +48,15 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool) -> float:
             p.requires_grad_(True)
     _need_tape.add(code)
     _restore(random)
-    return _loss(closure)
+    return _result(closure)
 
 
-def _loss(closure) -> float:
+def _result(closure):
     with torch.enable_grad():
-        result = closure()
+        return closure()
+
+
+def _loss(result) -> float:
     if isinstance(result, torch.Tensor) and result.dim() == 0:
         return result.item()
     parts = result if isinstance(result, (tuple, list)) else [result]
