@@ -1,53 +1,22 @@
-// The only file that knows pybind11: unpacks tensors into pointers, checks them, releases the GIL.
-#include <ATen/Parallel.h>
+// The module; with bindings_jet.cpp the only files that know pybind11: unpack tensors into pointers, check them, release the GIL.
 #include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdlib>
 
+#include "bindings.h"
 #include "blas_torch.h"
 #include "cpu/simd.h"
 #include "cpu/solve.h"
-#include "plan/blas.h"
 #include "tape/replay.h"
 #include "tape/walk.h"
-
-namespace py = pybind11;
 
 namespace pgdfast {
 namespace {
 
-template <class T>
-constexpr at::ScalarType scalar_type = std::is_same_v<T, float> ? at::kFloat : at::kDouble;
-
 const char* blas_name = "none";
-
-// While the core works: no GIL, and as many threads as PyTorch may use at that moment.
-struct Running {
-  Running() { max_threads = at::get_num_threads(); }
-  py::gil_scoped_release release;
-};
-
-// A contiguous CPU tensor of T with exactly `count` elements, as a pointer.
-template <class T>
-T* pointer(py::handle object, index count, const char* name) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error(std::string(name) + " must be a tensor");
-  const at::Tensor& t = THPVariable_Unpack(object.ptr());
-  if (t.scalar_type() != scalar_type<T> || !t.device().is_cpu() || !t.is_contiguous() || t.numel() != count)
-    throw py::value_error(std::string(name) + " must be a contiguous CPU tensor of the plan's dtype with " +
-                          std::to_string(count) + " elements, got " + std::to_string(t.numel()) + " of " +
-                          c10::toString(t.scalar_type()));
-  return t.data_ptr<T>();
-}
-
-template <class T>
-T* optional_pointer(py::handle object, index count, const char* name) {
-  return object.is_none() ? nullptr : pointer<T>(object, count, name);
-}
 
 struct ConstantLayout {
   bool scalar;
@@ -482,6 +451,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pgdfast: plans, sweeps, Gram matrices and solves on the CPU.";
   using namespace pgdfast;
   blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
+  fill_maths();
+  bind_jets(m);
   bind_plan<float>(m, "PlanFloat");
   bind_plan<double>(m, "PlanDouble");
   bind_tapes(m);

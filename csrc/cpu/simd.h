@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../plan/plan.h"
+#include "jet.h"
 
 namespace pgdfast {
 
@@ -40,6 +41,12 @@ struct Simd {
   void (*cg_update)(index n, T alpha, const T* p, const T* Ap, const T* m, T* x, T* r, double* sums);
   // p = m * r + beta * p.
   void (*cg_direction)(index n, T beta, const T* m, const T* r, T* p);
+  // Activations of Taylor mode (jet.h), z (points, given, width): y, and slope, mix and bend unless null. a and b: what
+  // functions_of in jet.cpp computed, (points, width); scratch: 3 * width.
+  void (*jet_activation)(Activation kind, index points, index width, index given, const Channels& channels, T scale, const T* z,
+                         const T* a, const T* b, T* y, T* slope, T* mix, T* bend, T* scratch);
+  void (*jet_adjoint)(index points, index width, const Channels& channels, const T* slope, const T* mix, const T* bend,
+                      const T* y_bar, T* z_bar);
 };
 
 template <class T>

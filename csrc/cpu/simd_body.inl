@@ -292,11 +292,14 @@ void cg_direction(index n, T beta, const T* m, const T* r, T* p) {
   }
 }
 
+#include "jet_body.inl"
+
 template <class T>
 const Simd<T>* make_table() {
   static const Simd<T> table = {evaluate<T, T>, evaluate<T, float>, muladd<T>,     dot<T>,
                                 axpby<T>,       small_gemm<T>,      project<T>,
-                                damped_dot<T>,  cg_update<T>,       cg_direction<T>};
+                                damped_dot<T>,  cg_update<T>,       cg_direction<T>,
+                                jet_activation<T>, jet_adjoint_rows<T>};
   return &table;
 }
 

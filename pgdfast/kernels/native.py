@@ -47,6 +47,31 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
     return _C is not None and _C.subtract(params, rates, direction)
 
 
+def applies_to_jets(*tensors: torch.Tensor | None) -> bool:
+    """Whether the core takes these to a layer in Taylor mode: CPU tensors of one dtype, outside of function transforms."""
+    given = [t for t in tensors if t is not None]
+    return (
+        _C is not None and applies(given[0].device, given[0].dtype)
+        and all(t.dtype is given[0].dtype and t.device.type == "cpu" for t in given)
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given)
+    )
+
+
+def jet_layer(x, weight, bias, weights, directions, activation: int, scale, y, slope, mix, bend) -> None:
+    """A layer in Taylor mode: fills y (N, C, out) and, unless None, what its derivatives need (csrc/cpu/jet.h)."""
+    call = _C.jet_layer_float if x.dtype == torch.float32 else _C.jet_layer_double
+    sizes = len(x), x.shape[1], x.shape[2], len(weight)
+    call(x, weight, bias, sizes, directions, [w for row in weights for w in row], activation, scale, y, slope, mix, bend)
+
+
+def jet_adjoint(weights, directions, slope, mix, bend, y_bar) -> torch.Tensor:
+    """The cotangent of what an activation in Taylor mode was applied to, (N, C, out)."""
+    z_bar = torch.empty_like(y_bar)
+    call = _C.jet_adjoint_float if y_bar.dtype == torch.float32 else _C.jet_adjoint_double
+    call(len(y_bar), y_bar.shape[2], directions, [w for row in weights for w in row], slope, mix, bend, y_bar, z_bar)
+    return z_bar
+
+
 class Kernels:
     """A program's plan. Bind constants, then call; results are new tensors of `dtype`, which may be wider than theirs."""
 
