@@ -11,7 +11,7 @@ from torch.optim import optimizer
 
 from . import globalize
 from .backend import backend as choose_backend
-from .report import Report, advice
+from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
 _ATTEMPTS = 12   # dampings tried in one step before it is given up
@@ -120,7 +120,7 @@ class LM(torch.optim.Optimizer):
         trying = self.predicts
         if trying or any(decays) or self._acceleration is not None:
             move.save()
-        failures, solution = 0, None
+        failures, promised, solution = 0, None, None
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
                 solution = self._shorter(solution, report) or self._solve(lin, mu, scale, memory, report)
@@ -144,6 +144,7 @@ class LM(torch.optim.Optimizer):
                     break
                 else:
                     lin.parameters_unchanged()
+                    promised = report.predicted_reduction if promised is None else promised
                     mu = self._rule.rejected(mu, report.gain_ratio, globalize.curvature(lin, solution))
             else:
                 mu = self._rule.exhausted(start)
@@ -152,11 +153,14 @@ class LM(torch.optim.Optimizer):
             raise
         if move.moved and any(decays):
             move.decay(decays)
-        report.advice = advice(report, solution, failures)
+        report.next_damping = mu if self._rule.tries else report.damping
         if self._rule.tries:
-            memory["damping"] = report.next_damping = mu
-        else:
-            report.next_damping = report.damping
+            memory["damping"] = mu
+        report.advice = advice(report, solution, failures, lin.loss.dtype)
+        memory["rejected"] = memory.get("rejected", 0) + 1 if report.status == "rejected" and self._rule.tries else 0
+        stalled = stall(report, promised, memory["rejected"], mu >= globalize.LARGEST, lin.loss.dtype)
+        if stalled:
+            report.status, report.advice = "stalled", stalled
 
     def _solve(self, lin, mu, scale, memory, report):
         start = perf_counter()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(slots=True)
 class Report:
@@ -12,7 +14,8 @@ class Report:
     loss: before the step. loss_after: of the point kept, None where no trial was evaluated. gain_ratio: actual over
     predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next.
     status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
-    predicted reduction is at rounding level; a step that did not raise the loss was kept); "empty" (no residuals).
+    predicted reduction is at rounding level; a step that did not raise the loss was kept; or no step descends any more: three
+    rejected in a row, or mu at its bound); "empty" (no residuals).
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
     correction: length of the second-order correction over that of the step, with acceleration.
@@ -59,10 +62,14 @@ class Report:
         return text + (f"\n{self.advice}" if self.advice else "")
 
 
-def advice(report: Report, solution, failures: int) -> str:
+_REJECTED_IN_A_ROW = 3   # steps without descent that are a stall
+_ROUNDING = 1e3          # times the rounding unit: what sums of many squares lose
+
+
+def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
     """What to do about a step; empty where nothing is to be done. failures: solves of it that gave no usable step."""
     if report.status == "stalled":
-        return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
+        return f"the predicted reduction is at rounding level: {_converged(dtype)}"
     if report.status == "rejected":
         return (
             f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
@@ -73,3 +80,30 @@ def advice(report: Report, solution, failures: int) -> str:
     if failures:
         return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
     return ""
+
+
+def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
+    """Why a rejected step means that the run has stalled, and what to do; "" where it may yet go on.
+
+    promised: predicted reduction of the first, longest step tried. in_a_row: rejected steps up to this one, 0 if it was not.
+    at_bound: is mu at its upper bound?
+    """
+    if not in_a_row:
+        return ""
+    if promised is not None and promised <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
+        return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
+    suspects = (
+        "a closure that draws random numbers (fix its points, turn dropout off), residuals that jump or have a kink here, or "
+        "residuals of very different size (scale them, or use scaling='marquardt')"
+    )
+    if at_bound:
+        return f"the damping is at its bound, {report.next_damping:.0e}, and still no step lowers the loss; look for {suspects}"
+    if in_a_row >= _REJECTED_IN_A_ROW:
+        return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"
+    return ""
+
+
+def _converged(dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "converged for float64; a smaller loss takes another start, a larger model or other residuals"
+    return f"converged for {str(dtype).removeprefix('torch.')}; use float64 to go further"

@@ -1,13 +1,13 @@
 """From a step of the model to a step that is kept: damping rules, second-order corrections, line search, bit-exact undo."""
 
 from .acceleration import ACCELERATIONS, Chord, Geodesic, Trials, acceleration
-from .damping import RULES, Constant, Delayed, GainRatio, damping_rule
+from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, damping_rule
 from .line_search import Armijo, line_search
 from .model import curvature, predictions
 from .move import Move
 from .trial import trial_loss, trial_residual
 
 __all__ = [
-    "ACCELERATIONS", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Geodesic", "Move", "Trials",
+    "ACCELERATIONS", "LARGEST", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Geodesic", "Move", "Trials",
     "acceleration", "curvature", "damping_rule", "line_search", "predictions", "trial_loss", "trial_residual",
 ]

@@ -75,9 +75,10 @@ class Geodesic:
 class Chord:
     """Chord iterations (simplified Newton) on the damped problem: e <- delta + A^-1 J^T m(e), from e = delta.
 
-    They go on while each lowers the loss to `factor` of what it was, `rounds` times at most; the best point counts. The first
-    is geodesic acceleration with h = 1. A round costs one run of the closure, one product with J, one with J^T and two
-    triangular solves: small beside a linearisation and its factor.
+    They go on while each lowers the loss to `factor` of what it was, `rounds` times at most; the best point counts. A round
+    that cannot do so is left out: it changes the residual by no more than what m has changed by. The first is geodesic
+    acceleration with h = 1. A round costs one run of the closure, one product with J, one with J^T and two triangular solves:
+    small beside a linearisation and its factor.
 
     Source: Shamanskii (1967); Fan, J. Comput. Appl. Math. 254 (2013), for Levenberg-Marquardt.
     """
@@ -87,13 +88,13 @@ class Chord:
 
     def take(self, trials: Trials, delta: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(e, loss at theta - e); delta: (P,), with the learning rates in it."""
-        e = delta
-        last, missed = trials.at(e)
-        best = e, last
+        last, missed = trials.at(delta)
+        best, before = (delta, last), torch.zeros_like(missed)
         for _ in range(self.rounds):
-            if not math.isfinite(last):
+            reach = float(torch.linalg.vector_norm(missed - before))
+            if not reach > (1 - math.sqrt(self.factor)) * math.sqrt(2 * max(last, 0.0)):   # also where one is not finite
                 break
-            e = delta + trials.correction(missed)
+            e, before = delta + trials.correction(missed), missed
             loss, missed = trials.at(e)
             if loss < best[1]:
                 best = e, loss

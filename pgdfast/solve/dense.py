@@ -94,7 +94,8 @@ def refined(name: str, problem: Problem, found: Found) -> Found | None:
     core, wide = lin.operator, problem.widened()
     product = wide.linearization.operator
     refine = _refined_dual if name == "dual" else _refined_primal
-    return refine(problem, wide, core, product, found)
+    better = refine(problem, wide, core, product, found)
+    return better and better._replace(again=lambda u: found.again(u.to(core.dtype)))   # a correction needs few digits
 
 
 def _refined_dual(problem, wide, core, product, found):
@@ -121,7 +122,7 @@ def _refined_dual(problem, wide, core, product, found):
     if wide.q is not None:
         step = step + weights * wide.q
         gain += float(torch.dot(wide.q, step))
-    return Found(step, "solved", gain=gain, square=_square(step), trace=found.trace, again=found.again)
+    return Found(step, "solved", gain=gain, square=_square(step), trace=found.trace)
 
 
 def _refined_primal(problem, wide, core, product, found):
@@ -129,8 +130,7 @@ def _refined_primal(problem, wide, core, product, found):
     step, _ = _corrected(core, found.step.double(), lambda x: g - d * x - product.vjp(product.jvp(x)))
     if step is None:
         return None
-    gain = float(torch.dot(g, step))
-    return Found(step, "solved", gain=gain, square=_square(step), trace=found.trace, again=found.again)
+    return Found(step, "solved", gain=float(torch.dot(g, step)), square=_square(step), trace=found.trace)
 
 
 def _corrected(core, x: torch.Tensor, residual):
