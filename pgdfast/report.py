@@ -83,21 +83,24 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
 
 
 def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
-    """Why a rejected step means that the run has stalled, and what to do; "" where it may yet go on.
+    """Why a step that was not kept, or moved nothing, means that the run has stalled, and what to do; "" where it may go on.
 
-    promised: predicted reduction of the first, longest step tried. in_a_row: rejected steps up to this one, 0 if it was not.
-    at_bound: is mu at its upper bound?
+    promised: predicted reduction of the first, longest step tried, None if none was rejected. in_a_row: rejected steps up to this
+    one, 0 if it was not. at_bound: is mu at its upper bound?
     """
-    if not in_a_row:
-        return ""
-    if promised is not None and promised <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
-        return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
     suspects = (
         "a closure that draws random numbers (fix its points, turn dropout off), residuals that jump or have a kink here, or "
         "residuals of very different size (scale them, or use scaling='marquardt')"
     )
-    if at_bound:
-        return f"the damping is at its bound, {report.next_damping:.0e}, and still no step lowers the loss; look for {suspects}"
+    if at_bound and report.status in ("rejected", "stalled"):
+        return (
+            f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a smaller "
+            f"damping; if it rises again, look for {suspects}"
+        )
+    if not in_a_row:
+        return ""
+    if promised is not None and promised <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
+        return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
     if in_a_row >= _REJECTED_IN_A_ROW:
         return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"
     return ""
