@@ -2,13 +2,18 @@
 
 900 interior and 120 boundary points, float64; the residuals are divided by the roots of their numbers, so that the loss is half
 the sum of both mean squares. The error is the root mean square of net - u at 9,000 random points.
+`python bench/poisson_2d.py` prints wall-clock seconds (steps) to given errors, medians over seeds, PyTorch's own thread count.
 """
 
+import argparse
 import math
+import statistics
+import time
 
 import torch
 from torch import nn
 
+import pgdfast
 from pgdfast.pde import laplacian
 
 SMALL, LARGE = (2, 64, 1), (2, 64, 64, 48, 48, 1)
@@ -49,3 +54,42 @@ def problem(widths, seed):
             return float((net(test) - truth).square().mean().sqrt())
 
     return net, closure, error
+
+
+def train(widths, seed, levels, limit, **options):
+    """{error: (seconds, steps)} of one run, the clock running in `step` alone; it ends at the least error or after `limit`."""
+    net, closure, error = problem(widths, seed)
+    optimizer = pgdfast.LM(net.parameters(), **options)
+    found, spent, steps = {}, 0.0, 0
+    while spent < limit and len(found) < len(levels):
+        start = time.perf_counter()
+        optimizer.step(closure)
+        spent, steps = spent + time.perf_counter() - start, steps + 1
+        reached = error()
+        for level in levels:
+            if reached <= level:
+                found.setdefault(level, (spent, steps))
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rule", default="gain-ratio")
+    parser.add_argument("--acceleration", default="chord")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="of a run (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    options = {"damping_rule": given.rule, "acceleration": None if given.acceleration == "none" else given.acceleration}
+    print(f"{given.rule}, acceleration {given.acceleration}, {torch.get_num_threads()} threads")
+    for widths, levels in ((SMALL, (1e-5, 1e-6, 1e-7)), (LARGE, (1e-5, 1e-6))):
+        train(widths, 0, (0.0,), 0.3, **options)   # first calls load and bind
+        runs = [train(widths, seed, levels, given.limit, **options) for seed in range(given.seeds)]
+        for level in levels:
+            pairs = sorted(run.get(level, (math.inf, math.inf)) for run in runs)
+            seconds, steps = (statistics.median(column) for column in zip(*pairs, strict=True))
+            each = ", ".join(f"{s:.2f} ({n:g})" for s, n in pairs)
+            print(f"{'-'.join(map(str, widths))} to {level:.0e}: {seconds:.2f} s ({steps:g} steps); by seed {each}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,8 +85,8 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
 def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
     """Why a step that was not kept, or moved nothing, means that the run has stalled, and what to do; "" where it may go on.
 
-    promised: predicted reduction of the first, longest step tried, None if none was rejected. in_a_row: rejected steps up to this
-    one, 0 if it was not. at_bound: is mu at its upper bound?
+    promised: predicted reduction of the first, longest step tried, None if none was rejected. in_a_row: rejected steps up to
+    this one, 0 if it was not. at_bound: is mu at its upper bound?
     """
     suspects = (
         "a closure that draws random numbers (fix its points, turn dropout off), residuals that jump or have a kink here, or "
@@ -94,8 +94,8 @@ def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool,
     )
     if at_bound and report.status in ("rejected", "stalled"):
         return (
-            f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a smaller "
-            f"damping; if it rises again, look for {suspects}"
+            f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a "
+            f"smaller damping; if it rises again, look for {suspects}"
         )
     if not in_a_row:
         return ""
