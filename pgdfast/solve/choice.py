@@ -56,7 +56,7 @@ def solve(
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
     if prior is not None and found.status != "not_positive_definite":
         found = problem.from_prior(found)
-    step, status, iterations, residual_norm, gain, square, _, slack, path = found
+    step, status, iterations, residual_norm, gain, square, _, slack, path, again = found
     damped = problem.damped(step, square)
     if step.dtype is not lin.dtype:
         step = step.to(lin.dtype)
@@ -66,7 +66,7 @@ def solve(
         residual_norm = None
     return Solution(
         step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
-        keep, prior,
+        keep, prior, again and (lambda u: again(u.to(found.step.dtype)).to(lin.dtype)),
     )
 
 
