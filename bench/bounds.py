@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, WALK
+from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, NESTED, NESTED_STEP, TAYLOR, WALK
 from .peers import LM, Adam, TorchFunc, TorchLevenbergMarquardt
 from .peers_jax import Jax
 from .products import CompiledCurvlinops, Curvlinops, TorchFuncProduct
@@ -112,6 +112,12 @@ def wide_bounds(section, width, compiled):
     if width < WIDE:
         return []
     return [_at_most(section, GGN, [GEMMS], 1.3), *([_faster_than(section, CompiledCurvlinops, 1.5, GGN)] if compiled else [])]
+
+
+def pde_bounds(section):
+    """What must hold of pgdfast.pde on one network."""
+    return [Bound(section, f"{NESTED} over {TAYLOR}", (_over(NESTED, TAYLOR, limit=3, at_least=True),)),
+            _at_most(section, LM.name, [NESTED_STEP], 0.6)]
 
 
 def _exponent(sweep, what, limit):

@@ -15,6 +15,7 @@ FEW, MANY = 2, 8   # iterations of the two CG solves whose difference gives the 
 CLOSURE, GRADIENT, READ, WALK, SOLVE = "closure", "gradient", "closure, tape read", "tape walk", "solve"
 JVP, VJP, GGN, GRAM, CG = "J v", "J^T u", "J^T J v", "J J^T", "CG iteration"
 CHOLESKY, GEMMS, GRAM_GEMM, GEMM = "Cholesky", "GEMMs of J^T J v", "GEMM of J J^T", "GEMM 512"
+TAYLOR, NESTED, NESTED_STEP = "laplacian", "nested autograd", "LM step, nested autograd"
 _LESS, _MORE = f"CG, {FEW} iterations", f"CG, {MANY} iterations"
 
 

@@ -12,4 +12,8 @@ namespace pgdfast {
 template <class T>
 void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* H, index ld);
 
+// H = J^T J of an explicit J, M x P: the upper triangle, as above; H need not be cleared.
+template <class T>
+void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, index ld);
+
 }  // namespace pgdfast

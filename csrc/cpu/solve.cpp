@@ -108,11 +108,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     } else {
       ensure(J, M * P);
       dense(program, layout, work, J.data());
-      BlasThreads threads(threads_for(double(M) * double(P) * double(P)));
-      constexpr index width = 256;   // upper triangle by row panels
-      for (index j = 0; j < P; j += width)
-        gemm<T>(std::min(width, P - j), P - j, M, T(1), J.data() + j, 1, P, J.data() + j, P, 1, T(0),
-                matrix.data() + j * ld + j, ld, 1);
+      normal_of_rows(J.data(), M, P, work, matrix.data(), ld);
     }
     held = Held::normal;
   }
