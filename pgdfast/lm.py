@@ -50,8 +50,8 @@ class LM(torch.optim.Optimizer):
     "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). acceleration: None, "geodesic", "chord" or an
     object (pgdfast.globalize.acceleration): corrections of second order, for losses that are sums of squares. scaling:
     "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto",
-    "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend: "auto", "native", "torch" or
-    "reference"; PGDFAST_BACKEND does the same from outside.
+    "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend:
+    "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
