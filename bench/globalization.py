@@ -229,20 +229,23 @@ def main(arguments=None):
     if unknown:
         parser.error(f"unknown task {unknown[0]!r}; use {', '.join(TASKS)}")
     torch.set_num_threads(1)
+    given.output.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in given.tasks or TASKS:
         task = TASKS[name]
-        seeds = range(min(task.seeds, given.seeds or task.seeds))
         print(f"{name}: {task.what}, {task.steps} steps", flush=True)
-        results[name] = [study(name, task, seed) for seed in seeds]
+        results[name] = [study(name, task, seed) for seed in range(min(task.seeds, given.seeds or task.seeds))]
+        write(given.output, results)   # an interrupted study keeps the tasks that it has done
+    print((given.output / "globalization.md").read_text(encoding="utf-8"))
+
+
+def write(folder, results):
+    """The tables, all figures and the picture of the tasks done so far."""
     table = summary(results)
-    text = markdown(table, {name: len(seeds) for name, seeds in results.items()})
-    print(text)
-    given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "globalization.md").write_text(text, encoding="utf-8")
-    (given.output / "globalization.json").write_text(json.dumps(
-        {"tasks": {n: TASKS[n].what for n in results}, "summary": table, "runs": results}), encoding="utf-8")
-    draw(given.output / "globalization.png", results)
+    (folder / "globalization.md").write_text(markdown(table, {n: len(seeds) for n, seeds in results.items()}), encoding="utf-8")
+    whole = {"tasks": {n: TASKS[n].what for n in results}, "summary": table, "runs": results}
+    (folder / "globalization.json").write_text(json.dumps(whole), encoding="utf-8")
+    draw(folder / "globalization.png", results)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ class Trials:
         self._closure, self._lin, self._draws, self._move, self._solution = closure, lin, draws, move, solution
         self.count = 0
 
-    def at(self, e: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """(loss, m) at theta - e, for e (P,), or as far that way as the norm constraint goes; m (M,).
+    def at(self, e: torch.Tensor) -> float:
+        """The loss at theta - e, for e (P,), or as far that way as the norm constraint goes. Cost: one run of the closure.
 
-        The closure draws the random numbers of the linearisation. Cost: one run of it, one product with J.
+        The closure draws the random numbers of the linearisation.
         """
         self.count += 1
         e = self._move.shift(e)
@@ -39,7 +39,13 @@ class Trials:
             loss, residual = trial_residual(self._closure, self._move.params, self._lin, self._draws)
         self._move.undo()
         self._lin.parameters_unchanged()
-        return loss, residual - self._lin.residual + self._lin.jvp(e)
+        self._last = e, residual
+        return loss
+
+    def missed(self) -> torch.Tensor:
+        """M (M,) at the last point. Cost: one product with J."""
+        e, residual = self._last
+        return residual - self._lin.residual + self._lin.jvp(e)
 
     def correction(self, m: torch.Tensor) -> torch.Tensor:
         """A^-1 J^T m, (P,), each group's part times its learning rate over the largest: at rate 0 nothing moves.
@@ -72,11 +78,11 @@ class Geodesic:
 
     def take(self, trials: Trials, delta: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(e, loss at theta - e); delta: (P,), with the learning rates in it."""
-        loss, missed = trials.at(self.h * delta)
-        half = trials.correction(missed / self.h**2) if math.isfinite(loss) else None
+        loss = trials.at(self.h * delta)
+        half = trials.correction(trials.missed() / self.h**2) if math.isfinite(loss) else None
         fits = half is not None and 4 * trials.size(half) <= self.ratio * trials.size(delta)
         e = delta + half if fits else delta
-        return e, trials.at(e)[0]
+        return e, trials.at(e)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +102,17 @@ class Chord:
 
     def take(self, trials: Trials, delta: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(e, loss at theta - e); delta: (P,), with the learning rates in it."""
-        last, missed = trials.at(delta)
-        best, before = (delta, last), torch.zeros_like(missed)
+        last, before = trials.at(delta), None
+        best = delta, last
         for _ in range(self.rounds):
-            reach = float(torch.linalg.vector_norm(missed - before))
-            if not reach > (1 - math.sqrt(self.factor)) * math.sqrt(2 * max(last, 0.0)):   # also where one is not finite
+            if not math.isfinite(last):
+                break
+            missed = trials.missed()
+            reach = float(torch.linalg.vector_norm(missed if before is None else missed - before))
+            if not reach > (1 - math.sqrt(self.factor)) * math.sqrt(2 * max(last, 0.0)):
                 break
             e, before = delta + trials.correction(missed), missed
-            loss, missed = trials.at(e)
+            loss = trials.at(e)
             if loss < best[1]:
                 best = e, loss
             if not loss < self.factor * last:

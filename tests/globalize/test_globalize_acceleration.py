@@ -75,7 +75,7 @@ def test_what_the_linear_model_misses_is_half_the_second_derivative(form):
     exact = scale * second_derivative(model, e)
     errors = []
     for h in (1e-3, 1e-4):
-        loss, missed = trials.at(h * e)
+        loss, missed = trials.at(h * e), trials.missed()
         errors.append(relative(2 * missed / h**2, exact))
         assert math.isfinite(loss) and unchanged(params, before)
     assert errors[1] < 1e-3 and 9 < errors[0] / errors[1] < 11   # of first order in h
