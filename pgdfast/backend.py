@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import is_
 
 import torch
@@ -39,22 +40,27 @@ class Reference:
 
     def linearize(self, closure, params: list[torch.Tensor]):
         """An explicit Jacobian."""
-        return _ReferenceLinearization(reference.linearize(closure, params), params[0].dtype)
+        return _ReferenceLinearization(reference.linearize(closure, params), params)
 
     def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, prior=None, **_) -> Solution:
         """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
         lin = linearization.reference
-        found = reference.solve(
-            lin, damping, scale=None if scale is None else scale.double(), solver=solver,
-            cg_max_iterations=cg.max_iterations, cg_tolerance=cg.tolerance, rcond=rcond, prior=prior,
+        options = dict(
+            scale=None if scale is None else scale.double(), solver=solver, cg_max_iterations=cg.max_iterations,
+            cg_tolerance=cg.tolerance, rcond=rcond,
         )
+        found = reference.solve(lin, damping, prior=prior, **options)
+
+        def again(u):
+            return reference.solve(replace(lin, residual=u.double()), damping, **options).step
+
         gain = float(torch.dot(lin.vjp(lin.residual), found.step))
         curvature = float(lin.jvp(found.step).square().sum())
         damped = float((damping * found.step.square() if scale is None else damping * scale * found.step.square()).sum())
         return Solution(
             found.step, found.status, found.iterations, found.solver, "reference", gain, damped,
             linearization, damping if scale is None else damping * scale, found.residual_norm,
-            slack=gain - damped - curvature, prior=prior,
+            slack=gain - damped - curvature, prior=prior, solve_again=again,
         )
 
 
@@ -63,10 +69,11 @@ class _ReferenceLinearization:
 
     penalties: dict = {}
     tapeless = False   # trials run as the closure is
+    residuals_need_tape = True
 
-    def __init__(self, found, dtype: torch.dtype):
-        self.reference = found
-        self.loss = found.loss.detach().to(dtype)
+    def __init__(self, found, params: list[torch.Tensor]):
+        self.reference, self._params = found, params
+        self.loss = found.loss.detach().to(params[0].dtype)
         self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
 
     def parameters_unchanged(self) -> None:
@@ -76,6 +83,16 @@ class _ReferenceLinearization:
     def residual(self) -> torch.Tensor:
         """(M,), float64."""
         return self.reference.residual
+
+    @property
+    def has_squares_only(self) -> bool:
+        """True without cross-entropies."""
+        return self.reference.squares_only
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,), float64) at the parameters' present values."""
+        loss, residual = reference.residual(run, self._params)
+        return float(loss), residual
 
     def widened(self) -> _ReferenceLinearization:
         """Itself: float64 throughout."""
@@ -88,6 +105,10 @@ class _ReferenceLinearization:
     def gradient(self) -> torch.Tensor:
         """J^T r, (P,)."""
         return self.reference.vjp(self.reference.residual)
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v, (M,)."""
+        return self.reference.jvp(v)
 
     def ggn(self, v: torch.Tensor) -> torch.Tensor:
         """J^T J v, (P,)."""

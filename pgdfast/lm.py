@@ -11,10 +11,14 @@ from torch.optim import optimizer
 
 from . import globalize
 from .backend import backend as choose_backend
-from .report import Report
+from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
 _ATTEMPTS = 12   # dampings tried in one step before it is given up
+_NO_SQUARES = (
+    "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
+    "changed. Use acceleration=None for it."
+)
 
 
 def _hooked(step):
@@ -43,12 +47,13 @@ class LM(torch.optim.Optimizer):
     params: tensors or parameter groups; groups may have their own lr and weight_decay. lr: step length. damping: mu, a
     number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
     `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed" (both never uphill),
-    "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). scaling: "identity" or "marquardt", D the
-    running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or
-    "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend: "auto", "native", "torch" or
-    "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for batches that change from step to
-    step: + mu D beta delta_last on the right; two more products with J a solve. norm_constraint: the largest ||lr delta||^2;
-    longer moves are shortened to it.
+    "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). acceleration: None, "geodesic", "chord" or an
+    object (pgdfast.globalize.acceleration): corrections of second order, for losses that are sums of squares. scaling:
+    "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto",
+    "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend:
+    "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for
+    batches that change from step to step: + mu D beta delta_last on the right; two more products with J a solve.
+    norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of acceleration included.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
@@ -62,9 +67,11 @@ class LM(torch.optim.Optimizer):
         cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
         momentum: float = 0.0, norm_constraint: float | None = None,
     ):
-        _check_options(lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble)
+        _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._rule = globalize.damping_rule(damping_rule)
-        self._search = globalize.line_search(line_search)
+        self._search, self._acceleration = globalize.line_search(line_search), globalize.acceleration(acceleration)
+        if self._search is not None and self._acceleration is not None:
+            raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
         self._momentum, self._constraint = globalize.Momentum(momentum), globalize.checked_constraint(norm_constraint)
         if momentum and cg is not None and cg.truncate:
             raise ValueError(
@@ -80,8 +87,8 @@ class LM(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
         own = (
-            "_rule", "_search", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling", "_solver", "_cg",
-            "_rcond", "report",
+            "_rule", "_search", "_acceleration", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling",
+            "_solver", "_cg", "_rcond", "report",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
@@ -89,6 +96,10 @@ class LM(torch.optim.Optimizer):
     def predicts(self) -> bool:
         """Whether steps are tried before they are kept, and the report predicts their reduction."""
         return self._rule.tries or self._search is not None
+
+    @property
+    def _runs_again(self) -> bool:
+        return self.predicts or self._acceleration is not None
 
     @_hooked
     def step(self, closure=None) -> torch.Tensor:
@@ -104,8 +115,10 @@ class LM(torch.optim.Optimizer):
         params, rates, decays = self._trainable()
         memory = self._memory()
         start = perf_counter()
-        draws = self._generators.draws(closure, params[0].device) if self.predicts else None
+        draws = self._generators.draws(closure, params[0].device) if self._runs_again else None
         lin = self._backend.linearize(closure, params)
+        if self._acceleration is not None and not lin.has_squares_only:
+            raise ValueError(_NO_SQUARES)
         if draws is not None:
             draws.linearised()
         loss = float(lin.loss)
@@ -124,10 +137,9 @@ class LM(torch.optim.Optimizer):
         """Try dampings until one gives a step that is kept."""
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale, prior = self._scale(lin, move.params), self._momentum.prior(move.params, self.state)
-        trying = self.predicts
-        if trying or any(decays):
+        if self._runs_again or any(decays):
             move.save()
-        failures, solution = 0, None
+        failures, promised, solution = 0, None, None
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
                 solution = self._shorter(solution, report) or self._solve(lin, mu, scale, prior, memory, report)
@@ -136,9 +148,12 @@ class LM(torch.optim.Optimizer):
                 if not solution.usable:
                     failures += 1
                     report.status = "failed"
-                    mu = self._rule.invalid(mu, _curvature(lin, solution))
-                elif not trying:
-                    move.to(solution.step)
+                    mu = self._rule.invalid(mu, globalize.curvature(lin, solution))
+                elif not self.predicts:
+                    if self._acceleration is None:
+                        move.to(solution.step)
+                    else:
+                        report.loss_after = self._accelerated(closure, lin, draws, move, solution, report)
                     report.status = "accepted"
                     break
                 elif self._try(closure, lin, draws, move, solution, report, mu == start and prior is None):
@@ -152,7 +167,8 @@ class LM(torch.optim.Optimizer):
                     break
                 else:
                     lin.parameters_unchanged()
-                    mu = self._rule.rejected(mu, report.gain_ratio, _curvature(lin, solution))
+                    promised = report.predicted_reduction if promised is None else promised
+                    mu = self._rule.rejected(mu, report.gain_ratio, globalize.curvature(lin, solution))
             else:
                 mu = self._rule.exhausted(start)
         except BaseException:
@@ -161,11 +177,14 @@ class LM(torch.optim.Optimizer):
         self._momentum.keep(solution.step if move.moved else None, move.params, self.state)
         if move.moved and any(decays):
             move.decay(decays)
-        report.advice = _advice(report, solution, failures)
+        report.next_damping = mu if self._rule.tries else report.damping
         if self._rule.tries:
-            memory["damping"] = report.next_damping = mu
-        else:
-            report.next_damping = report.damping
+            memory["damping"] = mu
+        report.advice = advice(report, solution, failures, lin.loss.dtype)
+        memory["rejected"] = memory.get("rejected", 0) + 1 if report.status == "rejected" and self._rule.tries else 0
+        stalled = stall(report, promised, memory["rejected"], mu >= globalize.LARGEST, lin.loss.dtype)
+        if stalled:
+            report.status, report.advice = "stalled", stalled
 
     def _solve(self, lin, mu, scale, prior, memory, report):
         start = perf_counter()
@@ -188,7 +207,7 @@ class LM(torch.optim.Optimizer):
     def _try(self, closure, lin, draws, move, solution, report, first: bool) -> bool:
         """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
         start = perf_counter()
-        reduction, slope = _model(lin, move, solution)
+        reduction, slope = globalize.predictions(lin, move, solution)
 
         def evaluate(t):
             move.to(solution.step, t)
@@ -200,6 +219,8 @@ class LM(torch.optim.Optimizer):
         if self._search is not None:
             t, after, _ = self._search.search(evaluate, loss, slope)
             report.line_search = t
+        elif self._acceleration is not None and solution.status != "truncated":
+            t, after = 1.0, self._accelerated(closure, lin, draws, move, solution, report)
         else:
             t, after = 1.0, evaluate(1.0)
         predicted = reduction(t or 1.0)
@@ -218,6 +239,15 @@ class LM(torch.optim.Optimizer):
             move.undo()
         report.seconds["trial"] += perf_counter() - start
         return kept
+
+    def _accelerated(self, closure, lin, draws, move, solution, report) -> float:
+        """Move along the step with its second-order correction; the loss there."""
+        trials, delta = globalize.Trials(closure, lin, draws, move, solution), move.scaled(solution.step)
+        e, after = self._acceleration.take(trials, delta)
+        e = move.shift(e)
+        report.trials += trials.count
+        report.correction = trials.size(e - delta) / max(trials.size(delta), 1e-300)
+        return after
 
     def _trainable(self):
         """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
@@ -263,43 +293,7 @@ class LM(torch.optim.Optimizer):
         return torch.where(scale > 0, scale, 1.0)
 
 
-def _model(lin, move, solution):
-    """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta."""
-    rate = move.one_rate
-    if rate is not None:
-        return (lambda t: solution.reduction(rate * t)), rate * solution.gain
-    direction = move.scaled(solution.step)
-    slope = float(torch.dot(lin.gradient(), direction))
-    curvature = float(torch.dot(direction, lin.ggn(direction)))
-    return (lambda t: t * slope - 0.5 * t * t * curvature), slope
-
-
-def _curvature(lin, solution) -> float:
-    """G . delta / ||delta||^2, or that of the gradient where there is no step."""
-    square = float(solution.step.double().square().sum())
-    if square > 0 and solution.gain > 0:
-        return solution.gain / square
-    g = lin.gradient()
-    square = float(torch.dot(g, g))
-    return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
-
-
-def _advice(report, solution, failures: int) -> str:
-    if report.status == "stalled":
-        return "the predicted reduction is at rounding level: converged for this precision; use float64 to go further"
-    if report.status == "rejected":
-        return (
-            f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
-            "check that the closure is deterministic, raise the damping, or use float64"
-        )
-    if report.status == "failed" or solution.status != "solved":
-        return solution.advice
-    if failures:
-        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
-    return ""
-
-
-def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
+def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
     if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
         raise ValueError(f"pgdfast.LM: lr is {lr!r}; it must be a finite number that is not negative.")
     if callable(damping):
@@ -320,6 +314,5 @@ def _check_options(lr, damping, rule, acceleration, scaling, weight_decay, solve
         raise ValueError(f"pgdfast.LM: cg is {cg!r}; it must be pgdfast.CG(max_iterations=..., tolerance=...).")
     if not 0 < rcond < 1:
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
-    for name, value in (("acceleration", acceleration), ("ensemble", ensemble)):
-        if value is not None:
-            raise ValueError(f"pgdfast.LM: {name}={value!r} is not available in this version; use {name}=None.")
+    if ensemble is not None:
+        raise ValueError(f"pgdfast.LM: ensemble={ensemble!r} is not available in this version; use ensemble=None.")

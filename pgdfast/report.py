@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(slots=True)
 class Report:
@@ -12,9 +14,11 @@ class Report:
     loss: before the step. loss_after: of the point kept, None where no trial was evaluated. gain_ratio: actual over
     predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next.
     status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
-    predicted reduction is at rounding level; a step that did not raise the loss was kept); "empty" (no residuals).
+    predicted reduction is at rounding level; a step that did not raise the loss was kept; or no step descends any more: three
+    rejected in a row, or mu at its bound); "empty" (no residuals).
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
+    correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
     dropped because a trial with it did not descend. seconds: wall time of the phases linearize, solve, trial.
@@ -37,6 +41,7 @@ class Report:
     trials: int = 0
     line_search: float | None = None
     momentum: float = 0.0
+    correction: float | None = None
     residuals: int = 0
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,3 +62,53 @@ class Report:
             work = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})"
         text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{work}"
         return text + (f"\n{self.advice}" if self.advice else "")
+
+
+_REJECTED_IN_A_ROW = 3   # steps without descent that are a stall
+_ROUNDING = 1e3          # times the rounding unit: what sums of many squares lose
+
+
+def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
+    """What to do about a step; empty where nothing is to be done. failures: solves of it that gave no usable step."""
+    if report.status == "stalled":
+        return f"the predicted reduction is at rounding level: {_converged(dtype)}"
+    if report.status == "rejected":
+        return (
+            f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
+            "check that the closure is deterministic, raise the damping, or use float64"
+        )
+    if report.status == "failed" or solution.status != "solved":
+        return solution.advice
+    if failures:
+        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
+    return ""
+
+
+def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
+    """Why a step that was not kept, or moved nothing, means that the run has stalled, and what to do; "" where it may go on.
+
+    promised: predicted reduction of the first, longest step tried, None if none was rejected. in_a_row: rejected steps up to
+    this one, 0 if it was not. at_bound: is mu at its upper bound?
+    """
+    suspects = (
+        "a closure that draws random numbers (fix its points, turn dropout off), residuals that jump or have a kink here, or "
+        "residuals of very different size (scale them, or use scaling='marquardt')"
+    )
+    if at_bound and report.status in ("rejected", "stalled"):
+        return (
+            f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a "
+            f"smaller damping; if it rises again, look for {suspects}"
+        )
+    if not in_a_row:
+        return ""
+    if promised is not None and promised <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
+        return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
+    if in_a_row >= _REJECTED_IN_A_ROW:
+        return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"
+    return ""
+
+
+def _converged(dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "converged for float64; a smaller loss takes another start, a larger model or other residuals"
+    return f"converged for {str(dtype).removeprefix('torch.')}; use float64 to go further"

@@ -287,3 +287,34 @@ def test_certified_fit(start, solver):
             break
     assert ((p.detach() - CERTIFIED) / CERTIFIED).abs().max() < 1e-8
     assert 2 * optimizer.report.loss_after == pytest.approx(8.7945855171e01, rel=1e-9)
+
+
+def peaks_and_decay(p, x):
+    """Two Gaussian peaks on an exponential background; x in metres, some 1e-6."""
+    height1, centre1, width1, height2, centre2, width2, background, length = p
+    return (
+        height1 * torch.exp(-0.5 * ((x - centre1) / width1).square())
+        + height2 * torch.exp(-0.5 * ((x - centre2) / width2).square())
+        + background * torch.exp(-x / length)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"acceleration": "geodesic"}, {"acceleration": "chord"}])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_peaks_with_parameters_from_1e_6_to_1e6_from_a_poor_start(options, backend):
+    """The default rule with Marquardt's D; without D it does not come near."""
+    true = torch.tensor([2e6, 3e-6, 4e-7, 5e5, 6e-6, 8e-7, 1e6, 2.5e-6], dtype=torch.float64)
+    poor = torch.tensor([4e5, 2.2e-6, 9e-7, 1.5e6, 7.2e-6, 4e-7, 3e5, 6e-6], dtype=torch.float64)
+    x = torch.linspace(0, 1e-5, 120, dtype=torch.float64)
+    y = peaks_and_decay(true, x)
+
+    def fitted(scaling):
+        p = poor.clone().requires_grad_()
+        optimizer = pgdfast.LM([p], scaling=scaling, backend=backend, **options)
+        for _ in range(300):
+            optimizer.step(lambda: peaks_and_decay(p, x) - y)
+            if optimizer.report.status == "stalled":
+                break
+        return float(((p.detach() - true) / true).abs().max())
+
+    assert fitted("marquardt") < 1e-6 and fitted("identity") > 1e-2

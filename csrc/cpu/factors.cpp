@@ -112,7 +112,8 @@ void add_slices(const Structure& s, const RowLayout& layout, int parameter, inde
     pass.columns += count;
     pass.elements += count * per_column;
   };
-  const index fold = folding(s, layout, parameter).fold, high = size > budget / per_column ? high_stride(s, layout, parameter) : 0;
+  const index fold = folding(s, layout, parameter).fold;
+  const index high = size > budget / per_column ? high_stride(s, layout, parameter) : 0;
   if (high == 0 || (fold > 1 && fold != high)) {
     if (size > room() && list.back().elements > 0) list.emplace_back();
     add(0, size, fold);

@@ -19,6 +19,11 @@ int threads_for_factor(index n) { return n < 256 ? 1 : threads_for(double(n) * d
 
 template <class T>
 T* Solver<T>::arena_data() {
+  // A large program has one arena, that of the unit sweeps, whose cotangents are then lost.
+  if (structure.arena_size * index(sizeof(T)) > kOneArenaBytes && index(work.arenas.size()) >= structure.arena_size) {
+    units_kept = false;
+    return work.arenas.data();
+  }
   ensure(arena, std::max<index>(structure.arena_size, 1));
   return arena.data();
 }
@@ -33,6 +38,7 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     held = Held::nothing;
     ensure(matrix, M * ld);
     gram(program, layout, weights, work, matrix.data());
+    units_kept = true;
     weights_used.assign(weights, weights + buffers);
     held = Held::gram;
   }
@@ -68,7 +74,8 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     scratch_u[std::size_t(e)] = y;
     outcome.gain += double(r[e]) * (double(r[e]) - shift * double(y));
   }
-  if (!vjp_from_units(program, layout, work, rhs.data(), delta, arena_)) vjp(program, scratch_u.data(), delta, arena_);
+  if (!units_kept || !vjp_from_units(program, layout, work, rhs.data(), delta, arena_))
+    vjp(program, scratch_u.data(), delta, arena_);
   if (q) {
     each_parameter([&](T w, index i) {
       delta[i] = w * (delta[i] + q[i] / T(shift));

@@ -28,6 +28,8 @@ struct Outcome {
 // caller refines with `correct` and products of a double program.
 constexpr index kDoubleFactor = 192;
 
+constexpr index kOneArenaBytes = index(64) << 20;   // larger arenas serve unit sweeps and products alike (solve/memory.py)
+
 template <class T>
 struct Solver {
   Structure structure;
@@ -86,6 +88,7 @@ struct Solver {
 
   index order = 0;
   bool wide = false;
+  bool units_kept = false;   // work.arenas holds the unit sweeps of the present constants
 };
 
 }  // namespace pgdfast

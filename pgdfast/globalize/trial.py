@@ -24,14 +24,25 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool, draws: Draws
     with its tape, from the same random numbers (those of `draws`, where the caller has gone back to them), and so from then
     on. Anything else that it raises is the caller's.
     """
+    return _loss(run_trial(closure, params, tapeless, draws))
+
+
+def trial_residual(closure, params: list[torch.Tensor], lin, draws: Draws) -> tuple[float, torch.Tensor]:
+    """(loss, residual) at the parameters' present values, comparable with those of a linearisation of the closure."""
+    tapeless = lin.tapeless and not lin.residuals_need_tape
+    return lin.residual_at(lambda: run_trial(closure, params, tapeless, draws))
+
+
+def run_trial(closure, params: list[torch.Tensor], tapeless: bool, draws: Draws | None):
+    """What the closure returns, run as `trial_loss` runs it."""
     code = code_of(closure)
     if not tapeless or code is None or code in _need_tape:
-        return _loss(closure)
+        return _result(closure)
     draws = draws or Generators().draws(closure, params[0].device)
     try:
         for p in params:
             p.requires_grad_(False)
-        return _loss(closure)
+        return _result(closure)
     except RuntimeError as error:
         if not _REFUSED.search(str(error)):
             raise
@@ -40,12 +51,15 @@ def trial_loss(closure, params: list[torch.Tensor], tapeless: bool, draws: Draws
             p.requires_grad_(True)
     _need_tape.add(code)
     draws.rewind()
-    return _loss(closure)
+    return _result(closure)
 
 
-def _loss(closure) -> float:
+def _result(closure):
     with torch.enable_grad():
-        result = closure()
+        return closure()
+
+
+def _loss(result) -> float:
     if isinstance(result, torch.Tensor) and result.dim() == 0:
         return result.item()
     parts = result if isinstance(result, (tuple, list)) else [result]

@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -87,14 +89,24 @@ class Linearizer:
         if trace.program is None:
             self._announce(trace.missing)
             operator = DoubleBackward(trace.blocks, trace.edges, self.params, self._tracer.dtype)
-            return Linearization(trace, self.params, operator, None)
+            return Linearization(trace, self.params, operator, None, self._values_of(result))
         plan = self._plans.get(id(trace.program))
         if plan is None or plan.program is not trace.program:
             if len(self._plans) >= 32:
                 self._plans.clear()
             plan = self._plans[id(trace.program)] = _Plan(trace.program, trace.residual.device, self.backend)
         plan.release()
-        return Linearization(trace, self.params, plan.kernels, plan)
+        return Linearization(trace, self.params, plan.kernels, plan, self._values_of(result))
+
+    def _values_of(self, result):
+        """A function that reads loss and residual, without derivatives, off a later result of the same closure."""
+        if isinstance(result, torch.Tensor) and result.dim() == 0:
+            def read(result):
+                trace = self._tracer.trace(result)
+                return trace.value, trace.residual
+
+            return Values(read, needs_tape=True)
+        return Values(_values_of_residuals, needs_tape=False)
 
     def _announce(self, operation: str) -> None:
         if operation not in _announced:
@@ -103,6 +115,20 @@ class Linearizer:
                 f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
                 stacklevel=_depth_of_caller(),
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How to read (loss, residual) off what a closure returned at other parameters; a scalar loss needs its tape for that."""
+
+    read: Callable
+    needs_tape: bool
+
+
+def _values_of_residuals(result):
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    residual = torch.cat([part.detach().reshape(-1) for part in parts])
+    return 0.5 * float(residual.double().square().sum()), residual
 
 
 class Linearization:
@@ -116,7 +142,7 @@ class Linearization:
     Products raise RuntimeError once the parameters have changed.
     """
 
-    def __init__(self, trace, params, operator, plan, dtype=None):
+    def __init__(self, trace, params, operator, plan, values=None, dtype=None):
         self.loss = trace.loss
         self.residual = trace.residual if dtype is None else trace.residual.to(dtype)
         self.params = params
@@ -126,7 +152,7 @@ class Linearization:
         self.device = params[0].device
         self.penalties = trace.penalties
         self._operator, self._plan, self._constants = operator, plan, trace.constants
-        self._trace = trace
+        self._trace, self._values = trace, values
         self.parameters_unchanged()
 
     @property
@@ -139,6 +165,24 @@ class Linearization:
         """True where the closure computes the same without gradients, bit for bit."""
         return self._trace.tapeless
 
+    @property
+    def residuals_need_tape(self) -> bool:
+        """True where `residual_at` reads a scalar loss, whose residual stands on its tape."""
+        return self._values.needs_tape
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.
+
+        run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
+        """
+        loss, residual = self._values.read(run())
+        if residual.numel() != self.num_residuals:
+            raise ValueError(
+                f"pgdfast.LM: the closure returned {self.num_residuals} residuals before the step and {residual.numel()} at a "
+                "trial point; with acceleration their number must not change within a step."
+            )
+        return loss, residual.to(self.dtype)
+
     def widened(self) -> Linearization:
         """The same linearisation with products in float64, or itself where that is not to be had.
 
@@ -147,7 +191,7 @@ class Linearization:
         if self.dtype == torch.float64 or self._plan is None:
             return self
         plan = self._plan.wide
-        wide = Linearization(self._trace, self.params, plan.kernels, plan, torch.float64)
+        wide = Linearization(self._trace, self.params, plan.kernels, plan, self._values, torch.float64)
         wide._versions = self._versions
         return wide
 

@@ -21,7 +21,8 @@ _ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
 class RowLayout:
     """Rows, the order of K, and the uses of parameters, as csrc/plan/plan.h describes them.
 
-    flops: of one Gram matrix. packed: elements of its packed factors, and of the products that sections share.
+    flops: of one Gram matrix. packed: elements of its packed factors, and of the products that sections share; largest: those
+    of one parameter that a pass over the matrix cannot cut (csrc/cpu/factors.h).
     """
 
     num_rows: int
@@ -34,6 +35,7 @@ class RowLayout:
     flops: float
     packed: int
     explicit_columns: int
+    largest: int
 
 
 def row_layout(program: Program, constants=()) -> RowLayout | None:
@@ -134,15 +136,15 @@ def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowL
         base += rows * sections
     section_of, k_of = np.concatenate(section_of).tolist(), np.concatenate(k_of).tolist()
     residuals, sections = len(k_of), max((s for _, s in splits), default=1)
-    uses, flops, packed, columns = _uses(program, labels, residuals, sections)
+    uses, flops, packed, columns, largest = _uses(program, labels, residuals, sections)
     return RowLayout(
         first_row, sections, section_of, k_of, blocks, uses,
-        {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, packed, columns,
+        {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, packed, columns, largest,
     )
 
 
 def _uses(program: Program, labels, residuals: int, sections: int):
-    """Each use as csrc/plan/plan.h's Use; operations and packed elements of one Gram matrix; explicit columns.
+    """Each use as csrc/plan/plan.h's Use; operations, packed elements, explicit columns and `largest` of one Gram matrix.
 
     Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
     """
@@ -160,7 +162,7 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         size = program.buffers[parameter][1]
         return residuals**2 * size + 2.0 * residuals * size * len(by_parameter[parameter])
 
-    uses, flops, packed, columns = [], 0.0, 0, 0
+    uses, flops, packed, columns, largest = [], 0.0, 0, 0, 0
     joined = set()
     for parameter, instructions in by_parameter.items():
         group = candidates[parameter]
@@ -174,6 +176,7 @@ def _uses(program: Program, labels, residuals: int, sections: int):
             joined |= {parameter, bias}
             flops += cost
             packed += rows * (group[0].k + sections * group[0].m) + (rows**2 if sections > 1 else 0)
+            largest = max(largest, rows * sections * (group[0].k + group[0].m))
             uses += [
                 (i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)
             ]
@@ -184,8 +187,10 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         flops += explicit_cost(parameter)
         columns += program.buffers[parameter][1]
         packed += residuals * program.buffers[parameter][1]
+        if any(program.instructions[i].kind != MATMUL for i in instructions):
+            largest = max(largest, 2 * residuals * program.buffers[parameter][1])
         uses += [(i, parameter, _ROWS, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in instructions]
-    return uses, flops, packed, columns
+    return uses, flops, packed, columns, largest
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Letters: M residuals, P parameters, r residual (M,), J Jacobian (M, P), mu dampi
 This room imports nothing from the rest of the package; everything fast is checked against it.
 """
 
-from .linearization import Linearization, linearize
+from .linearization import Linearization, linearize, residual
 from .solve import Solution, solve
 
-__all__ = ["Linearization", "Solution", "linearize", "solve"]
+__all__ = ["Linearization", "Solution", "linearize", "residual", "solve"]

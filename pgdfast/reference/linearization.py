@@ -18,12 +18,14 @@ class Linearization:
         loss: 0-dim float64, the loss at the present parameters.
         residual: r, (M,) float64, scaled as above.
         jacobian: J, (M, P) float64, scaled as above.
+        squares_only: no part of the loss is a cross-entropy.
 
     """
 
     loss: Tensor
     residual: Tensor
     jacobian: Tensor
+    squares_only: bool = True
 
     @property
     def num_residuals(self) -> int:
@@ -103,7 +105,20 @@ def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
                 f"pgdfast.reference: the {name} is not finite at the present parameters; "
                 "start from parameters and data that give finite values"
             )
-    return Linearization(loss, residual, jacobian)
+    return Linearization(loss, residual, jacobian, all(block.squares for block in blocks))
+
+
+def residual(closure: Callable, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the loss (0-dim) and the residual (M,), float64, of one run of the closure, without a Jacobian.
+
+    The order and the errors are those of `linearize`, but for values that are not finite: these come back.
+    """
+    params = list(params)
+    with float64_parameters(params), torch.enable_grad():
+        with Float64():
+            result = closure()
+        loss, blocks = _read(result, params)
+    return loss.detach(), torch.cat([params[0].new_zeros(0).double(), *(b.residual.detach().reshape(-1) for b in blocks)])
 
 
 def _check_parameters(params: list[Tensor]) -> None:

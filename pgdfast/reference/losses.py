@@ -46,11 +46,13 @@ class Block:
 
     ``edges`` are the places on the tape that make up ``z = sum sign * output``; ``residual`` has
     the shape Z of z; ``root`` maps dz/dtheta, of shape (*Z, P), to S^T dz/dtheta, the same shape.
+    ``squares``: S is constant, so that J is the derivative of the residual.
     """
 
     edges: list[tuple[GradientEdge, float]]
     residual: Tensor
     root: Callable[[Tensor], Tensor]
+    squares: bool = True
 
 
 def residual_block(residual: Tensor) -> Block:
@@ -163,7 +165,7 @@ def _cross_entropy(node: Node, cotangent: Tensor) -> Block:
         mean = (p[..., None] * jac).sum(dim, keepdim=True)
         return (root_total * root_p)[..., None] * (jac - mean)
 
-    return Block(_gradient_edges([(node.next_functions[0], 1.0)]), residual, root)
+    return Block(_gradient_edges([(node.next_functions[0], 1.0)]), residual, root, squares=False)
 
 
 def _binary_cross_entropy(node: Node, cotangent: Tensor, varying: set[Node]) -> Block:
@@ -187,7 +189,7 @@ def _binary_cross_entropy(node: Node, cotangent: Tensor, varying: set[Node]) -> 
     # sigma(z) - t as (1 - t) sigma(z) - t sigma(-z), which loses no digits where sigma is near 1
     slope = w * ((1 - t) * z.sigmoid() - c * t * (-z).sigmoid())
     edges = _gradient_edges([(node.next_functions[0], 1.0)])
-    return Block(edges, slope / h.sqrt(), lambda jac: h.sqrt()[..., None] * jac)
+    return Block(edges, slope / h.sqrt(), lambda jac: h.sqrt()[..., None] * jac, squares=False)
 
 
 # --- the tape -------------------------------------------------------------------------------------

@@ -37,7 +37,10 @@ def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -
     path = torch.empty(SLOTS, P, dtype=lin.dtype, device=lin.device) if options.truncate else None
     run = operator.cg if operator.fused else _of(lin)
     found, slots = run(problem.r, d, problem.q, M, start, path, options)
-    found = Found(*found, tuple((k, path[slot], *rest) for slot, k, *rest in sorted(slots, key=lambda item: item[1])))
+    found = Found(
+        *found, tuple((k, path[slot], *rest) for slot, k, *rest in sorted(slots, key=lambda item: item[1])),
+        again=lambda u: run(u, d, None, M, None, None, options)[0][0],
+    )
     if options.warm_start and math.isfinite(found.square):
         kept["start"] = found.step.to(lin.params[0].dtype)
     return found, kept

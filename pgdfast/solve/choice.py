@@ -8,7 +8,7 @@ from . import dense
 from .cg import cg as run_cg
 from .lsmr import lsmr
 from .memory import memory_limit, predicted_bytes
-from .options import CG
+from .options import CG, Nystrom
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Found, Problem
 from .solution import Solution
 
@@ -21,7 +21,9 @@ _CHOLESKY, _EIGH, _SWEEP = 1.5, 25.0, 1.5
 # J D^-1 J^T bounds. Beyond these the step is refined with float64 products; up to DOUBLE_FACTOR, where that saves nothing, and
 # where the float32 factor is too poor for it, it is summed and factored in float64 (measured: bench/NOTES.md).
 _NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
-_EXACT = 3.0   # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred
+# CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred. Where neither matrix is small
+# any gain will do: its cost is counted with all the iterations that it may take, and seldom are they needed.
+_EXACT, _SMALL = 3.0, 8192
 
 
 def solve(
@@ -56,7 +58,7 @@ def solve(
     found, wide, keep = _run(name, problem, options, rcond, wide, keep, time)
     if prior is not None and found.status != "not_positive_definite":
         found = problem.from_prior(found)
-    step, status, iterations, residual_norm, gain, square, _, slack, path = found
+    step, status, iterations, residual_norm, gain, square, _, slack, path, again = found
     damped = problem.damped(step, square)
     if step.dtype is not lin.dtype:
         step = step.to(lin.dtype)
@@ -66,7 +68,7 @@ def solve(
         residual_norm = None
     return Solution(
         step, status, iterations, name, reason, gain, damped, lin, problem.damping_diagonal, residual_norm, wide, slack, path,
-        keep, prior,
+        keep, prior, again and (lambda u: again(u.to(found.step.dtype)).to(lin.dtype)),
     )
 
 
@@ -116,7 +118,8 @@ def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tu
     fitting = {
         name: cost for name, (cost, memory) in costs.items() if name == "cg" or (memory <= limit and name != "eigh")
     }   # CG stays in: it needs the least
-    name = min(fitting, key=lambda key: fitting[key] * (_EXACT if key == "cg" else 1.0))
+    handicap = _EXACT if min(M, P) <= _SMALL else 1.0
+    name = min(fitting, key=lambda key: fitting[key] * (handicap if key == "cg" else 1.0))
     others = ", ".join(f"{k} {v:.2g}" for k, v in fitting.items() if k != name)
     dropped = [k for k in ("dual", "primal") if k not in fitting]
     why = f"predicted {fitting[name]:.2g} operations for M = {M}, P = {P} ({others})"
@@ -147,6 +150,9 @@ def predicted_costs(problem: Problem, options: CG, wide: bool = False) -> dict[s
         primal = jacobian + M * P * P + _CHOLESKY * P**3 / 3
     iterations = min(options.max_iterations, M, P)
     cg = iterations * 2 * _SWEEP * sweep + 2 * sweep
+    if isinstance(options.preconditioner, Nystrom):   # its use in every iteration, and its making in one step of `refresh`
+        rank, refresh = min(options.preconditioner.rank, P), options.preconditioner.refresh
+        cg += 4 * rank * P * iterations + (rank * 2 * _SWEEP * sweep + 6 * rank**2 * P) / refresh
     eigh = (sections * sweep + build if M <= P else jacobian + M * P * P) + _EIGH * min(M, P) ** 3 / 3
     needed = predicted_bytes(problem, options, wide)
     operations = {"dual": dual, "primal": primal, "cg": cg, "eigh": eigh}

@@ -24,8 +24,10 @@ def dual(problem: Problem) -> Found:
     operator = lin.operator
     if operator.fused and lin.rows is not None and problem.scale is None:
         if problem.uniform:
-            return Found(*operator.dual(r, None, problem.mu, None))
-        return Found(*operator.dual(r, problem.buffer_weights(), 1.0, problem.q))
+            found = Found(*operator.dual(r, None, problem.mu, None))
+        else:
+            found = Found(*operator.dual(r, problem.buffer_weights(), 1.0, problem.q))
+        return found._replace(again=_again(problem, lambda u: lin.operator.correct(u)))
     J = lin.dense()
     if problem.uniform:
         K, shift, weights = J @ J.T, problem.mu, None
@@ -35,16 +37,18 @@ def dual(problem: Problem) -> Found:
         scaled = J * weights.sqrt()
         K = scaled @ scaled.T
         rhs = r if problem.q is None else r - J @ (weights * problem.q)
-    y, ok = _cholesky_solve(K, shift, rhs)
-    if not ok:
+    solve = _cholesky(K, shift)
+    if solve is None:
         return _failed(lin)
+    y = solve(rhs)
     step = lin.vjp(y)
     if weights is not None:
         step = weights * (step if problem.q is None else step + problem.q)
     gain = float(torch.dot(r.double(), r.double() - shift * y.double()))
     if problem.q is not None:
         gain += float(torch.dot(problem.q.double(), step.double()))
-    return Found(step, "solved", gain=gain, square=_square(step), trace=float(K.diagonal().sum()) / shift)
+    trace = float(K.diagonal().sum()) / shift
+    return Found(step, "solved", gain=gain, square=_square(step), trace=trace, again=_again(problem, solve))
 
 
 def primal(problem: Problem) -> Found:
@@ -52,15 +56,28 @@ def primal(problem: Problem) -> Found:
     lin = problem.linearization
     _ = lin.rows   # Jacobian rows are cheaper once the row structure is known
     if lin.operator.fused:
-        return Found(*lin.operator.primal(problem.r, problem.diagonal(), problem.q))
+        found = Found(*lin.operator.primal(problem.r, problem.diagonal(), problem.q))
+        return found._replace(again=lambda u: lin.operator.correct(lin.vjp(u)))
     J = lin.dense()
     g = problem.gradient()
     H, d = J.T @ J, problem.diagonal()
-    step, ok = _cholesky_solve(H, d, g)
-    if not ok:
+    solve = _cholesky(H, d)
+    if solve is None:
         return _failed(lin)
+    step = solve(g)
     gain = float(torch.dot(g.double(), step.double()))
-    return Found(step, "solved", gain=gain, square=_square(step), trace=float((H.diagonal() / d).sum()))
+    trace = float((H.diagonal() / d).sum())
+    return Found(step, "solved", gain=gain, square=_square(step), trace=trace, again=lambda u: solve(lin.vjp(u)))
+
+
+def _again(problem: Problem, solve):
+    """U -> W J^T (s I + J W J^T)^-1 u, given the dual matrix's solve."""
+
+    def again(u):
+        step = problem.linearization.vjp(solve(u))
+        return step if problem.uniform else step / problem.diagonal()
+
+    return again
 
 
 def refined(name: str, problem: Problem, found: Found) -> Found | None:
@@ -77,7 +94,8 @@ def refined(name: str, problem: Problem, found: Found) -> Found | None:
     core, wide = lin.operator, problem.widened()
     product = wide.linearization.operator
     refine = _refined_dual if name == "dual" else _refined_primal
-    return refine(problem, wide, core, product, found)
+    better = refine(problem, wide, core, product, found)
+    return better and better._replace(again=lambda u: found.again(u.to(core.dtype)))   # a correction needs few digits
 
 
 def _refined_dual(problem, wide, core, product, found):
@@ -161,22 +179,27 @@ def eigh(problem: Problem, rcond: float) -> Found:
         inverse = 1 / (values.clamp_min(0) + problem.mu)
     else:
         inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
-    if small_is_dual:
-        if problem.mu == 0 and not lin.has_squares_only:
-            # GGN residuals grow without bound at confident samples; J J^T r does not.
-            product = K @ r.double()
-            y = vectors @ (inverse * inverse * (vectors.T @ product))
+    def mapped(u):
+        if small_is_dual:
+            y = (vectors @ (inverse * (vectors.T @ u.double()))).to(lin.dtype)
+            step = lin.vjp(y) if J is None else J.T @ y
         else:
-            y = vectors @ (inverse * (vectors.T @ r.double()))
-        y = y.to(lin.dtype)
+            step = (vectors @ (inverse * (vectors.T @ (J.T @ u).double()))).to(lin.dtype)
+        return step if scale is None else step * _inverse_root(scale, step)
+
+    def again(u):
+        rows = len(r) - len(u)   # those of the penalties
+        return mapped(u if rows == 0 else torch.cat([u, u.new_zeros(rows)]))
+
+    if small_is_dual and problem.mu == 0 and not lin.has_squares_only:
+        # GGN residuals grow without bound at confident samples; J J^T r does not.
+        y = (vectors @ (inverse * inverse * (vectors.T @ (K @ r.double())))).to(lin.dtype)
         step = lin.vjp(y) if J is None else J.T @ y
+        step = step if scale is None else step * _inverse_root(scale, step)
     else:
-        g = (J.T @ r).double()
-        step = (vectors @ (inverse * (vectors.T @ g))).to(lin.dtype)
-    if scale is not None:
-        step = step * _inverse_root(scale, step)
+        step = mapped(r)
     gain = float(torch.dot(problem.gradient().double(), step.double()))
-    return Found(step, "solved", gain=gain, square=_square(step))
+    return Found(step, "solved", gain=gain, square=_square(step), again=again)
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -195,17 +218,15 @@ def _stacked(problem: Problem):
     return torch.cat([J, rows]), torch.cat([r, problem.q[kept] / root])
 
 
-def _cholesky_solve(matrix: torch.Tensor, diagonal, rhs: torch.Tensor):
-    """Solve (matrix + diag) x = rhs with a float64 factor while that is cheap; (x, succeeded)."""
-    dtype = rhs.dtype
-    if len(matrix) <= WIDE_FACTOR:
-        matrix, rhs = matrix.double(), rhs.double()
+def _cholesky(matrix: torch.Tensor, diagonal):
+    """Rhs -> solution of (matrix + diag) x = rhs, by a float64 factor while that is cheap; None where there is none."""
+    matrix = matrix.double() if len(matrix) <= WIDE_FACTOR else matrix
     matrix = matrix.clone()
     matrix.diagonal().add_(diagonal)
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
-        return rhs, False
-    return torch.cholesky_solve(rhs.unsqueeze(1), factor).squeeze(1).to(dtype), True
+        return None
+    return lambda rhs: torch.cholesky_solve(rhs.to(factor.dtype).unsqueeze(1), factor).squeeze(1).to(rhs.dtype)
 
 
 def _failed(lin) -> Found:

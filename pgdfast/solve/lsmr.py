@@ -28,7 +28,9 @@ def lsmr(problem: Problem, options: CG) -> Found:
     else:
         root, damp = None if problem.scale is None else problem.scale.to(lin.dtype).rsqrt(), math.sqrt(problem.mu)
     run = lin.operator.lsmr if lin.operator.fused else _of(lin)
-    return Found(*run(problem.r, d, root, damp, problem.q, options.max_iterations, options.tolerance))
+    limits = options.max_iterations, options.tolerance
+    found = Found(*run(problem.r, d, root, damp, problem.q, *limits))
+    return found._replace(again=lambda u: run(u, d, root, damp, None, *limits)[0])
 
 
 def _of(lin):

@@ -8,6 +8,7 @@ from .cg import SLOTS
 from .options import CG, Nystrom
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 
+_PASS, _ONE_ARENA = 64 << 20, 64 << 20   # bytes: kPassBytes of csrc/cpu/gram.cpp, kOneArenaBytes of csrc/cpu/solve.h
 _CHUNK = 64   # Jacobian rows per batched sweep in PyTorch (kernels/torch_kernels.py)
 
 
@@ -33,10 +34,12 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[s
     local = rows is not None and operator.fused
     jacobian = width * M * P * (1 if operator.fused else 2)   # PyTorch joins batches of rows
     # Sweeps for J or the Gram matrix: an arena per section, or batches of rows, or rows one by one.
-    sweeps = arena * (rows.max_sections if local else 1 if operator.fused else _CHUNK) + arena
+    sweeps = arena * (rows.max_sections if local else 1 if operator.fused else _CHUNK)
+    sweeps += 0 if local and arena > _ONE_ARENA else arena
     vectors = 8 * width * (M + P)
     if local and problem.scale is None:
-        dual = _factored(M, width) + width * (M * rows.explicit_columns + rows.packed)
+        packed = width * (M * rows.explicit_columns + rows.packed)   # a pass takes all, or a part
+        dual = _factored(M, width) + max(min(packed, max(_PASS, width * M * M / 4)), width * rows.largest)
     else:
         dual = jacobian + (width * M * P if problem.scale is not None else 0) + M * M * _dense(M, width)
     if local and operator.sums_sections:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ class Found(NamedTuple):
     """What a solver hands back.
 
     gain is g . step; trace that of J D^-1 J^T, which bounds the condition from above; slack (g - A step) . step, 0 for solves
-    that are exact; path earlier iterates as (iteration, step, gain, square, slack), the shortest first.
+    that are exact; path earlier iterates as (iteration, step, gain, square, slack), the shortest first; again: (M,) -> (P,),
+    see Solution.again.
     """
 
     step: torch.Tensor
@@ -27,6 +29,7 @@ class Found(NamedTuple):
     trace: float = 0.0
     slack: float = 0.0
     path: tuple = ()
+    again: Callable | None = None
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +46,7 @@ class Solution:
     path: tuple = field(repr=False, default=())            # earlier iterates: (iteration, step, gain, square, slack)
     keep: dict = field(repr=False, default_factory=dict)   # what the next solve may start from
     prior: torch.Tensor | None = field(repr=False, default=None)
+    solve_again: Callable | None = field(repr=False, default=None)
 
     @property
     def usable(self) -> bool:
@@ -68,6 +70,14 @@ class Solution:
         delta.mu D delta - e.delta).
         """
         return t * self.gain - 0.5 * t * t * (self.gain - self.damped - self.slack)
+
+    def again(self, u: torch.Tensor) -> torch.Tensor:
+        """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu and with the same factor.
+
+        Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own. To be asked for before
+        the next solve, with the parameters of the linearisation.
+        """
+        return self.solve_again(u)
 
     def shortened(self) -> Solution | None:
         """The last iterate kept that is at most half as long as this step, or None.

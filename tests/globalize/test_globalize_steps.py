@@ -287,3 +287,62 @@ def test_failed_factorisation_raises_mu_and_says_so():
             or torch.equal(w, before)
             and optimizer.report.advice
         )
+
+
+# --- stalls ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
+def test_rejections_in_a_row_are_a_stall(rule):
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1.0, damping_rule=rule)
+    seen = []
+    for _ in range(4):
+        optimizer.step(closure)
+        seen.append(optimizer.report.status)
+    assert seen == ["rejected", "rejected", "stalled", "stalled"]
+    assert "4 steps in a row found no descent at any of 12 dampings; look for a closure" in optimizer.report.advice
+    closure.jump = 0.0   # it goes on by itself where steps descend again
+    optimizer.step(closure)
+    assert optimizer.report.status == "accepted" and optimizer.report.advice == ""
+
+
+def test_the_count_of_rejections_survives_a_restart():
+    closure = Uphill()
+    first = pgdfast.LM([closure.w], damping=1.0)
+    for _ in range(2):
+        first.step(closure)
+    second = pgdfast.LM([closure.w], damping=1.0)
+    second.load_state_dict(first.state_dict())
+    second.step(closure)
+    assert second.report.status == "stalled" and second.report.advice.startswith("3 steps in a row")
+
+
+def test_mu_at_its_bound_is_a_stall():
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1e20)
+    optimizer.step(closure)
+    assert optimizer.report.status == "stalled" and optimizer.report.next_damping == 1e20
+    assert "the damping is at its bound, 1e+20, where steps have no length left" in optimizer.report.advice
+    assert "converged" not in optimizer.report.advice
+
+
+@pytest.mark.parametrize("dtype, way_on", [(torch.float32, "use float64"), (torch.float64, "converged for float64")])
+def test_rejections_at_rounding_level_are_convergence(dtype, way_on):
+    """Far from zero, the loss's rounding hides what is left to gain."""
+    w = torch.tensor([1e-3], dtype=dtype, requires_grad=True)
+    offset = 1e3 if dtype == torch.float32 else 1e7
+    optimizer = pgdfast.LM([w], damping=1e-3)
+    for _ in range(30):
+        optimizer.step(lambda: torch.cat([torch.sin(w), torch.full((1,), offset, dtype=dtype)]))
+        if optimizer.report.status == "stalled":
+            break
+    assert optimizer.report.status == "stalled" and way_on in optimizer.report.advice
+
+
+def test_a_stall_is_not_named_where_steps_are_not_tried():
+    closure = Uphill()
+    optimizer = pgdfast.LM([closure.w], damping=1.0, damping_rule="constant", line_search="armijo")
+    for _ in range(5):
+        optimizer.step(closure)
+        assert optimizer.report.status == "rejected"

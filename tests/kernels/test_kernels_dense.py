@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mlp, rand, relative
+from helpers import gradient, mlp, rand, relative
 
 import pgdfast
 from pgdfast.linear import Linearizer
@@ -134,6 +134,30 @@ def test_forms_of_use(form, rows):
     exact = torch.linalg.solve(J.T @ J + 0.1 * torch.eye(20, dtype=torch.float64), J.T @ lin.residual)
     for solver in ("dual", "primal"):
         assert relative(pgdfast.solve(lin, 0.1, solver=solver).step, exact) < 1e-11
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (64, 40)])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_wide_weight_used_both_ways(widths, outputs):
+    """A nested derivative passes a weight forwards and, transposed, backwards: the factors of both stand in one Gram matrix."""
+    model = mlp(2, *widths, outputs)
+    x, edge = rand(21, 2, seed=1).requires_grad_(), rand(5, 2, seed=2)
+
+    def residuals():
+        y = model(x)
+        slopes = [gradient(y[:, o].sum(), x) for o in range(outputs)]
+        bends = [sum(gradient(s[:, d].sum(), x)[:, d] for d in range(2)) for s in slopes]
+        return torch.stack(bends, 1) + 1, model(edge)
+
+    params = list(model.parameters())
+    lin = pgdfast.linearize(residuals, params)
+    J = lin.dense()
+    if outputs == 1:   # with several residuals a row such a weight is explicit
+        ways = {use[4] for use in lin.rows.uses if use[1] == 2 and use[2] == 1}
+        assert ways == {0, 1}, "the wide weight is no longer factored; the test does not see what it is for"
+    assert relative(lin.gram(), J @ J.T) < 1e-13
+    exact = torch.linalg.solve(J.T @ J + 0.1 * torch.eye(J.shape[1], dtype=torch.float64), J.T @ lin.residual)
+    assert relative(pgdfast.solve(lin, 0.1, solver="dual").step, exact) < 1e-10
 
 
 @pytest.mark.parametrize("order", [200, 500])

@@ -11,7 +11,11 @@ import pgdfast
 from pgdfast.solve.memory import predicted_bytes
 from pgdfast.solve.problem import Problem
 
-CASES = {"dual": (2500, 20, 200, 200, 1), "cg": (200, 784, 1000, 600, 10)}
+CASES = {   # solver, samples, tokens each, widths
+    "dual": ("dual", 2500, 0, 20, 200, 200, 1),
+    "dual in passes": ("dual", 1500, 4, 10, 150, 150, 1),   # explicit rows: J alone takes 144 MB
+    "cg": ("cg", 200, 0, 784, 1000, 600, 10),
+}
 
 
 def resident(field):
@@ -20,19 +24,24 @@ def resident(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def problem(samples, *widths):
-    """A tanh network with a mean squared error, linearised."""
+def problem(samples, tokens, *widths):
+    """A tanh network with a mean squared error, linearised; averaged over the tokens of a sample, if it has any."""
     torch.manual_seed(0)
     pairs = zip(widths[:-1], widths[1:], strict=True)
     model = nn.Sequential(*[layer for a, b in pairs for layer in (nn.Linear(a, b), nn.Tanh())][:-1])
-    x, y = torch.randn(samples, widths[0]), torch.randn(samples, widths[-1])
+    y = torch.randn(samples, widths[-1])
+    if tokens:
+        x = torch.randn(samples, tokens, widths[0])
+        return pgdfast.linearize(lambda: F.mse_loss(model(x).mean(1), y), model.parameters())
+    x = torch.randn(samples, widths[0])
     return pgdfast.linearize(lambda: F.mse_loss(model(x), y), model.parameters())
 
 
-def main(solver):
+def main(name):
+    solver, *sizes = CASES[name]
     cg = pgdfast.CG(60, 1e-6, truncate=True, preconditioner=pgdfast.Nystrom(rank=5))
-    pgdfast.solve(problem(50, 10, 20, 1), 0.1, solver=solver, cg=cg)   # loads what BLAS and PyTorch load at first
-    lin = problem(*CASES[solver])
+    pgdfast.solve(problem(50, 0, 10, 20, 1), 0.1, solver=solver, cg=cg)   # loads what BLAS and PyTorch load at first
+    lin = problem(*sizes)
     predicted = predicted_bytes(Problem.of(lin, 1.0, None), cg)[solver]
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")   # resets the peak

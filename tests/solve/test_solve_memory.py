@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import mlp, rand
@@ -27,13 +28,42 @@ def test_reason_names_what_was_left_out_for_memory(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters of memory")
-@pytest.mark.parametrize("solver", ["dual", "cg"])
-def test_predicted_memory_is_within_a_factor_of_two(solver, tmp_path):
+@pytest.mark.parametrize("case", ["dual", "dual in passes", "cg"])
+def test_predicted_memory_is_within_a_factor_of_two(case, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("memory_of_solve.py")), solver],
+        [sys.executable, str(Path(__file__).with_name("memory_of_solve.py")), case],
         capture_output=True, text=True, timeout=120, cwd=tmp_path,   # away from the source folder, which has no core
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["status"] == "solved"
     assert 0.5 < found["predicted"] / found["measured"] < 2, found
+    if case == "dual in passes":
+        assert found["measured"] < 144e6, "explicit rows of all parameters at once"
+
+
+def test_predicted_operations_count_the_sketch():
+    model = mlp(2, 30, 30, 1)
+    x = rand(400, 2, seed=1)
+    names = pgdfast.solve.__globals__
+    problem = names["Problem"].of(pgdfast.linearize(lambda: model(x), model.parameters()), 0.1, None)
+    rank, P = 30, problem.linearization.num_parameters
+
+    def operations(**options):
+        return names["predicted_costs"](problem, pgdfast.CG(100, **options))["cg"][0]
+
+    plain = operations()
+    often, seldom = (operations(preconditioner=pgdfast.Nystrom(rank, refresh)) for refresh in (1, 10))
+    applied = 4 * rank * P * 100
+    assert seldom - plain > applied and often - plain - applied == pytest.approx(10 * (seldom - plain - applied))
+
+
+@pytest.mark.parametrize("M, P, taken", [(8000, 90000, "dual"), (9000, 8000, "dual"), (20000, 50000, "cg")])
+def test_cg_need_not_be_three_times_cheaper_where_neither_size_is_small(M, P, taken, monkeypatch):
+    names = pgdfast.solve.__globals__
+    costs = {"dual": (2e12, 1e9), "primal": (9e12, 1e9), "cg": (1e12, 1e6), "eigh": (9e13, 1e9)}
+    monkeypatch.setitem(names, "predicted_costs", lambda *_: costs)
+    monkeypatch.setitem(names, "memory_limit", lambda: 8e9)
+    problem = SimpleNamespace(mu=0.1, penalty=None, linearization=SimpleNamespace(num_residuals=M, num_parameters=P))
+    name, why = names["choose"](problem, "auto", pgdfast.CG())
+    assert name == taken and f"M = {M}, P = {P}" in why

@@ -1,0 +1,26 @@
+"""The quadratic model along a step."""
+
+from __future__ import annotations
+
+import torch
+
+
+def predictions(lin, move, solution):
+    """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta."""
+    rate = move.one_rate
+    if rate is not None:
+        return (lambda t: solution.reduction(rate * t)), rate * solution.gain
+    direction = move.scaled(solution.step)
+    slope = float(torch.dot(lin.gradient(), direction))
+    curvature = float(torch.dot(direction, lin.ggn(direction)))
+    return (lambda t: t * slope - 0.5 * t * t * curvature), slope
+
+
+def curvature(lin, solution) -> float:
+    """G . delta / ||delta||^2, or that of the gradient where there is no step."""
+    square = float(solution.step.double().square().sum())
+    if square > 0 and solution.gain > 0:
+        return solution.gain / square
+    g = lin.gradient()
+    square = float(torch.dot(g, g))
+    return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
