@@ -104,6 +104,6 @@ def describe(settings):
 
 def problem(dtype, seed=0):
     """Return the problem that `pgdfast verify` compares the backends on."""
-    trial = make(seed, dtype=dtype, count=128)
+    trial = make(seed, dtype=dtype, count=64)
     return Problem(trial.model, trial.residuals, {"damping": 1e-2, "lr": 0.1}, ("dual", "cg"),
-                   "2-20-20-20-1, 128 points, 921 parameters")
+                   "2-20-20-20-1, 64 points, 921 parameters")

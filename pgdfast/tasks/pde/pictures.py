@@ -65,10 +65,11 @@ def _fields(figure, worked, runs, settings, solution, error):
     extent = (grid.low[0], grid.high[0], grid.low[1], grid.high[1])
     plain = {"origin": "lower", "extent": extent, "aspect": "auto", "interpolation": "bilinear"}
     bound = np.abs(found).max()
-    image = solution.imshow(found.T, cmap=colormaps["RdBu_r"].resampled(64), vmin=-bound, vmax=bound, **plain)
+    diverging, rising = (colormaps[name].resampled(64) for name in ("RdBu_r", "viridis"))   # few colours, for a small file
+    image = solution.imshow(found.T, cmap=diverging, vmin=-bound, vmax=bound, **plain)
     figure.colorbar(image, ax=solution, pad=0.02).ax.tick_params(labelsize=8)
     top = max(distance.max(), 1e-15)
-    image = error.imshow(np.maximum(distance, 1e-4 * top).T, cmap=colormaps["viridis"].resampled(64), norm=LogNorm(1e-4 * top, top), **plain)
+    image = error.imshow(np.maximum(distance, 1e-4 * top).T, cmap=rising, norm=LogNorm(1e-4 * top, top), **plain)
     figure.colorbar(image, ax=error, pad=0.02).ax.tick_params(labelsize=8)
     plotting.name_panel(error, "|error|", f"{best.label}, {distance.max():.1e} at most")
     for axes in (solution, error):

@@ -133,11 +133,11 @@ def problem(dtype, seed=0):
     """Return the problem that `pgdfast verify` compares the backends on."""
     trial = make(seed, "small", dtype)
     interior, boundary, _ = points(seed, dtype)
-    interior, boundary = interior[:150], boundary[:24]
+    interior, boundary = interior[:80], boundary[:16]
 
     def residuals():
         laplacian = pgdfast.pde.laplacian(trial.model, interior).laplacian
         return laplacian + 2 * math.pi**2 * exact(interior), trial.model(boundary)
 
     return Problem(trial.model, residuals, {"damping": 0.1, "lr": 0.1}, ("dual", "primal", "cg"),
-                   "2-64-1, 150 interior and 24 boundary points, 257 parameters")
+                   "2-64-1, 80 interior and 16 boundary points, 257 parameters")
