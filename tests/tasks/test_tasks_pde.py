@@ -130,7 +130,8 @@ def _helmholtz(p):
 
 
 @pytest.mark.filterwarnings("ignore:pgdfast.pde. no Taylor rule")
-@pytest.mark.parametrize(("task", "inner", "bound"), [(heat_1d, _heat, 1e-9), (burgers, _burgers, 1e-8), (helmholtz, _helmholtz, 1e-9)])
+@pytest.mark.parametrize(("task", "inner", "bound"), [
+    (heat_1d, _heat, 1e-9), (burgers, _burgers, 1e-8), (helmholtz, _helmholtz, 1e-9)])
 def test_the_exact_solution_has_no_residual_and_no_error(task, inner, bound):
     trial = task.make(0, count=200)
     started = float(sum(r.detach().square().sum() for r in trial.residuals()))
@@ -229,7 +230,8 @@ def test_times_are_medians_over_seeds_and_the_others_are_read_at_lms_end():
     assert summary["adam small"]["error_at_lm_seconds"] == 0.25 and summary["adam small"]["error"] == 0.0625
     assert math.isinf(summary["adam small"]["seconds_to"]["1e-05"])
     outcomes = {check.claim: check.outcome for check in poisson_2d.judge(summary, settings)}
-    assert outcomes == {"LM's error (small) is below 1e-05 within 0.6 s": FAIL, "LM's error (small) is below 1e-07 within 6 s": PASS,
+    assert outcomes == {"LM's error (small) is below 1e-05 within 0.6 s": FAIL,
+                        "LM's error (small) is below 1e-07 within 6 s": PASS,
                         "LM ends (small) more accurate than Adam and L-BFGS after the same seconds": PASS}
     rows = poisson_2d.table(summary, settings).rows
     assert rows[0][:4] == ["small, LM", "2", "4", "6"] and rows[1][1:4] == ["-", "-", "-"]
@@ -251,7 +253,8 @@ def test_the_coefficient_is_judged_by_its_own_error():
 def test_lm_ends_early_where_it_has_what_is_asked_and_adam_takes_all_seconds():
     easy = dataclasses.replace(heat_1d.WORKED, goals=(worked.Goal(0.05, 60.0),))
     settings = _settings(heat_1d, "--optimizer", "lm,adam", "--seeds", "1")
-    lm, adam = (train(dataclasses.replace(case, seconds=s), case.start()) for case, s in zip(easy.cases(settings), (60, 0.5), strict=True))
+    cases = zip(easy.cases(settings), (60, 0.5), strict=True)
+    lm, adam = (train(dataclasses.replace(case, seconds=seconds), case.start()) for case, seconds in cases)
     assert lm.columns["error"][-1] <= 0.025 and lm.seconds[-1] < 60 and 0.5 <= adam.seconds[-1] < 10
     assert (lm.columns["error"][:-1] > 0.025).all(), "it ends with the first row that has it"
     assert adam.columns["error"][-1] < adam.columns["error"][0]
@@ -270,7 +273,8 @@ def test_the_rate_of_adam_falls_over_the_seconds():
 
 
 @pytest.mark.parametrize("argv", [["--optimizer", "adam"], ["--optimizer", "lbfgs"], ["--optimizer", "lm"],
-                                  ["--optimizers", "lm,lm-0.01", "--derivatives", "nested"]])
+                                  ["--optimizers", "lm,lm-0.01", "--derivatives", "nested", "--boundary-weight", "3"],
+                                  ["--optimizers", "lm,adam", "--dtype", "float32"]])
 def test_one_optimizer_runs_alone(argv, tmp_path, capsys):
     assert main(["run", "poisson-2d", "--net", "small", "--steps", "2", "--seeds", "1", *argv, "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "poisson-2d.json").read_text())

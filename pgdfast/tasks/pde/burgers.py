@@ -75,7 +75,7 @@ def make(seed, variant="", dtype=torch.float64, count=POINTS):
         s = torch.asinh(x.abs() / STRETCH) / A
         return -torch.sin(math.pi * x) + x.sign() * model(torch.cat([s, t], dim=1))
 
-    grid = WORKED.grid.points()
+    grid = WORKED.grid.points(dtype)
     return worked.Trial(model, residuals, solution, worked.relative_l2(solution, grid, exact(grid)))
 
 

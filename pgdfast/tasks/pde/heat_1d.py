@@ -60,7 +60,7 @@ def make(seed, variant="", dtype=torch.float64, count=POINTS):
         _, (_, u_t), (u_xx,) = pgdfast.pde.jet(model, points, [0, 1], order=[2, 1])
         return ((u_t - DIFFUSIVITY * u_xx) / math.sqrt(count),)
 
-    grid = WORKED.grid.points()
+    grid = WORKED.grid.points(dtype)
     return worked.Trial(model, residuals, model, worked.relative_l2(model, grid, exact(grid)))
 
 

@@ -70,7 +70,7 @@ def make(seed, variant="", dtype=torch.float64, count=POINTS):
         u, _, laplacian = pgdfast.pde.laplacian(model, points)
         return ((laplacian + WAVE_NUMBER**2 * u - source) / (WAVE_NUMBER**2 * math.sqrt(count)),)
 
-    grid = WORKED.grid.points()
+    grid = WORKED.grid.points(dtype)
     return worked.Trial(model, residuals, model, worked.relative_l2(model, grid, exact(grid)))
 
 

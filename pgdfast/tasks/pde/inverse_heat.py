@@ -73,7 +73,7 @@ def make(seed, variant="", dtype=torch.float64, count=POINTS, data_count=DATA):
         equation = EQUATION_WEIGHT * (u_t - model.diffusivity * u_xx) / math.sqrt(count)
         return (model(where) - values) / math.sqrt(data_count), equation
 
-    grid = WORKED.grid.points()
+    grid = WORKED.grid.points(dtype)
     error = worked.relative_l2(model, grid, exact(grid))
     return worked.Trial(model, residuals, model, error, lambda: float(model.diffusivity.detach()))
 

@@ -31,9 +31,9 @@ class Grid:
         """(points along the first axis, points along the second)."""
         return self.count, self.count
 
-    def points(self):
-        """Return all points, (count^2, 2) float64, the second coordinate running fastest."""
-        axes = [torch.linspace(a, b, self.count, dtype=torch.float64) for a, b in zip(self.low, self.high, strict=True)]
+    def points(self, dtype=torch.float64):
+        """Return all points, (count^2, 2), the second coordinate running fastest."""
+        axes = [torch.linspace(a, b, self.count, dtype=dtype) for a, b in zip(self.low, self.high, strict=True)]
         return torch.cartesian_prod(*axes)
 
 

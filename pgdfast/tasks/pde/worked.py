@@ -1,6 +1,6 @@
 """What the worked problems share: one race by the clock between optimizers, and what is made of it.
 
-Every optimizer gets the same closure's residuals, full batch, in float64, and the same seconds in steps; measuring the error
+Every optimizer gets the same closure's residuals, full batch, and the same seconds in steps; measuring the error
 stops the clock. LM ends early where it has what is asked (half the smallest error asked for), or where it has converged.
 Adam's learning rate falls from its start by 1,000, exponentially, over the seconds; L-BFGS is PyTorch's with strong Wolfe
 line search and the last 100 pairs, and stops at nothing but the clock.
@@ -24,6 +24,7 @@ RATES = {"adam": 1e-2, "lbfgs": 1.0, "lm": 1.0}
 DEFAULTS = {"optimizers": "adam,lbfgs,lm", "steps": 1_000_000, "seeds": 5, "threads": 1}
 LBFGS = {"max_iter": 20, "history_size": 100, "line_search_fn": "strong_wolfe", "tolerance_grad": 0.0, "tolerance_change": 0.0}
 LM = {"damping_rule": "delayed", "damping": 1.0}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _ADAM_FALL = 1e-3
 
 
@@ -98,6 +99,7 @@ class Worked:
         """Add the options of every worked problem to `parser`."""
         parser.add_argument("--seconds", type=options.positive_number, metavar="S",
                             help="time in steps that every optimizer gets; LM may end earlier")
+        parser.add_argument("--dtype", choices=tuple(DTYPES), default="float64", help="precision (default: %(default)s)")
 
     def cases(self, settings):
         """Return every run to be made."""
@@ -110,7 +112,7 @@ class Worked:
         ]
 
     def _start(self, method, variant, seed, settings):
-        trial = self.make(seed, variant, torch.float64)
+        trial = self.make(seed, variant, DTYPES[settings.dtype])
         rate = settings.rate(method)
         own = {"lm": {**LM, **(self.lm or {})}, "lbfgs": LBFGS, "adam": {}}[method.kind]
         optimizer = method.build(trial.model.parameters(), rate, settings.backend, **own)
@@ -135,7 +137,7 @@ class Worked:
 
         def outcome():
             with torch.no_grad():
-                return {"solution": trial.solution(self.grid.points()).reshape(self.grid.shape)}
+                return {"solution": trial.solution(self.grid.points(DTYPES[settings.dtype])).reshape(self.grid.shape).double()}
 
         return Session(trial.model, optimizer, lambda step: closure, measure, self.columns, None, done,
                        slower if method.kind == "adam" else lambda share: None, outcome)
@@ -249,7 +251,7 @@ class Worked:
         if self.published_note:
             notes.append(self.published_note)
         return Table(
-            f"{self.name}: median of {plotting.seeds(settings.seeds)}, float64, full batch",
+            f"{self.name}: median of {plotting.seeds(settings.seeds)}, {settings.dtype}, full batch",
             ["run", *(f"{level:.0e}" for level in levels), *(["coefficient", "off by"] if inverse else []), "error",
              "at LM's end", "seconds", "steps"], rows, notes)
 
@@ -263,7 +265,7 @@ class Worked:
     def describe(self, settings, **own):
         """Return what the options leave fixed, for the record; `own` is the task's part."""
         return {
-            **own, "dtype": "float64", "batch": "full", "error": self.measure,
+            **own, "dtype": settings.dtype, "batch": "full", "error": self.measure,
             "loss": "1/2 sum of squares of the residuals, weights and means in them, for every optimizer",
             "LM": {**LM, **(self.lm or {})}, "L-BFGS": LBFGS,
             "Adam": f"the learning rate falls exponentially by {_ADAM_FALL:g} over the seconds",
