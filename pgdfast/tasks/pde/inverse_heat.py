@@ -30,7 +30,7 @@ NOISE, DATA, POINTS, EQUATION_WEIGHT = 0.01, 10_000, 600, 1.0
 """NOISE: standard deviation, over the root mean square of u. EQUATION_WEIGHT: of u_t - D u_xx beside u - data."""
 SIZES = [2, 16, 16, 1]
 KNOWN, RATES = worked.KNOWN, worked.RATES
-DEFAULTS = {**worked.DEFAULTS, "seconds": 20.0}
+DEFAULTS = {**worked.DEFAULTS, "seconds": 15.0}
 QUICK = {"seconds": 3.0, "seeds": 1}
 
 
@@ -93,7 +93,7 @@ def least_error():
 WORKED = worked.Worked(
     NAME, "u_t = D u_xx from noisy u: D beside the network", make, Grid("x", "t", (0, 0), (1, 1), exact),
     "relative L2 distance from the exact solution on a 121 x 121 grid",
-    (worked.Goal(5e-4, 20.0, column="coefficient_error", label="relative error of the coefficient"),),
+    (worked.Goal(5e-4, 15.0, column="coefficient_error", label="relative error of the coefficient"),),
     truth=DIFFUSIVITY,
 )
 cases, summarise, judge, table, pictures = WORKED.cases, WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
