@@ -1,6 +1,7 @@
 """The experiments: one file each, and this table.
 
-A new task is one file and one line in `TASKS`. Its module has these names:
+A new task is one file and one line in `TASKS`; differential equations lie in `pde`, and what they share in its `worked`.
+Its module has these names:
 
     NAME, SUMMARY          its name on the command line, and a paragraph for `--help`
     SOURCE, PAPER          which figure it stands for, and what the paper reports there

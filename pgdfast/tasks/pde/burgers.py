@@ -37,7 +37,7 @@ A = math.asinh(1 / STRETCH)
 POINTS, SIZES = 2000, [2, 20, 20, 20, 1]
 KNOWN, RATES = worked.KNOWN, worked.RATES
 DEFAULTS = {**worked.DEFAULTS, "seconds": 60.0}
-QUICK = {"seconds": 5.0, "seeds": 1}
+QUICK = {"seconds": 4.0, "seeds": 1}
 
 
 class Correction(torch.nn.Module):

@@ -29,7 +29,7 @@ WAVE_NUMBER, FREQUENCY = 4 * math.pi, 6.0
 POINTS, SIZES = 1200, [2, 40, 40, 1]
 KNOWN, RATES = worked.KNOWN, worked.RATES
 DEFAULTS = {**worked.DEFAULTS, "seconds": 15.0}
-QUICK = {"seconds": 4.0, "seeds": 1}
+QUICK = {"seconds": 3.0, "seeds": 1}
 
 
 class Membrane(torch.nn.Module):
