@@ -36,7 +36,7 @@ SIZES = {"small": [2, 64, 1], "large": [2, 64, 64, 48, 48, 1]}
 INTERIOR, BOUNDARY, TEST = 900, 120, 9000
 KNOWN, RATES = worked.KNOWN, worked.RATES
 DEFAULTS = {**worked.DEFAULTS, "seconds": {"small": 10.0, "large": 20.0}, "net": "both", "derivatives": "both",
-            "boundary_weight": 100.0}
+            "boundary_weight": 30.0}
 QUICK = {"seconds": {"small": 1.0, "large": 2.0}, "seeds": 1, "derivatives": "pde"}
 _NESTED = " nested"
 
@@ -50,7 +50,7 @@ def add_options(parser):
 
 
     parser.add_argument("--boundary-weight", type=options.positive_number, metavar="W",
-                        help="of u on the boundary beside Lap u + f inside (default: 100: f is up to 2 pi^2, and errors on the "
+                        help="of u on the boundary beside Lap u + f inside (default: 30: f is up to 2 pi^2, and errors on the "
                              "boundary spread into the square)")
 
 
