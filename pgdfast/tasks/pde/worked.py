@@ -242,6 +242,8 @@ class Worked:
                              *([f"{row['coefficient']:.5g}", f"{row['coefficient_error']:.1e}"] if inverse else []),
                              f"{row['error']:.1e}", f"{row['error_at_lm_seconds']:.1e}", f"{row['seconds']:.3g}",
                              f"{row['steps']:,}"])
+        if self.published:
+            rows.append(["published:", *[""] * (len(levels) + 4)])
         for name, times, best in self.published:
             rows.append([name, *(shown(times.get(level, math.inf)) for level in levels), f"{best:.1e}", "", "", ""])
         notes = [f"error: {self.measure}", "at LM's end: the error after as many seconds as LM took",
