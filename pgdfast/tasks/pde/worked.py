@@ -158,10 +158,10 @@ class Worked:
             for method in settings.optimizers:
                 mine = [run for run in runs if (run.optimizer, run.variant) == (method.name, variant)]
                 if mine:
-                    summary[named(method.name, variant)] = self._numbers(mine, variant, until)
+                    summary[named(method.name, variant)] = self._numbers(mine, math.inf if method.kind == "lm" else until)
         return summary
 
-    def _numbers(self, mine, variant, until):
+    def _numbers(self, mine, until):
         levels = sorted({goal.error for goal in self.goals if goal.column == "error"}, reverse=True)
         found = {
             "error": median([run.columns["error"][-1] for run in mine]),
