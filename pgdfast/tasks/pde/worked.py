@@ -23,7 +23,7 @@ KNOWN = ("adam", "lbfgs", "lm", "lm-MU")
 RATES = {"adam": 1e-2, "lbfgs": 1.0, "lm": 1.0}
 DEFAULTS = {"optimizers": "adam,lbfgs,lm", "steps": 1_000_000, "seeds": 5, "threads": 1}
 LBFGS = {"max_iter": 20, "history_size": 100, "line_search_fn": "strong_wolfe", "tolerance_grad": 0.0, "tolerance_change": 0.0}
-LM = {"damping_rule": "delayed", "damping": 1e-2}
+LM = {"damping_rule": "delayed", "acceleration": "chord", "damping": 1e-2}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _ADAM_FALL = 1e-3
 
