@@ -226,8 +226,9 @@ class LM(torch.optim.Optimizer):
         predicted = reduction(t or 1.0)
         report.predicted_reduction = predicted
         # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
-        # climb. Later attempts are small because mu rose: they must descend.
-        stalled = first and predicted <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
+        # climb. Later attempts are small because mu rose: they must descend. Promises of a rise, which different learning
+        # rates and momentum can make, are a poor model.
+        stalled = first and abs(predicted) <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
         kept = t is not None and (after < loss or (stalled and after == loss))
         if predicted > 0 and not stalled:
             report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf

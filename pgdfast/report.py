@@ -21,7 +21,8 @@ class Report:
     correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
-    dropped because a trial with it did not descend. seconds: wall time of the phases linearize, solve, trial.
+    dropped because a trial with it did not descend. residuals, parameters: M and P. seconds: wall time of the phases
+    linearize, solve, trial.
     """
 
     loss: float
@@ -75,7 +76,7 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
     if report.status == "rejected":
         return (
             f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
-            "check that the closure is deterministic, raise the damping, or use float64"
+            "check that the closure takes the same batch at every call, raise the damping, or use float64"
         )
     if report.status == "failed" or solution.status != "solved":
         return solution.advice
@@ -91,8 +92,9 @@ def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool,
     this one, 0 if it was not. at_bound: is mu at its upper bound?
     """
     suspects = (
-        "a closure that draws random numbers (fix its points, turn dropout off), residuals that jump or have a kink here, or "
-        "residuals of very different size (scale them, or use scaling='marquardt')"
+        "a closure that takes another batch at every call, from an iterator or a generator of its own (fetch it before the "
+        "step), residuals that jump or have a kink here, or residuals of very different size (scale them, or use "
+        "scaling='marquardt')"
     )
     if at_bound and report.status in ("rejected", "stalled"):
         return (
@@ -101,7 +103,7 @@ def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool,
         )
     if not in_a_row:
         return ""
-    if promised is not None and promised <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
+    if promised is not None and abs(promised) <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
         return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
     if in_a_row >= _REJECTED_IN_A_ROW:
         return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"
