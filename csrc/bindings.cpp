@@ -114,13 +114,13 @@ class Plan {
     const T* from = pointer<T>(v, P(), "v");
     T* to = pointer<T>(u, M(), "u");
     const Running running;
-    pgdfast::jvp(solver_.program, from, to, solver_.arena_data());
+    solver_.product(from, to);
   }
   void vjp(py::handle u, py::handle v) {
     const T* from = pointer<T>(u, M(), "u");
     T* to = pointer<T>(v, P(), "v");
     const Running running;
-    pgdfast::vjp(solver_.program, from, to, solver_.arena_data());
+    solver_.adjoint_product(from, to);
   }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");

@@ -118,8 +118,8 @@ def _run_parser():
     return OneLineParser(
         prog="pgdfast run",
         usage="pgdfast run TASK [options]",
-        description="Train on one of the experiments of arXiv 2601.03162 with several optimizers;\n"
-        "write a picture (PNG), the numbers (CSV) and a record of every setting (JSON).",
+        description="Train on one of the experiments of arXiv 2601.03162, or solve one of the worked differential\n"
+        "equations, with several optimizers; write a picture (PNG), the numbers (CSV) and a record of every setting (JSON).",
         epilog=f"tasks:\n{listing}\n  {'all':{width}}    all of them, one after another, and a report\n\n"
         "'pgdfast run TASK --help' lists the options of a task.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -115,6 +115,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     } else {
       ensure(J, M * P);
       dense(program, layout, work, J.data());
+      explicit_J = M * P <= structure.arena_size;
       normal_of_rows(J.data(), M, P, work, matrix.data(), ld);
     }
     held = Held::normal;
@@ -122,7 +123,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
   Outcome outcome;
   for (index i = 0; i < P; ++i) outcome.trace += double(matrix[std::size_t(i * ld + i)]) / double(d[i]);
   ensure(rhs, P);
-  vjp(program, r, rhs.data(), arena_data());
+  adjoint_product(r, rhs.data());
   if (q)
     for (index i = 0; i < P; ++i) rhs[std::size_t(i)] += q[i];
   if (!factor(matrix, ld, P, [&](index i) { return d[i]; })) {
@@ -165,6 +166,22 @@ void Solver<T>::solve_in_place(T* x) {
   wide_x.assign(x, x + order);
   wide_factor.solve(wide_x.data());
   std::copy(wide_x.begin(), wide_x.end(), x);
+}
+
+template <class T>
+void Solver<T>::product(const T* v, T* u) {
+  if (!explicit_J) return jvp(program, v, u, arena_data());
+  const index M = structure.num_residuals, P = structure.num_parameters;
+  const BlasThreads threads(threads_for(2.0 * double(M) * double(P)));
+  gemm<T>(M, 1, P, T(1), J.data(), P, 1, v, 1, 1, T(0), u, 1, 1);
+}
+
+template <class T>
+void Solver<T>::adjoint_product(const T* u, T* v) {
+  if (!explicit_J) return vjp(program, u, v, arena_data());
+  const index M = structure.num_residuals, P = structure.num_parameters;
+  const BlasThreads threads(threads_for(2.0 * double(M) * double(P)));
+  gemm<T>(1, P, M, T(1), u, 1, 1, J.data(), P, 1, T(0), v, P, 1);
 }
 
 template <class T>

@@ -55,7 +55,14 @@ struct Solver {
 
   T* arena_data();
   // To be called whenever constants change: what is held belongs to the old ones.
-  void invalidate() { held = Held::nothing; }
+  void invalidate() {
+    held = Held::nothing;
+    explicit_J = false;
+  }
+
+  // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
+  void product(const T* v, T* u);
+  void adjoint_product(const T* u, T* v);
 
   // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null.
   Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);
@@ -88,6 +95,7 @@ struct Solver {
 
   index order = 0;
   bool wide = false;
+  bool explicit_J = false;   // J holds the rows of the current constants
   bool units_kept = false;   // work.arenas holds the unit sweeps of the present constants
 };
 

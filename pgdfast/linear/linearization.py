@@ -153,6 +153,7 @@ class Linearization:
         self.penalties = trace.penalties
         self._operator, self._plan, self._constants = operator, plan, trace.constants
         self._trace, self._values = trace, values
+        self._versions: list[int] = []
         self.parameters_unchanged()
 
     @property
@@ -197,7 +198,7 @@ class Linearization:
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
-        self._versions = [p._version for p in self.params]
+        self._versions[:] = [p._version for p in self.params]   # in place: the widened one shares the list
 
     @property
     def operator(self):

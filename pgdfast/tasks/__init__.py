@@ -1,6 +1,7 @@
 """The experiments: one file each, and this table.
 
-A new task is one file and one line in `TASKS`. Its module has these names:
+A new task is one file and one line in `TASKS`; differential equations lie in `pde`, and what they share in its `worked`.
+Its module has these names:
 
     NAME, SUMMARY          its name on the command line, and a paragraph for `--help`
     SOURCE, PAPER          which figure it stands for, and what the paper reports there
@@ -29,6 +30,11 @@ TASKS = {
     "polynomial": ("polynomial", "a quadratic target by a nearly linear network: from rich to lazy"),
     "transformer": ("transformer", "a + b mod 97 by a transformer: GGN steps, Adam, and a hybrid"),
     "mnist": ("mnist", "digits from few images and large weights: grokking, and a hybrid"),
+    "poisson-2d": ("pde.poisson_2d", "Poisson's equation by two physics-informed networks, against the clock"),
+    "heat-1d": ("pde.heat_1d", "the heat equation on an interval"),
+    "burgers": ("pde.burgers", "Burgers' equation at viscosity 0.01 / pi: a steep layer"),
+    "helmholtz": ("pde.helmholtz", "a wave of wave number 4 pi in a square"),
+    "inverse-heat": ("pde.inverse_heat", "a diffusivity from temperatures with 1 % noise"),
 }
 
 ALL = {**{name: (name,) for name in TASKS}, "mnist-cross-entropy": ("mnist", "--loss", "cross-entropy")}

@@ -85,11 +85,11 @@ def _values(run):
     return {
         "key": list(run.key), "at": torch.from_numpy(np.asarray(run.at)), "last": run.last, "stopped_at": run.stopped_at,
         "columns": {name: torch.from_numpy(column) for name, column in run.columns.items()},
-        "step_seconds": torch.from_numpy(run.step_seconds),
+        "step_seconds": torch.from_numpy(run.step_seconds), "outcome": run.outcome,
     }
 
 
 def _run(values):
     columns = {name: column.numpy() for name, column in values["columns"].items()}
     return Run(*values["key"], values["at"].numpy(), columns, values["step_seconds"].numpy(), values["last"],
-               values["stopped_at"])
+               values["stopped_at"], values["outcome"])

@@ -97,7 +97,8 @@ def _continue_or_start(task, checkpoint, resume):
 
 def _train(cases, checkpoint):
     runs = []
-    with terminal.progress(sum(case.steps for case in cases)) as (announce, advance):
+    unit = "steps" if cases[0].seconds is None else "seconds"
+    with terminal.progress(sum(case.work for case in cases), unit) as (announce, advance):
         for case in cases:
             announce(" ".join(filter(None, (case.optimizer, case.variant, f"seed {case.seed}"))))
             run = checkpoint.done(case.key)
@@ -111,9 +112,9 @@ def _train(cases, checkpoint):
 
                 run = train(case, case.start(), checkpoint.saved(case.key), step_on, checkpoint.keep)
                 checkpoint.finish(run)
-                advance(case.steps - seen)  # a run that ended early
+                advance(case.work - seen)  # a run that ended early
             else:
-                advance(case.steps)
+                advance(case.work)
             runs.append(run)
     return runs
 

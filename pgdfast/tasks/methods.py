@@ -11,15 +11,15 @@ from pgdfast.tasks.errors import UsageError
 GN_RCOND = 1e-8
 """Gauss-Newton leaves out eigenvalues of J J^T below this fraction of the largest."""
 
-_FIRST_ORDER = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lbfgs": torch.optim.LBFGS}
 
 
 @dataclass(frozen=True)
 class Method:
     """An optimizer with the settings that its name implies.
 
-    kind: "sgd", "adam", "adamw", "lm" or "hybrid". damping: mu where the name gives it (0 for Gauss-Newton by the
-    pseudo-inverse), None where the task sets it, and for first-order methods.
+    kind: "sgd", "adam", "adamw", "lbfgs", "lm" or "hybrid". damping: mu where the name gives it (0 for Gauss-Newton by the
+    pseudo-inverse), None where the task sets it, and for the others.
     """
 
     name: str
@@ -39,13 +39,14 @@ class Method:
             if self.damping is not None:
                 settings["damping"] = self.damping
             return pgdfast.LM(params, lr=lr, backend=backend, **settings)
-        return _FIRST_ORDER[self.kind](params, lr=lr, **options)
+        return _TORCH[self.kind](params, lr=lr, **options)
 
 
 _PLAIN = {
     "sgd": Method("sgd", "SGD", "sgd"),
     "adam": Method("adam", "Adam", "adam"),
     "adamw": Method("adamw", "AdamW", "adamw"),
+    "lbfgs": Method("lbfgs", "L-BFGS", "lbfgs"),
     "gn": Method("gn", "Gauss-Newton", "lm", damping=0.0),
     "lm": Method("lm", "LM", "lm"),
     "hybrid": Method("hybrid", "hybrid", "hybrid"),

@@ -99,7 +99,7 @@ def add_common(parser, task):
     faster = ", ".join(f"--{name.replace('_', '-')} {_shown(value)}" for name, value in task.QUICK.items())
     rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in task.RATES.items())
     add = parser.add_argument
-    add("--optimizers", type=methods(task.KNOWN), metavar="LIST",
+    add("--optimizers", "--optimizer", type=methods(task.KNOWN), metavar="LIST",
         help=f"comma list of {_listing(task.KNOWN)} (default: {defaults['optimizers']})")
     add("--steps", type=whole_number(1), metavar="N",
         help=f"steps of every optimizer (default: {_shown(defaults['steps'])})")

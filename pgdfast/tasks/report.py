@@ -19,8 +19,8 @@ from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS
 
 SUMMARY = """\
-Put what 'pgdfast run' wrote into a folder on one page: the figure of each task beside what the
-paper reports, the checks and their verdicts, the results and every setting. The page is one HTML
+Put what 'pgdfast run' wrote into a folder on one page: the figure of each task beside what
+was reported elsewhere, the checks and their verdicts, the results and every setting. The page is one HTML
 file with the pictures in it. Tasks without a record are listed with the command that runs them;
 records that cannot be read and pictures that are missing are named."""
 NAME = "report.html"

@@ -21,8 +21,8 @@ def require_extras():
 
 
 @contextlib.contextmanager
-def progress(total):
-    """Show a bar of `total` steps; yields `announce(text)` and `advance(count)`."""
+def progress(total, unit="steps"):
+    """Show a bar of `total` steps or seconds; yields `announce(text)` and `advance(count)`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -37,7 +37,7 @@ def progress(total):
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -2,19 +2,24 @@
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+_GROWTH, _FINEST = 1.02, 2e-3
+"""A run by seconds measures again when its time has grown by this factor, and by so many seconds."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One training run to be made: an optimizer, a variant of the problem ("" where there is one), a seed.
 
-    start: makes the `Session`, from the seed alone; called when the run begins.
+    start: makes the `Session`, from the seed alone; called when the run begins. seconds: where given, the run ends with
+    the first step past so much time in steps; `steps` is then a limit.
     """
 
     optimizer: str
@@ -22,11 +27,17 @@ class Case:
     seed: int
     steps: int
     start: Callable
+    seconds: float | None = None
 
     @property
     def key(self):
         """What tells the runs of a task apart."""
         return self.optimizer, self.variant, self.seed
+
+    @property
+    def work(self):
+        """How long the run may be, in the unit that `train` counts to `advance`: seconds, or steps."""
+        return self.steps if self.seconds is None else self.seconds
 
 
 @dataclass
@@ -40,8 +51,11 @@ class Session:
             that number alone, so that a resumed run sees the same ones.
         measure: returns one row of numbers, in the order of `columns`.
         columns: their names.
-        rows: increasing step numbers at which to measure, the first 0 and the last T.
+        rows: increasing step numbers at which to measure, the first 0 and the last T; None in a run by seconds, which
+            measures whenever its time has grown by 2 %.
         done: function of a row (a dict by column); True ends the run early.
+        schedule: called before each step of a run by seconds with the share of them that has passed.
+        outcome: returns tensors by name, of the trained model, that the `Run` keeps (for pictures).
 
     """
 
@@ -50,8 +64,10 @@ class Session:
     closure: Callable
     measure: Callable
     columns: tuple[str, ...]
-    rows: np.ndarray
+    rows: np.ndarray | None
     done: Callable = lambda row: False
+    schedule: Callable = lambda share: None
+    outcome: Callable = dict
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Run:
         step_seconds: wall time of each step, shape (T,); NaN where no step was taken.
         last: number of the last step taken.
         stopped_at: the step after which the measured values were no longer finite, or None.
+        outcome: tensors by name, of the trained model.
 
     """
 
@@ -76,6 +93,7 @@ class Run:
     step_seconds: np.ndarray
     last: int
     stopped_at: int | None = None
+    outcome: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def key(self):
@@ -121,60 +139,71 @@ def train(case, session, saved=None, advance=lambda count: None, keep=lambda sta
         case: what to run.
         session: what `case.start()` made.
         saved: state that an earlier, interrupted call handed to `keep`; training goes on from it.
-        advance: called with the number of steps done, for a progress bar.
+        advance: called with the number of steps done, or of seconds spent in them (`Case.work`), for a progress bar.
         keep: called after each step with a function that returns the state to be saved.
 
     """
-    rows = session.rows
-    table = np.full((len(rows), len(session.columns)), np.nan)
-    seconds = np.full(case.steps, np.nan)
-    taken = filled = 0
+    timed = case.seconds is not None
+    at, table, seconds = [], [], []
+    elapsed = mark = 0.0   # of a run by seconds: spent in steps, and when to measure next
     stopped_at = None
 
     def state():
         return {
-            "key": list(case.key), "taken": taken, "filled": filled,
-            "table": torch.from_numpy(table.copy()), "seconds": torch.from_numpy(seconds.copy()),
+            "key": list(case.key), "at": list(at), "table": torch.tensor(table, dtype=torch.float64),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
             "model": session.model.state_dict(), "optimizer": session.optimizer.state_dict(),
         }
 
     def measured():
-        nonlocal filled
-        table[filled] = session.measure()
-        filled += 1
-        return table[filled - 1]
+        nonlocal stopped_at, mark
+        at.append(len(seconds))
+        table.append([float(value) for value in session.measure()])
+        mark = max(_GROWTH * elapsed, elapsed + _FINEST)
+        return judged(table[-1])
 
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for below
+    def judged(row):
+        """Whether the run ends with this row."""
+        nonlocal stopped_at
+        if not np.isfinite(row).all():
+            stopped_at = at[-1]
+        return stopped_at is not None or session.done(dict(zip(session.columns, row, strict=True)))
+
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for above
         if saved is None:
-            row = measured()
+            over = measured()
         else:
-            taken, filled = saved["taken"], saved["filled"]
-            table[:], seconds[:] = saved["table"].numpy(), saved["seconds"].numpy()
+            at, table, seconds = list(saved["at"]), saved["table"].tolist(), saved["seconds"].tolist()
+            elapsed = mark = sum(seconds)
             session.model.load_state_dict(saved["model"])
             session.optimizer.load_state_dict(saved["optimizer"])
-            row = table[filled - 1]
-            advance(taken)
-        over = not np.isfinite(row).all() or session.done(dict(zip(session.columns, row, strict=True)))
-        stopped_at = None if np.isfinite(row).all() else taken
-        while taken < case.steps and not over:
+            over = judged(table[-1])
+            advance(elapsed if timed else len(seconds))
+        while len(seconds) < case.steps and not over and not (timed and elapsed >= case.seconds):
+            if timed:
+                session.schedule(elapsed / case.seconds)
             try:
-                seconds[taken] = _timed_step(session.optimizer, session.closure(taken + 1))
+                seconds.append(_timed_step(session.optimizer, session.closure(len(seconds) + 1)))
             except ValueError as error:
                 # LM refuses to step from a loss that is not finite; between two rows this is where it shows.
                 if "loss before the step is" not in str(error):
                     raise
-                stopped_at = taken
+                stopped_at = len(seconds)
                 break
-            taken += 1
-            advance(1)
-            if taken == rows[filled]:
-                row = measured()
-                if not np.isfinite(row).all():
-                    stopped_at = taken
-                over = stopped_at is not None or session.done(dict(zip(session.columns, row, strict=True)))
+            elapsed += seconds[-1]
+            advance(seconds[-1] if timed else 1)
+            ends = len(seconds) == case.steps or elapsed >= (case.seconds or math.inf)
+            if (ends or elapsed >= mark) if timed else len(seconds) == session.rows[len(at)]:
+                over = measured()
             keep(state)
+    taken = len(seconds)
+    if not timed:   # rows and steps that were not reached
+        at = session.rows.copy()
+        table += [[math.nan] * len(session.columns)] * (len(at) - len(table))
+        seconds += [math.nan] * (case.steps - taken)
+    table = np.asarray(table, dtype=float)
     columns = {name: table[:, index].copy() for index, name in enumerate(session.columns)}
-    return Run(*case.key, rows.copy(), columns, seconds, taken, stopped_at)
+    return Run(*case.key, np.asarray(at), columns, np.asarray(seconds), taken, stopped_at, session.outcome())
 
 
 def least_squares_closure(optimizer, residual, second_order):

@@ -268,3 +268,15 @@ def test_copies_accelerate_too():
     optimizer = pgdfast.LM(params, damping=1e-2, acceleration="chord")
     optimizer.step(closure)
     assert copy.deepcopy(optimizer)._acceleration == Chord()
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+@pytest.mark.parametrize("name", ["chord", "geodesic"])
+def test_steps_whose_solves_are_widened_are_corrected_after_their_trials(name, solver):
+    torch.manual_seed(0)   # float32, of a condition that asks for float64 sums
+    net = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    x = torch.rand(600, 2)
+    y = torch.sin(3 * x[:, :1] * x[:, 1:])
+    optimizer = pgdfast.LM(net.parameters(), damping=1.0, damping_rule="delayed", acceleration=name, solver=solver)
+    losses = [float(optimizer.step(lambda: 30 * (net(x) - y))) for _ in range(6)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1 * losses[0]

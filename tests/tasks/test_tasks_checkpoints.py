@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from pgdfast.cli import main
 from pgdfast.tasks import checkpoints
+from pgdfast.tasks.training import Run
 
 ARGV = ["run", "regression-1d", "--optimizers", "sgd,lm-0.5,adam", "--steps", "6", "--seeds", "2", "--width", "5"]
 
@@ -64,3 +67,16 @@ def test_a_write_happens_once_an_interval(tmp_path):
     kept.interval = 0.0
     kept.keep(lambda: None)
     assert kept.exists
+
+
+def test_a_finished_run_reads_back_with_its_outcome(tmp_path):
+    outcome = {"solution": torch.linspace(0, 1, 6, dtype=torch.float64).reshape(2, 3)}
+    run = Run("lm", "small", 3, np.array([0, 2]), {"error": np.array([1.0, 0.5])}, np.array([0.1, 0.2]), 2, None, outcome)
+    kept = checkpoints.Checkpoint(tmp_path / "c", {"seeds": 1})
+    kept.finish(run)
+    kept.write(None)
+    found = checkpoints.Checkpoint(tmp_path / "c", {"seeds": 1})
+    found.load()
+    again = found.done(run.key)
+    assert again.seconds.tolist() == run.seconds.tolist() and again.columns["error"].tolist() == [1.0, 0.5]
+    assert torch.equal(again.outcome["solution"], outcome["solution"])

@@ -1,6 +1,8 @@
 """Network initialisation, optimizers by name, and the training loop."""
 
 import copy
+import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -147,6 +149,49 @@ def test_a_run_goes_on_from_its_saved_state_on_the_same_trajectory(stop):
     again = train(_case(6), session(), saved=states[stop - 1])
     assert again.columns["w"].tolist() == whole.columns["w"].tolist()
     assert again.last == 6 and np.isfinite(again.step_seconds).all()
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock by which every step takes a millisecond."""
+    ticks = itertools.count()
+    monkeypatch.setattr("pgdfast.tasks.training.time.perf_counter", lambda: next(ticks) * 1e-3)
+
+
+def _by_seconds(seconds, steps=10**6, done=lambda row: False):
+    case = Case("sgd", "", 0, steps, None, seconds)
+    return case, dataclasses.replace(_halving([0], done), rows=None)
+
+
+def test_a_run_by_seconds_ends_with_the_first_step_past_them_and_measures_as_its_time_grows(ticking):
+    case, session = _by_seconds(0.3005)
+    shares, seen = [], []
+    session.schedule = shares.append
+    session.outcome = lambda: {"w": session.model.weight.detach().clone()}
+    run = train(case, session, advance=seen.append)
+    assert case.work == 0.3005 and run.last == len(run.step_seconds) == 301
+    assert shares == pytest.approx([step * 1e-3 / 0.3005 for step in range(301)]) and sum(seen) == pytest.approx(0.301)
+    assert run.at[:4].tolist() == [0, 2, 4, 6] and run.at[-1] == 301
+    assert 0.29 < run.seconds[-2] < 0.3 and np.diff(run.seconds)[-5:-1] == pytest.approx(6e-3), "2 % of 0.3"
+    assert run.columns["w"][-1] == run.outcome["w"].item()
+
+
+def test_a_run_by_seconds_ends_at_its_limit_of_steps_or_when_it_is_done(ticking):
+    case, session = _by_seconds(60.0, steps=3)
+    run = train(case, session)
+    assert run.last == 3 and run.at[-1] == 3 and len(run.step_seconds) == 3
+    case, session = _by_seconds(60.0, done=lambda row: row["w"] < 1e-3)
+    assert train(case, session).columns["w"][-1] < 1e-3
+
+
+def test_a_run_by_seconds_goes_on_with_the_time_that_is_left(ticking):
+    case, session = _by_seconds(0.1005)
+    states = []
+    whole = train(case, session, keep=lambda state: states.append(copy.deepcopy(state())))
+    case, session = _by_seconds(0.1005)
+    again = train(case, session, saved=states[40])
+    assert len(states[40]["seconds"]) == 41 and again.last == whole.last
+    assert set(whole.at[whole.at <= 41]) <= set(again.at) and again.columns["w"][-1] == whole.columns["w"][-1]
 
 
 def test_minibatches_depend_on_seed_and_step_alone():
