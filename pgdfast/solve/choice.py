@@ -51,7 +51,7 @@ def solve(
     lin = linearization
     if lin.num_residuals == 0 and not lin.penalties:
         step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
-        return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0)
+        return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0, solve_again=lambda u: step.clone())
     problem = Problem.of(lin, float(damping), scale, prior)
     options = cg or CG()
     name, reason = choose(problem, solver, options, wide)

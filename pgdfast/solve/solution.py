@@ -75,8 +75,12 @@ class Solution:
         """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu and with the same factor.
 
         Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own. To be asked for before
-        the next solve, with the parameters of the linearisation.
+        the next solve, with the parameters of the linearisation. Raises RuntimeError where the step is not usable.
         """
+        if not self.usable:
+            raise RuntimeError(
+                f"pgdfast.Solution.again: the solve ended as {self.status!r} and left no factor; solve at a larger damping"
+            )
         return self.solve_again(u)
 
     def shortened(self) -> Solution | None:
