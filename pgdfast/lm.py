@@ -127,14 +127,17 @@ class LM(torch.optim.Optimizer):
         if lin.num_residuals == 0 and not lin.penalties:
             report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
         else:
-            self._descend(closure, lin, draws, globalize.Move(params, rates), decays, memory, report)
+            trials = globalize.Trials(closure, lin, draws, globalize.Move(params, rates))
+            self._descend(trials, decays, memory, report)
+            report.trials = trials.count
         memory["step"] += 1
         memory["rule"] = self._rule.state_dict()
         self.report = report
         return lin.loss
 
-    def _descend(self, closure, lin, draws, move, decays, memory, report) -> None:
+    def _descend(self, trials, decays, memory, report) -> None:
         """Try dampings until one gives a step that is kept."""
+        lin, move = trials.lin, trials.move
         mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
         scale, prior = self._scale(lin, move.params), self._momentum.prior(move.params, self.state)
         if self._runs_again or any(decays):
@@ -149,14 +152,7 @@ class LM(torch.optim.Optimizer):
                     failures += 1
                     report.status = "failed"
                     mu = self._rule.invalid(mu, globalize.curvature(lin, solution))
-                elif not self.predicts:
-                    if self._acceleration is None:
-                        move.to(solution.step)
-                    else:
-                        report.loss_after = self._accelerated(closure, lin, draws, move, solution, report)
-                    report.status = "accepted"
-                    break
-                elif self._try(closure, lin, draws, move, solution, report, mu == start and prior is None):
+                elif self._try(trials, solution, report, mu == start and prior is None):
                     if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
                         mu = self._rule.accepted(mu, report.gain_ratio)
                     break
@@ -204,51 +200,36 @@ class LM(torch.optim.Optimizer):
             report.of(solution)
         return solution
 
-    def _try(self, closure, lin, draws, move, solution, report, first: bool) -> bool:
-        """Evaluate the step, or a search along it; keep it if the loss falls, else undo it."""
-        start = perf_counter()
-        reduction, slope = globalize.predictions(lin, move, solution)
-
-        def evaluate(t):
-            move.to(solution.step, t)
-            report.trials += 1
-            with draws:   # the batch of the linearisation
-                return globalize.trial_loss(closure, move.params, lin.tapeless, draws)
-
-        loss = report.loss
-        if self._search is not None:
-            t, after, _ = self._search.search(evaluate, loss, slope)
-            report.line_search = t
-        elif self._acceleration is not None and solution.status != "truncated":
-            t, after = 1.0, self._accelerated(closure, lin, draws, move, solution, report)
+    def _try(self, trials, solution, report, first: bool) -> bool:
+        """Take the step, or what a search along it finds; keep it if the loss falls or nobody asks, else undo it."""
+        start, kept = perf_counter(), True
+        if not self.predicts:
+            report.loss_after, report.status = self._go(trials, solution, report), "accepted"
         else:
-            t, after = 1.0, evaluate(1.0)
-        predicted = reduction(t or 1.0)
-        report.predicted_reduction = predicted
-        # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
-        # climb. Later attempts are small because mu rose: they must descend. Promises of a rise, which different learning
-        # rates and momentum can make, are a poor model.
-        stalled = first and abs(predicted) <= 8 * torch.finfo(lin.loss.dtype).eps * abs(loss)
-        kept = t is not None and (after < loss or (stalled and after == loss))
-        if predicted > 0 and not stalled:
-            report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf
-        else:
-            report.gain_ratio = None if stalled else -math.inf
-        report.loss_after = after if kept else loss
-        report.status = "stalled" if stalled else "accepted" if kept else "rejected"
-        if not kept:
-            move.undo()
+            reduction, slope = globalize.predictions(trials.lin, trials.move, solution)
+            if self._search is None:
+                t, after = 1.0, self._go(trials, solution, report)
+            else:
+                t, after, _ = self._search.search(functools.partial(trials.along, solution.step), report.loss, slope)
+                report.line_search = t
+            kept = _judged(report, after, reduction(t or 1.0), t is not None, first, trials.lin.loss.dtype)
+            if not kept:
+                trials.move.undo()
         report.seconds["trial"] += perf_counter() - start
         return kept
 
-    def _accelerated(self, closure, lin, draws, move, solution, report) -> float:
-        """Move along the step with its second-order correction; the loss there."""
-        trials, delta = globalize.Trials(closure, lin, draws, move, solution), move.scaled(solution.step)
-        e, after = self._acceleration.take(trials, delta)
-        e = move.shift(e)
-        report.trials += trials.count
-        report.correction = trials.size(e - delta) / max(trials.size(delta), 1e-300)
-        return after
+    def _go(self, trials, solution, report) -> float | None:
+        """Move along the step, with its second-order correction if that is wanted; the loss there, None where nobody asks."""
+        if self._acceleration is not None and solution.status != "truncated":
+            delta = trials.move.scaled(solution.step)
+            e, after = self._acceleration.take(trials.of(solution), delta)
+            e = trials.move.shift(e)
+            report.correction = trials.size(e - delta) / max(trials.size(delta), 1e-300)
+            return after
+        if self.predicts:
+            return trials.along(solution.step)
+        trials.move.to(solution.step)
+        return None
 
     def _trainable(self):
         """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
@@ -292,6 +273,24 @@ class LM(torch.optim.Optimizer):
             scales.append(state["scale"].reshape(-1))
         scale = torch.cat(scales)
         return torch.where(scale > 0, scale, 1.0)
+
+
+def _judged(report, after: float, predicted: float, found: bool, first: bool, dtype: torch.dtype) -> bool:
+    """Whether the point tried is kept, by its loss. Notes the ratio test. found: a search, if any, has ended at a point."""
+    loss = report.loss
+    # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
+    # climb. Later attempts are small because mu rose: they must descend. Promises of a rise, which different learning
+    # rates and momentum can make, are a poor model.
+    stalled = first and abs(predicted) <= 8 * torch.finfo(dtype).eps * abs(loss)
+    kept = found and (after < loss or (stalled and after == loss))
+    report.predicted_reduction = predicted
+    if predicted > 0 and not stalled:
+        report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf
+    else:
+        report.gain_ratio = None if stalled else -math.inf
+    report.loss_after = after if kept else loss
+    report.status = "stalled" if stalled else "accepted" if kept else "rejected"
+    return kept
 
 
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:

@@ -6,6 +6,7 @@ With delta the damped step, e a displacement theta -> theta - e and
 
 A^-1 J^T m(e), A = mu D + J^T J, moves e to where the linear model would have been right. Residuals only: for a cross-entropy J
 is not the derivative of r. `Trials` evaluates m; an acceleration is any object with `take(trials, delta) -> (e, loss)`.
+A prior of momentum stands in delta, and nowhere else: e then ends where the damping pulls to the prior.
 """
 
 from __future__ import annotations
@@ -15,51 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .trial import trial_residual
-
-
-class Trials:
-    """Trial points around a linearisation; between calls the parameters are those of the linearisation.
-
-    closure, lin, draws, move, solution: as in LM's step; move must have saved its parameters. count: points evaluated.
-    """
-
-    def __init__(self, closure, lin, draws, move, solution):
-        self._closure, self._lin, self._draws, self._move, self._solution = closure, lin, draws, move, solution
-        self.count = 0
-
-    def at(self, e: torch.Tensor) -> float:
-        """The loss at theta - e, for e (P,), or as far that way as the norm constraint goes. Cost: one run of the closure.
-
-        The closure draws the random numbers of the linearisation.
-        """
-        self.count += 1
-        e = self._move.shift(e)
-        with self._draws:
-            loss, residual = trial_residual(self._closure, self._move.params, self._lin, self._draws)
-        self._move.undo()
-        self._lin.parameters_unchanged()
-        self._last = e, residual
-        return loss
-
-    def missed(self) -> torch.Tensor:
-        """M (M,) at the last point. Cost: one product with J."""
-        e, residual = self._last
-        return residual - self._lin.residual + self._lin.jvp(e)
-
-    def correction(self, m: torch.Tensor) -> torch.Tensor:
-        """A^-1 J^T m, (P,), each group's part times its learning rate over the largest: at rate 0 nothing moves.
-
-        Without the prior of momentum, which is in delta already. Cost: two triangular solves and one product with J^T.
-        """
-        correction, move = self._solution.again(m), self._move
-        return correction if move.one_rate is not None else move.scaled(correction) / max(move.rates)
-
-    def size(self, e: torch.Tensor) -> float:
-        """The length of a displacement in the norm of D."""
-        D, e = self._solution.damping_diagonal, e.double()
-        scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
-        return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))
+from .trial import Trials
 
 
 @dataclass(frozen=True, slots=True)

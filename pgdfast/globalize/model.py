@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -9,7 +11,9 @@ def predictions(lin, move, solution):
     """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta."""
     rate = move.one_rate
     if rate is not None:
-        return (lambda t: solution.reduction(rate * t)), rate * solution.gain
+        # Up to a rate of 2 and without a prior only rounding makes this negative.
+        least = 0.0 if solution.prior is None and rate <= 2 else -math.inf
+        return (lambda t: max(solution.reduction(rate * t), least)), rate * solution.gain
     direction = move.scaled(solution.step)
     slope = float(torch.dot(lin.gradient(), direction))
     curvature = float(torch.dot(direction, lin.ggn(direction)))

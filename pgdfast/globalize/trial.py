@@ -1,7 +1,8 @@
-"""Losses at trial points, without the tape that nobody would read."""
+"""Trial points: on the batch of the linearisation, without the tape that nobody would read."""
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 
@@ -13,6 +14,63 @@ from .draws import Draws, Generators, code_of
 _REFUSED = re.compile("(not|n't) require (a )?grad")
 # Code of closures that were refused.
 _need_tape: weakref.WeakSet = weakref.WeakSet()
+
+
+class Trials:
+    """The closure of a step at other parameters, with the random numbers of its linearisation.
+
+    closure, lin, draws, move: as in LM's step; move must have saved its parameters where anything is to be evaluated, and draws
+    may be None where nothing is. count: points evaluated.
+    """
+
+    def __init__(self, closure, lin, draws: Draws | None, move):
+        self.lin, self.move, self.count = lin, move, 0
+        self._closure, self._draws = closure, draws
+        self._solution = self._last = None
+
+    def along(self, direction: torch.Tensor, t: float = 1.0) -> float:
+        """Go to theta - t (rates * d), d (P,), and stay: the loss there. Cost: one run of the closure."""
+        self.count += 1
+        self.move.to(direction, t)
+        with self._draws:
+            return trial_loss(self._closure, self.move.params, self.lin.tapeless, self._draws)
+
+    # For corrections, which need residuals (globalize/acceleration.py). The parameters return to those of the linearisation.
+
+    def of(self, solution) -> Trials:
+        """Correct with the matrix of this solution from now on."""
+        self._solution = solution
+        return self
+
+    def at(self, e: torch.Tensor) -> float:
+        """The loss at theta - e, for e (P,), or as far that way as the norm constraint goes. Cost: one run of the closure."""
+        self.count += 1
+        e = self.move.shift(e)
+        with self._draws:
+            loss, residual = trial_residual(self._closure, self.move.params, self.lin, self._draws)
+        self.move.undo()
+        self.lin.parameters_unchanged()
+        self._last = e, residual
+        return loss
+
+    def missed(self) -> torch.Tensor:
+        """What the linear model missed at the last point, r(theta - e) - r + J e, (M,). Cost: one product with J."""
+        e, residual = self._last
+        return residual - self.lin.residual + self.lin.jvp(e)
+
+    def correction(self, m: torch.Tensor) -> torch.Tensor:
+        """A^-1 J^T m, (P,), each group's part times its learning rate over the largest: at rate 0 nothing moves.
+
+        Cost: two triangular solves and one product with J^T.
+        """
+        correction, move = self._solution.again(m), self.move
+        return correction if move.one_rate is not None else move.scaled(correction) / max(move.rates)
+
+    def size(self, e: torch.Tensor) -> float:
+        """The length of a displacement in the norm of D."""
+        D, e = self._solution.damping_diagonal, e.double()
+        scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
+        return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))
 
 
 def trial_loss(closure, params: list[torch.Tensor], tapeless: bool, draws: Draws | None = None) -> float:

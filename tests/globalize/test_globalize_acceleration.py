@@ -57,7 +57,7 @@ def trials_of(closure, params, mu=0.1, rates=None, **options):
     solution = pgdfast.solve(lin, mu, **options)
     move = Move(params, rates or [1.0] * len(params))
     move.save()
-    return lin, solution, Trials(closure, lin, draws, move, solution), move
+    return lin, solution, Trials(closure, lin, draws, move).of(solution), move
 
 
 @pytest.mark.parametrize("form", ["residuals", "mean", "sum with penalty"])

@@ -69,7 +69,7 @@ def test_chord_with_a_prior_ends_where_the_damped_problem_is_solved():
     solution = pgdfast.solve(lin, 5.0, prior=p)
     move = Move(params, [1.0] * len(params))
     move.save()
-    e, _ = Chord(rounds=100, factor=1.0).take(Trials(closure, lin, draws, move, solution), solution.step)
+    e, _ = Chord(rounds=100, factor=1.0).take(Trials(closure, lin, draws, move).of(solution), solution.step)
     move.shift(e)
     with draws:
         residual = closure().detach().reshape(-1)

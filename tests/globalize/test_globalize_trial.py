@@ -80,7 +80,7 @@ def test_steps_are_those_with_a_tape(monkeypatch):
     for forced in (False, True):
         if forced:
             monkeypatch.setattr(
-                pgdfast.globalize, "trial_loss", lambda closure, params, _, draws: trial_loss(closure, params, False, draws)
+                trial, "trial_loss", lambda closure, params, _, draws: trial_loss(closure, params, False, draws)
             )
         params, closure = fit()
         opt = pgdfast.LM(params, line_search="armijo")
