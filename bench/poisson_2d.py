@@ -46,7 +46,7 @@ def problem(widths, seed):
     edge[side, side % 2] = (side // 2 % 2).double()   # one coordinate is 0 or 1, the four sides in turn
     f, truth = 2 * math.pi**2 * exact(x), exact(test)
 
-    def closure():
+    def closure(net=net):
         return (laplacian(net, x).laplacian + f) / math.sqrt(INTERIOR), net(edge) / math.sqrt(BOUNDARY)
 
     def error():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pgdfast import pde
 from pgdfast.linear import Linearizer
 from pgdfast.tape.rules import RULES
 
@@ -16,6 +17,7 @@ MASK = C > 0
 PARTS = (1, 3)
 IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
 PLACES = rand(3, 4, seed=8).argsort(1)
+POINTS = rand(5, 3, seed=6)
 SCORES = rand(2, 1, 3, 3, seed=7)
 ALLOWED = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])
 
@@ -507,7 +509,14 @@ def drop(x, p):
         return torch.native_dropout(x, p, True)[0]
 
 
-CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS
+TAYLOR = {
+    "taylor mode": lambda a, b, c, m: pde.laplacian(lambda x: torch.tanh(F.linear(x, a.T, c)) @ m, POINTS).laplacian,
+    "taylor mode, more layers": lambda a, b, c, m: pde.jet(
+        lambda x: torch.sin(2 * torch.tanh(x @ a) @ b.T) @ (a + b), POINTS, [0, 2], order=[1, 2]).second[0],
+}
+
+
+CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR
 
 
 def problem(name):

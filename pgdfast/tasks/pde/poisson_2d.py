@@ -35,7 +35,7 @@ PAPER = (
 SIZES = {"small": [2, 64, 1], "large": [2, 64, 64, 48, 48, 1]}
 INTERIOR, BOUNDARY, TEST = 900, 120, 9000
 KNOWN, RATES = worked.KNOWN, worked.RATES
-DEFAULTS = {**worked.DEFAULTS, "seconds": {"small": 10.0, "large": 20.0}, "net": "both", "derivatives": "both",
+DEFAULTS = {**worked.DEFAULTS, "seconds": {"small": 10.0, "large": 20.0}, "threads": 2, "net": "both", "derivatives": "both",
             "boundary_weight": 30.0}
 QUICK = {"seconds": {"small": 1.0, "large": 2.0}, "seeds": 1, "derivatives": "pde"}
 _NESTED = " nested"
