@@ -74,8 +74,8 @@ class JetChain(torch.autograd.Function):
     """`chain` by the C++ core, which passes a few points through all layers and writes the result alone.
 
     What derivatives need of every layer is computed once more when they are wanted: by a backward, or by LM's reading of
-    the tape (pgdfast/tape/rules/jets.py). That costs less than to write it down in a forward pass that nobody differentiates,
-    and no more than a tenth of an LM step.
+    the tape (pgdfast/tape/rules/jets.py). Written down at once it would make every forward pass wait for memory,
+    trials that nobody differentiates included (bench/NOTES.md).
     """
 
     @staticmethod
