@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .nested import nested
 from .stack import Unsupported
@@ -138,6 +140,8 @@ def _unit_vectors(count: int, coordinates: tuple[int, ...], dtype: torch.dtype, 
 
 
 def _announce(operation: str) -> None:
+    if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+        return   # somebody, such as the reference's float64, changes every operation: no fault of the network's
     if operation not in _announced:
         _announced.add(operation)
         warnings.warn(
