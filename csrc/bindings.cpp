@@ -1,4 +1,5 @@
-// The module; with bindings_jet.cpp the only files that know pybind11: unpack tensors into pointers, check them, release the GIL.
+// The module. With bindings_jet.cpp the only file that knows pybind11: unpacks tensors into pointers, checks them, releases the
+// GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>

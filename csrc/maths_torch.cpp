@@ -26,8 +26,10 @@ void apply(index n, const T* x, T* y, F&& function) {
 
 template <class T>
 void fill() {
-#define PGDFAST_FUNCTION(name) \
-  maths<T>().name = [](index n, const T* x, T* y) { apply(n, x, y, [](at::Tensor& out, const at::Tensor& in) { at::name##_out(out, in); }); };
+#define PGDFAST_FUNCTION(name)                                                              \
+  maths<T>().name = [](index n, const T* x, T* y) {                                         \
+    apply(n, x, y, [](at::Tensor& out, const at::Tensor& in) { at::name##_out(out, in); }); \
+  };
   PGDFAST_FUNCTION(tanh)
   PGDFAST_FUNCTION(sigmoid)
   PGDFAST_FUNCTION(sin)

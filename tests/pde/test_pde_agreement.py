@@ -55,8 +55,8 @@ def close(a, b, bound):
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_values_and_derivatives(name, outputs, by_nested):
     net, x = build(name, outputs), rand(23, 2, seed=1)
-    for operator, call in operators(net, x).items():
-        close(call(), by_nested(call), 1e-12), operator
+    for call in operators(net, x).values():
+        close(call(), by_nested(call), 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

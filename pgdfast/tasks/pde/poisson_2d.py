@@ -47,8 +47,6 @@ def add_options(parser):
     parser.add_argument("--net", choices=("small", "large", "both"), help="2-64-1, 2-64-64-48-48-1 (default: both)")
     parser.add_argument("--derivatives", choices=("pde", "nested", "both"),
                         help="pgdfast.pde.laplacian, or nested torch.autograd.grad (LM alone where both run; default: both)")
-
-
     parser.add_argument("--boundary-weight", type=options.positive_number, metavar="W",
                         help="of u on the boundary beside Lap u + f inside (default: 30: f is up to 2 pi^2, and errors on the "
                              "boundary spread into the square)")
