@@ -40,5 +40,6 @@ T* optional_pointer(py::handle object, index count, const char* name) {
 }
 
 void bind_jets(py::module_& m);
+void bind_plans(py::module_& m);
 
 }  // namespace pgdfast

@@ -25,7 +25,7 @@ constexpr index kSmallProduct = 1 << 13;       // multiply-adds below which a ca
 template <class F>
 void in_parts(index n, bool worth, F&& body) {
 #ifdef _OPENMP
-  const index threads = std::min<index>(max_threads, n);
+  const index threads = std::min<index>(thread_limit(), n);
   if (worth && threads > 1) {
 #pragma omp parallel num_threads(int(threads))
     {
@@ -124,7 +124,7 @@ void multiply(index outer, index batches, index m, index n, index k, T alpha, co
   // A stack is split by its matrices, each then on one thread.
   const bool apart = (outer == 1 || out.outer != 0) && (batches == 1 || out.batch != 0);
   const index count = outer * batches;
-  if (count >= max_threads && count > 1 && apart) {
+  if (count >= thread_limit() && count > 1 && apart) {
     in_parts(count, count * m * n * k >= kParallelWork, [&](index begin, index end) {
       const BlasThreads inside(1);
       for (index i = begin; i < end; ++i) one(i);
@@ -211,7 +211,7 @@ void run_project(const Project& p, T alpha, const std::vector<Constant<T>>& cons
     simd<T>().project(to - from, n, alpha, p.terms, adjoint ? c[0] : ones, adjoint ? ones : c[0], left, right,
                       moved(x, at[0]), target + at[1] + from * y_row, y_row, ts[last], overwrite);
   };
-  const bool worth = outer * inner * n * (1 + 2 * p.terms) >= kParallelWork, apart = outer >= max_threads;
+  const bool worth = outer * inner * n * (1 + 2 * p.terms) >= kParallelWork, apart = outer >= thread_limit();
   in_parts(apart ? outer : 1, worth && apart, [&](index begin, index end) {
     walk.each(begin, apart ? end : outer, [&](const index* at) {
       in_parts(inner, worth && !apart, [&](index from, index to) { run(from, to, at); });

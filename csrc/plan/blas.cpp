@@ -1,6 +1,7 @@
 #include "blas.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace pgdfast {
 
@@ -18,11 +19,17 @@ Blas<double>& blas<double>() {
 int (*set_blas_threads)(int) = nullptr;
 int max_threads = 1;
 
+static thread_local bool alone = false;
+Alone::Alone() : before_(std::exchange(alone, true)) {}
+Alone::~Alone() { alone = before_; }
+
+int thread_limit() { return alone ? 1 : max_threads; }
+
 int threads_for(double flops) {
   // One more thread per 3 million operations, some 30 microseconds at a core's rate for small products: two threads
   // take a (400 x 80) (80 x 80) product in two thirds of the time of one.
   const int useful = 1 + int(flops / 3e6);
-  return std::max(1, std::min(max_threads, useful));
+  return std::max(1, std::min(thread_limit(), useful));
 }
 
 namespace {

@@ -19,9 +19,22 @@ Blas<T>& blas();
 // is allowed: then the BLAS decides by itself.
 extern int (*set_blas_threads)(int);
 
-// Threads that the caller allows at most, and the number worth using for `flops` of work.
+// Threads that the caller allows at most, the number worth using for `flops` of work, and the limit here (see Alone).
 extern int max_threads;
 int threads_for(double flops);
+int thread_limit();
+
+// For a scope, work of this thread starts no others: it is itself one of several at the same work.
+class Alone {
+ public:
+  Alone();
+  ~Alone();
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  bool before_;
+};
 
 // Sets the BLAS threads of this thread for a scope.
 class BlasThreads {

@@ -112,6 +112,14 @@ class Kernels:
         """Forget the constants; bind others before the next product."""
         self._constants = None
 
+    def set_members(self, shifts: list[int], count: int) -> None:
+        """Say that constants are those of `count` members, each `shifts` elements further on for the next one."""
+        self._plan.set_members(count, shifts)
+
+    def select(self, member: int) -> None:
+        """Let products and solves be those of one member."""
+        self._plan.select(member)
+
     def set_rows(self, rows) -> None:
         """Give the plan the row structure that Gram and dense forms need, or take it away with None."""
         if rows is None:
@@ -204,6 +212,26 @@ class Kernels:
             options.progress, step,
         )
         return (step, STATUS[status], *rest), kept
+
+    def members_solve(self, name, listed, r, mu, penalty, scale, q, options, inverse=None, start=None):
+        """Whole solves by "dual", "primal" or "cg" for the members listed, several at a time, in one call.
+
+        r: (B, M); mu: (B,), float64; penalty: c per parameter, or empty; scale, q, inverse (the diagonal preconditioner of CG)
+        and start: (B, P) or None. Returns the steps, (B, P), rows of members not listed being zero, and for each listed what
+        `dual` returns after the step.
+        """
+        steps = torch.zeros(len(r), self.num_parameters, dtype=self.dtype)
+        out = torch.empty(len(listed), 7, dtype=torch.float64)
+        if name == "dual":
+            self._plan.members_dual(listed, r, mu, penalty, q, steps, out)
+        elif name == "primal":
+            self._plan.members_primal(listed, r, mu, penalty, scale, q, steps, out)
+        else:
+            self._plan.members_cg(
+                listed, r, mu, penalty, scale, q, inverse, start, options.max_iterations, options.tolerance, options.absolute,
+                options.progress, steps, out,
+            )
+        return steps, [(STATUS[int(status)], int(iterations), *rest) for status, iterations, *rest in out.tolist()]
 
     def lsmr(self, r, d, root, damp, q, max_iterations, tolerance):
         """A whole LSMR solve in one call; the same result as `dual`."""

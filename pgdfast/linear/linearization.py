@@ -19,15 +19,17 @@ from .rows import row_layout
 _announced: set[str] = set()
 
 
-class _Plan:
+class Plan:
     """Kernels of one program with its row structure, shared by all linearisations of that structure."""
 
-    __slots__ = ("_backend", "_base", "_device", "_mixing", "_rows", "_rows_for", "_wide", "kernels", "owner", "program")
+    __slots__ = (
+        "_backend", "_base", "_device", "_mixing", "_rows", "_rows_for", "_wide", "kernels", "member", "owner", "program",
+    )
 
     def __init__(self, program, device, backend, dtype=None, base=None):
         self.program, self._device, self._backend, self._base = program, device, backend, base
         self.kernels = kernels.kernels_for(program, device, backend, dtype)
-        self.owner = self._wide = None
+        self.owner = self.member = self._wide = None   # member: of an ensemble, the one selected
         self._mixing = program.positions_that_mix()
         self._rows = self._rows_for = None
 
@@ -54,10 +56,10 @@ class _Plan:
             self._wide.release()
 
     @property
-    def wide(self) -> _Plan:
+    def wide(self) -> Plan:
         """The same program in float64, over constants of the program's own dtype."""
         if self._wide is None:
-            self._wide = _Plan(self.program, self._device, self._backend, torch.float64, self)
+            self._wide = Plan(self.program, self._device, self._backend, torch.float64, self)
         return self._wide
 
 
@@ -68,7 +70,7 @@ class Linearizer:
         self.params = list(params)
         self.backend = backend
         self._tracer = Tracer(self.params)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, tuple] = {}
 
     def __call__(self, closure) -> Linearization:
         """Run the closure once and read its tape."""
@@ -90,13 +92,22 @@ class Linearizer:
             self._announce(trace.missing)
             operator = DoubleBackward(trace.blocks, trace.edges, self.params, self._tracer.dtype)
             return Linearization(trace, self.params, operator, None, self._values_of(result))
-        plan = self._plans.get(id(trace.program))
-        if plan is None or plan.program is not trace.program:
+        plan = self._plan_of(trace)
+        return Linearization(trace, self.params, plan.kernels, plan, self._values_of(result))
+
+    def _plan_of(self, trace) -> Plan:
+        """The plan of a trace's program, ready for other constants."""
+        program, plan = self._plans.get(id(trace.program), (None, None))
+        if program is not trace.program:
             if len(self._plans) >= 32:
                 self._plans.clear()
-            plan = self._plans[id(trace.program)] = _Plan(trace.program, trace.residual.device, self.backend)
+            plan = self._new_plan(trace)
+            self._plans[id(trace.program)] = trace.program, plan
         plan.release()
-        return Linearization(trace, self.params, plan.kernels, plan, self._values_of(result))
+        return plan
+
+    def _new_plan(self, trace) -> Plan:
+        return Plan(trace.program, trace.residual.device, self.backend)
 
     def _values_of(self, result):
         """A function that reads loss and residual, without derivatives, off a later result of the same closure."""

@@ -7,6 +7,7 @@ the residuals into rows for which that holds is found by pushing row labels back
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,29 +47,38 @@ def row_layout(program: Program, constants=()) -> RowLayout | None:
     """
     if not any(shape.numel() for shape in program.residual_shapes):
         return None
-    deepest = max((len(shape) for shape in program.residual_shapes), default=0)
-    for depth in range(deepest, 0, -1):
-        labels = _propagate(program, depth, constants)
+    for splits in _candidates(program):
+        labels = _propagate(program, splits, constants)
         if labels is not None:
-            return _layout(program, depth, labels)
+            return _layout(program, splits, labels)
     return None
 
 
-def _split(shape, depth: int) -> tuple[int, int]:
-    """(rows, sections) of a residual block."""
-    rows = int(np.prod(shape[:depth], dtype=np.int64))
-    return rows, int(np.prod(shape[depth:], dtype=np.int64))
+def _candidates(program: Program):
+    """(rows, sections) of every residual block, the finest first.
+
+    Rows are leading dimensions of the residuals. Where those are flat, as function transforms leave them, an instruction may
+    still know how many outputs a row has.
+    """
+    shapes = program.residual_shapes
+    deepest = max((len(shape) for shape in shapes), default=0)
+    for depth in range(deepest, 0, -1):
+        yield [(math.prod(shape[:depth]), math.prod(shape[depth:])) for shape in shapes]
+    if deepest == 1:
+        widths = {n for op in program.instructions if op.kind == MATMUL for n in op.extents[0][:4]}
+        for width in sorted(widths):
+            if width > 1 and all(shape.numel() % width == 0 and shape.numel() > width for shape in shapes):
+                yield [(shape.numel() // width, width) for shape in shapes]
 
 
-def _propagate(program: Program, depth: int, constants) -> dict[int, np.ndarray] | None:
+def _propagate(program: Program, splits, constants) -> dict[int, np.ndarray] | None:
     """Row label of every buffer element (-1: reaches no residual), or None on a conflict."""
     labels = {
         k: np.full(size, -1, np.int32) for k, (role, size) in enumerate(program.buffers) if role != PARAMETER
     }
     start = 0
     blocks = [k for k, (role, _) in enumerate(program.buffers) if role == RESIDUAL]
-    for k, shape in zip(blocks, program.residual_shapes, strict=True):
-        rows, sections = _split(shape, depth)
+    for k, (rows, sections) in zip(blocks, splits, strict=True):
         labels[k][:] = np.repeat(np.arange(start, start + rows, dtype=np.int32), sections)
         start += rows
     for op in reversed(program.instructions):
@@ -122,8 +132,7 @@ def _scatter(op, labels, positions) -> bool:
     return True
 
 
-def _layout(program: Program, depth: int, labels: dict[int, np.ndarray]) -> RowLayout:
-    splits = [_split(shape, depth) for shape in program.residual_shapes]
+def _layout(program: Program, splits, labels: dict[int, np.ndarray]) -> RowLayout:
     section_of, k_of, blocks = [], [], []
     first_row = base = 0
     for rows, sections in splits:

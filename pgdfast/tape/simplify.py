@@ -29,6 +29,7 @@ _WIDE = 16   # columns from which on a product of their own is worth a call
 
 def simplify(program: Program) -> None:
     """Rewrite a recorded program in place; its constants keep their numbers."""
+    _read_parameters(program)
     _merge_sums(program)
     _trim(program)
 
@@ -37,6 +38,30 @@ def windows(array: np.ndarray, shape, strides, offset: int) -> np.ndarray:
     """A strided window on a flat array, without a copy; it may be written where strides do not repeat elements."""
     size = array.itemsize
     return np.lib.stride_tricks.as_strided(array[offset:], shape, [s * size for s in strides])
+
+
+def _read_parameters(program: Program) -> None:
+    """Let readers of a plain copy of a parameter read the parameter: its rows separate, those of what is shared do not.
+
+    No use of a parameter may write a residual itself or project (csrc/cpu/rows.h).
+    """
+    writes: dict[int, int] = {}
+    kept_apart = set()
+    for op in program.instructions:
+        writes[op.y] = writes.get(op.y, 0) + 1
+        if program.buffers[op.y][0] == RESIDUAL or op.kind not in (MULADD, MATMUL):
+            kept_apart.add(op.x)
+    name = list(range(len(program.buffers)))
+    kept = []
+    for op in program.instructions:
+        op.x = name[op.x]
+        roles = program.buffers[op.x][0], program.buffers[op.y][0]
+        if roles == (PARAMETER, WORKSPACE) and writes[op.y] == 1 and op.y not in kept_apart and _renames(program, op):
+            name[op.y] = op.x
+            program.buffers[op.y] = (WORKSPACE, 0)
+        else:
+            kept.append(op)
+    program.instructions[:] = kept
 
 
 def _merge_sums(program: Program) -> None:
@@ -74,7 +99,7 @@ def _renames(program: Program, op) -> bool:
     size = program.buffers[op.x][1]
     return (
         op.kind == MULADD and op.constant < 0 and op.alpha == 1 and op.x_offset == op.y_offset == 0
-        and size == program.buffers[op.y][1] > 1 and op.extents[:3] == [[size], [1], [1]]
+        and size == program.buffers[op.y][1] and op.extents[:3] in ([[size], [1], [1]], [[], [], []])
     )
 
 
