@@ -11,6 +11,9 @@ from torch.optim import optimizer
 
 from . import globalize
 from .backend import backend as choose_backend
+from .kernels import requested
+from .linear import check_stacked
+from .lockstep import Lockstep, each_of
 from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
@@ -54,6 +57,9 @@ class LM(torch.optim.Optimizer):
     "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for
     batches that change from step to step: + mu D beta delta_last on the right; two more products with J a solve.
     norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of acceleration included.
+    ensemble: B networks of one shape trained at once, each as it would be alone: every parameter has the members on its first
+    dimension, the closure returns B losses, (B,), or residuals, (B, ...), `step` returns (B,), `report[b]` is member b's, and
+    lr and damping may be B numbers. See pgdfast.functional_ensemble.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
@@ -78,8 +84,14 @@ class LM(torch.optim.Optimizer):
                 "pgdfast.LM: CG(truncate=True) shortens a rejected step along CG's path from zero, and with momentum that path "
                 "starts elsewhere; use truncate=False or momentum=0."
             )
+        self._lockstep = None if ensemble is None else Lockstep(
+            _alone(ensemble, acceleration, momentum, norm_constraint, cg, self._search, backend), self._rule, self._search,
+            requested(backend),
+        )
         self._backend, self._generators = choose_backend(backend), globalize.Generators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if ensemble is not None:
+            check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
         self._damping, self._scaling, self._solver = damping, scaling, solver
         self._cg, self._rcond = cg or CG(), rcond
         self.report: Report | None = None
@@ -88,7 +100,7 @@ class LM(torch.optim.Optimizer):
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
         own = (
             "_rule", "_search", "_acceleration", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling",
-            "_solver", "_cg", "_rcond", "report",
+            "_solver", "_cg", "_rcond", "_lockstep", "report",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
@@ -114,6 +126,8 @@ class LM(torch.optim.Optimizer):
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
         params, rates, decays = self._trainable()
         memory = self._memory()
+        if self._lockstep is not None:
+            return self._step_together(closure, params, rates, decays, memory)
         start = perf_counter()
         draws = self._generators.draws(closure, params[0].device) if self._runs_again else None
         lin = self._backend.linearize(closure, params)
@@ -134,6 +148,15 @@ class LM(torch.optim.Optimizer):
         memory["rule"] = self._rule.state_dict()
         self.report = report
         return lin.loss
+
+    def _step_together(self, closure, params, rates, decays, memory) -> torch.Tensor:
+        """The step of an ensemble: the losses before it, (B,)."""
+        mus = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
+        losses, self.report = self._lockstep.step(
+            closure, params, rates, decays, memory, self._generators, mus, lambda lin: self._scale(lin, params), self._solver,
+            self._cg, self._rcond,
+        )
+        return losses
 
     def _descend(self, trials, decays, memory, report) -> None:
         """Try dampings until one gives a step that is kept."""
@@ -212,7 +235,7 @@ class LM(torch.optim.Optimizer):
             else:
                 t, after, _ = self._search.search(functools.partial(trials.along, solution.step), report.loss, slope)
                 report.line_search = t
-            kept = _judged(report, after, reduction(t or 1.0), t is not None, first, trials.lin.loss.dtype)
+            kept = globalize.judged(report, after, reduction(t or 1.0), t is not None, first, trials.lin.loss.dtype)
             if not kept:
                 trials.move.undo()
         report.seconds["trial"] += perf_counter() - start
@@ -235,11 +258,12 @@ class LM(torch.optim.Optimizer):
         """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
         params, rates, decays = [], [], []
         for group in self.param_groups:
-            rate = float(group["lr"])
+            rate = float(group["lr"]) if self._lockstep is None else each_of(group["lr"], self._lockstep.count, "lr")
             trained = [p for p in group["params"] if p.requires_grad]
             params += trained
             rates += [rate] * len(trained)
-            decays += [rate * group["weight_decay"]] * len(trained)
+            decay = group["weight_decay"]
+            decays += [[r * decay for r in rate] if isinstance(rate, list) else rate * decay] * len(trained)
         if not params:
             raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
         return params, rates, decays
@@ -247,6 +271,9 @@ class LM(torch.optim.Optimizer):
     def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
         memory = self.state[next(group["params"][0] for group in self.param_groups if group["params"])]
+        if self._lockstep is not None:
+            self._lockstep.begin(memory, self._damping)
+            return memory
         if "step" not in memory:
             adaptive = self._rule.tries
             memory.update(step=0, wide=False, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
@@ -254,8 +281,10 @@ class LM(torch.optim.Optimizer):
         self._rule.load_state_dict(memory["rule"])
         return memory
 
-    def _scheduled(self, step: int) -> float:
+    def _scheduled(self, step: int):
         mu = self._damping(step) if callable(self._damping) else self._damping
+        if self._lockstep is not None:
+            return each_of(mu, self._lockstep.count, f"damping at step {step}")
         if not isinstance(mu, (int, float)) or not 0 <= mu < math.inf:
             raise ValueError(f"pgdfast.LM: damping at step {step} is {mu!r}; it must be finite and not negative.")
         return float(mu)
@@ -264,36 +293,27 @@ class LM(torch.optim.Optimizer):
         """Marquardt's D: the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
         if self._scaling == "identity":
             return None
-        parts = lin.diagonal().split([p.numel() for p in params])
+        rows = () if self._lockstep is None else (self._lockstep.count,)
+        size = max(math.prod(rows), 1)
+        parts = lin.diagonal().split([p.numel() // size for p in params], -1)
         scales = []
         for p, part in zip(params, parts, strict=True):
             state = self.state[p]
-            seen = part.view(p.shape).to(p.dtype)
+            seen = part.reshape(p.shape).to(p.dtype)
             state["scale"] = torch.maximum(state["scale"], seen) if "scale" in state else seen.clone()
-            scales.append(state["scale"].reshape(-1))
-        scale = torch.cat(scales)
+            scales.append(state["scale"].reshape(*rows, -1))
+        scale = torch.cat(scales, -1)
         return torch.where(scale > 0, scale, 1.0)
 
 
-def _judged(report, after: float, predicted: float, found: bool, first: bool, dtype: torch.dtype) -> bool:
-    """Whether the point tried is kept, by its loss. Notes the ratio test. found: a search, if any, has ended at a point."""
-    loss = report.loss
-    # A first step that promises less than the loss's rounding means convergence, and may as well stand if it does not
-    # climb. Later attempts are small because mu rose: they must descend. Promises of a rise, which different learning
-    # rates and momentum can make, are a poor model.
-    stalled = first and abs(predicted) <= 8 * torch.finfo(dtype).eps * abs(loss)
-    kept = found and (after < loss or (stalled and after == loss))
-    report.predicted_reduction = predicted
-    if predicted > 0 and not stalled:
-        report.gain_ratio = (loss - after) / predicted if math.isfinite(after) else -math.inf
-    else:
-        report.gain_ratio = None if stalled else -math.inf
-    report.loss_after = after if kept else loss
-    report.status = "stalled" if stalled else "accepted" if kept else "rejected"
-    return kept
-
-
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
+    if ensemble is not None:
+        if not isinstance(ensemble, int) or isinstance(ensemble, bool) or ensemble < 1:
+            raise ValueError(f"pgdfast.LM: ensemble is {ensemble!r}; it must be None or the number of members, 1 or more.")
+        each_of(lr, ensemble, "lr")
+        if not callable(damping):
+            damping = max(each_of(damping, ensemble, "damping"))
+        lr = 1.0
     if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
         raise ValueError(f"pgdfast.LM: lr is {lr!r}; it must be a finite number that is not negative.")
     if callable(damping):
@@ -314,5 +334,19 @@ def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, 
         raise ValueError(f"pgdfast.LM: cg is {cg!r}; it must be pgdfast.CG(max_iterations=..., tolerance=...).")
     if not 0 < rcond < 1:
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
-    if ensemble is not None:
-        raise ValueError(f"pgdfast.LM: ensemble={ensemble!r} is not available in this version; use ensemble=None.")
+
+
+def _alone(ensemble, acceleration, momentum, norm_constraint, cg, search, backend) -> int:
+    """The number of members, where no option is for one network alone; ValueError names one that is."""
+    refused = {
+        "acceleration": acceleration, "momentum": momentum, "norm_constraint": norm_constraint,
+        "cg=pgdfast.CG(truncate=True)": cg is not None and cg.truncate,
+        "a line search of one's own": search is not None and not isinstance(search, globalize.Armijo),
+        "backend='reference'": requested(backend) == "reference",
+    }
+    for what, given in refused.items():
+        if given:
+            raise ValueError(
+                f"pgdfast.LM: {what} does not work with ensemble={ensemble}; leave it out, or train the members one by one."
+            )
+    return ensemble

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +65,47 @@ class Report:
             work = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})"
         text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{work}"
         return text + (f"\n{self.advice}" if self.advice else "")
+
+
+class EnsembleReport(Sequence):
+    """The last step of an ensemble: `report[b]` is member b's Report, and any of its fields read off the whole is a list of B.
+
+    seconds: wall time of the phases linearize, solve and trial, of all members together.
+    """
+
+    def __init__(self, members: list[Report], seconds: dict[str, float]):
+        self._members, self.seconds = members, seconds
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, b):
+        """The Report of member b."""
+        return self._members[b]
+
+    def __getattr__(self, name: str) -> list:
+        """A field of every member's report."""
+        if name.startswith("_") or name not in Report.__slots__:
+            raise AttributeError(f"neither a report nor one of an ensemble has {name!r}")
+        return [getattr(member, name) for member in self._members]
+
+    def __str__(self) -> str:
+        """How many members ended how, the span of their losses, and the advice for each kind of trouble once."""
+        statuses = [member.status for member in self._members]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+        losses = sorted(m.loss if m.loss_after is None else m.loss_after for m in self._members if math.isfinite(m.loss))
+        span = f": loss {losses[0]:.6g} to {losses[-1]:.6g}" if losses else ""
+        lines = [f"{len(self)} members, {counts}{span}"]
+        advised = {}
+        for b, member in enumerate(self._members):
+            if member.advice:
+                advised.setdefault(member.status, []).append(b)
+        lines += [f"member {which[0]}{_others(which)}: {self._members[which[0]].advice}" for which in advised.values()]
+        return "\n".join(lines)
+
+
+def _others(members: list[int]) -> str:
+    return f" and {len(members) - 1} more" if len(members) > 1 else ""
 
 
 _REJECTED_IN_A_ROW = 3   # steps without descent that are a stall

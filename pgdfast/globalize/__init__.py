@@ -3,14 +3,16 @@
 from .acceleration import ACCELERATIONS, Chord, Geodesic, acceleration
 from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, damping_rule
 from .draws import Generators
+from .judge import judged
 from .line_search import Armijo, line_search
+from .members import MembersMove
 from .model import curvature, predictions
 from .momentum import Momentum, checked_constraint
 from .move import Move
-from .trial import Trials, trial_loss
+from .trial import Trials, run_trial, trial_loss
 
 __all__ = [
     "ACCELERATIONS", "LARGEST", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Generators", "Geodesic",
-    "Momentum", "Move", "Trials", "acceleration", "checked_constraint", "curvature", "damping_rule", "line_search",
-    "predictions", "trial_loss",
+    "MembersMove", "Momentum", "Move", "Trials", "acceleration", "checked_constraint", "curvature", "damping_rule", "judged",
+    "line_search", "predictions", "run_trial", "trial_loss",
 ]

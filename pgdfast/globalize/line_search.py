@@ -22,10 +22,14 @@ class Armijo:
         t = 1.0
         for trial in range(1, self.trials + 1):
             value = evaluate(t)
-            if math.isfinite(value) and value <= loss - self.c * t * slope:
+            if self.enough(value, loss, t, slope):
                 return t, value, trial
             t *= self.factor
         return None, loss, self.trials
+
+    def enough(self, value: float, loss: float, t: float, slope: float) -> bool:
+        """Whether `value`, reached from `loss` by a step of t, is a sufficient decrease."""
+        return math.isfinite(value) and value <= loss - self.c * t * slope
 
 
 def line_search(search):

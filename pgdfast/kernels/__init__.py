@@ -48,6 +48,14 @@ def _say_once(text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
+def serves_members(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    """Whether the kernels of a program would solve for the members of an ensemble in one call."""
+    for name, module in IMPLEMENTATIONS.items():
+        if backend in ("auto", name) and not module.available() and module.applies(device, dtype):
+            return hasattr(module.Kernels, "members_solve")
+    return False
+
+
 def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype | None = None):
     """Bindable kernels for a program: the requested implementation, or the first that applies.
 

@@ -36,7 +36,6 @@ class Kernels:
         self.flops = float(sum(_flops(op) for op in program.instructions))
         self.arena_size = sum(program.sizes(2))
         self._constants: list = []
-        self._first, self._shifts = self._constants, None
 
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
@@ -44,19 +43,10 @@ class Kernels:
             _prepared(c, self.dtype, function) if isinstance(c, torch.Tensor) and function != "positions" else c
             for c, function in zip(constants, self._program.functions, strict=True)
         ]
-        self._first = self._constants
 
     def release(self) -> None:
         """Forget the constants; bind others before the next product."""
-        self._constants = self._first = []
-
-    def set_members(self, shifts: list[int], count: int) -> None:
-        """Say that constants are those of `count` members, each `shifts` elements further on for the next one."""
-        self._shifts = shifts
-
-    def select(self, member: int) -> None:
-        """Let products be those of one member."""
-        self._constants = [_shifted(c, member * shift) for c, shift in zip(self._first, self._shifts, strict=True)]
+        self._constants = []
 
     def set_rows(self, rows) -> None:
         """No row structure is used here."""
@@ -160,14 +150,6 @@ def _prepared(c: torch.Tensor, dtype: torch.dtype, function: str) -> torch.Tenso
     span = 1 + sum((n - 1) * s for n, s in zip(c.shape, c.stride(), strict=True)) if c.numel() else 0
     flat = c.detach().as_strided((span,), (1,), c.storage_offset()).to(dtype)
     return _FUNCTIONS[function](flat).as_strided(c.shape, c.stride(), 0)
-
-
-def _shifted(c, elements: int):
-    """A constant that begins so many elements further on, its own shape no longer being of interest."""
-    if elements == 0 or not isinstance(c, torch.Tensor):
-        return c
-    span = 1 + sum((n - 1) * s for n, s in zip(c.shape, c.stride(), strict=True))
-    return c.as_strided((span - elements,), (1,), c.storage_offset() + elements)
 
 
 def _constant(c: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:

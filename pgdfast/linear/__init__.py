@@ -1,6 +1,8 @@
 """The Jacobian as an operator: products, Gram and dense forms of one linearisation."""
 
-from .ensemble import EnsembleLinearization, EnsembleLinearizer, losses_of
+from .ensemble import EnsembleLinearization, EnsembleLinearizer, check_stacked, losses_of
 from .linearization import Linearization, Linearizer, linearize
 
-__all__ = ["EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "linearize", "losses_of"]
+__all__ = [
+    "EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "check_stacked", "linearize", "losses_of",
+]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ..tape import Tracer, members
+from .. import kernels
+from ..tape import members
 from .double_backward import DoubleBackward
 from .linearization import Linearization, Linearizer, Plan
 
@@ -37,8 +38,10 @@ class EnsembleLinearizer(Linearizer):
         return EnsembleLinearization(self, trace, losses, plan.kernels, plan, order)
 
     def _new_plan(self, trace) -> _EnsemblePlan:
-        cut = members.cut(trace.program, self.count)
-        return _EnsemblePlan(trace.program, cut, trace.residual.device, self.backend)
+        device = trace.residual.device
+        together = kernels.serves_members(device, trace.program.dtype, self.backend)
+        cut = members.cut(trace.program, self.count) if together else None
+        return _EnsemblePlan(trace.program, cut, device, self.backend)
 
     def _order(self, operator, shapes) -> torch.Tensor:
         """Where the members' residuals stand among all of these shapes, (B M,), found by trying: no strides say it.
@@ -145,6 +148,7 @@ class EnsembleLinearization:
         self.sources = None if plan is None or plan.members is None else plan.members.sources
         self._members: dict[int, Member] = {}
         self._losses: list[float] | None = None
+        self._dense: torch.Tensor | None = None
         self._versions: list[int] = []
         self.parameters_unchanged()
 
@@ -205,15 +209,21 @@ class EnsembleLinearization:
         return gathered_parameters(self._whole().vjp(scattered(u, self._order)), self.params)
 
     def dense(self) -> torch.Tensor:
-        """Every J_b, (B, M, P); where members do not separate, by M sweeps that serve them all."""
-        if self.separates:
-            return torch.stack([self.member(b).dense() for b in range(self.count)])
-        rows = []
-        for i in range(self.num_residuals):
-            unit = torch.zeros(self.count, self.num_residuals, dtype=self.dtype, device=self.device)
-            unit[:, i] = 1
-            rows.append(self.vjp(unit))
-        return torch.stack(rows, 1) if rows else self.residual.new_empty(self.count, 0, self.num_parameters)
+        """Every J_b, (B, M, P); where the kernels do not know members apart by M sweeps that serve them all."""
+        if self._dense is None:
+            if self.separates:
+                self._dense = torch.stack([self.member(b).dense() for b in range(self.count)])
+            else:
+                self._dense = self.residual.new_empty(self.count, self.num_residuals, self.num_parameters)
+                for i in range(self.num_residuals):
+                    unit = torch.zeros_like(self.residual)
+                    unit[:, i] = 1
+                    self._dense[:, i] = self.vjp(unit)
+        return self._dense
+
+    def diagonal(self) -> torch.Tensor:
+        """Every diag(J_b^T J_b + penalty), (B, P)."""
+        return torch.stack([self.member(b).diagonal() for b in range(self.count)])
 
     def _whole(self):
         self.check_versions()
@@ -258,7 +268,7 @@ class Member(Linearization):
 
 
 class _OneOfAll:
-    """A member's products by sweeps over all members: right, and B times too much work."""
+    """A member's products by sweeps over all members, B times too much work, or by its J once that is known."""
 
     name = "one of all"
     fused = False
@@ -271,12 +281,16 @@ class _OneOfAll:
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v, (M,)."""
+        if self._ensemble._dense is not None:
+            return self._ensemble._dense[self._b] @ v
         all_v = v.new_zeros(self._ensemble.count, len(v))
         all_v[self._b] = v
         return self._ensemble.jvp(all_v)[self._b]
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u, (P,)."""
+        if self._ensemble._dense is not None:
+            return u @ self._ensemble._dense[self._b]
         all_u = u.new_zeros(self._ensemble.count, len(u))
         all_u[self._b] = u
         return self._ensemble.vjp(all_u)[self._b]

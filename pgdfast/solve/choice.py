@@ -20,7 +20,7 @@ _CHOLESKY, _EIGH, _SWEEP = 1.5, 25.0, 1.5
 # In float32 a step's relative error is about 1e-8 of the condition number of the damped matrix, which the trace of
 # J D^-1 J^T bounds. Beyond these the step is refined with float64 products; up to DOUBLE_FACTOR, where that saves nothing, and
 # where the float32 factor is too poor for it, it is summed and factored in float64 (measured: bench/NOTES.md).
-_NARROW_CONDITION, _NARROW_TOLERANCE = 5e3, 1e-6
+NARROW_CONDITION, NARROW_TOLERANCE = 5e3, 1e-6
 # CG stops at a tolerance: it must be this much cheaper than a direct solver to be preferred. Where neither matrix is small
 # any gain will do: its cost is counted with all the iterations that it may take, and seldom are they needed.
 _EXACT, _SMALL = 3.0, 8192
@@ -80,7 +80,7 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, kee
     lin = problem.linearization
     small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
     if name in ("cg", "lsmr"):
-        problem = problem.widened() if small and options.tolerance < _NARROW_TOLERANCE else problem
+        problem = problem.widened() if small and options.tolerance < NARROW_TOLERANCE else problem
         found, keep = run_cg(problem, options, keep, time) if name == "cg" else (lsmr(problem, options), {})
         return found, False, keep
     if name == "eigh":
@@ -91,14 +91,14 @@ def _run(name: str, problem: Problem, options: CG, rcond: float, wide: bool, kee
     order = lin.num_residuals if name == "dual" else lin.num_parameters
     if not (wide and small):
         found = run(problem)
-        enough = found.trace <= _NARROW_CONDITION
+        enough = found.trace <= NARROW_CONDITION
         if found.status == "solved" and not enough and order > DOUBLE_FACTOR:
             better = dense.refined(name, problem, found)
             found, enough = better or found, better is not None
         if not small or (enough and found.status == "solved"):
             return found, False, {}
     found = run(problem.widened())
-    return found, found.trace > _NARROW_CONDITION, {}
+    return found, found.trace > NARROW_CONDITION, {}
 
 
 def choose(problem: Problem, solver: str, options: CG, wide: bool = False) -> tuple[str, str]:

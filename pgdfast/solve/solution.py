@@ -110,6 +110,7 @@ class Solution:
         """
         if self.known_residual_norm is None:
             lin, step = self.linearization, self.step
+            lin = lin() if callable(lin) else lin   # a member's is made when it is asked for
             g = lin.gradient()
             if self.prior is not None:
                 g, step = g - lin.ggn(self.prior), step - self.prior

@@ -1,0 +1,239 @@
+"""The step of an ensemble: the algorithm of lm.py for B members at once, each with its own mu, trial and verdict.
+
+One closure call linearises all members and one evaluates all their trials; one call solves their systems. A member that has
+its step waits for the others, where it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from time import perf_counter
+
+import torch
+
+from . import globalize
+from .globalize import judged
+from .linear import EnsembleLinearizer, losses_of
+from .report import EnsembleReport, Report, advice, stall
+from .solve import solve_members
+
+_ATTEMPTS = 12   # dampings tried in one step before it is given up, as in lm.py
+
+
+class Lockstep:
+    """LM's step for `count` members; options as LM has them, one rule copied for each."""
+
+    def __init__(self, count: int, rule, search, backend: str):
+        self.count, self.search = count, search
+        self.rules = [copy.deepcopy(rule) for _ in range(count)]
+        self._backend, self._linearizer = backend, None
+
+    def __getstate__(self) -> dict:
+        """Copies start without plans, which belong to the original's parameters."""
+        return self.__dict__ | {"_linearizer": None}
+
+    @property
+    def tries(self) -> bool:
+        """Whether steps are tried before they are kept."""
+        return self.rules[0].tries or self.search is not None
+
+    def linearize(self, closure, params):
+        """Linearise, keeping plans while the parameters stay the same tensors."""
+        known = self._linearizer
+        if known is None or len(known.params) != len(params) or any(a is not b for a, b in zip(known.params, params, strict=True)):
+            self._linearizer = known = EnsembleLinearizer(params, self.count, self._backend)
+        return known(closure)
+
+    def begin(self, memory: dict, damping) -> None:
+        """Make room in the optimizer's memory at its first step; give the rules what it remembers."""
+        if "step" not in memory:
+            memory.update(
+                step=0, damping=each_of(damping, self.count, "damping") if self.rules[0].tries else None,
+                rules=[rule.state_dict() for rule in self.rules], wide=[False] * self.count,
+                keep=[{} for _ in range(self.count)], rejected=[0] * self.count,
+            )
+        for rule, state in zip(self.rules, memory["rules"], strict=True):
+            rule.load_state_dict(state)
+
+    def step(self, closure, params, rates, decays, memory, generators, mus: list[float], scale_of, solver, cg, rcond):
+        """Take one step for every member; (losses before it (B,), EnsembleReport).
+
+        mus: each member's mu to begin with. scale_of: lin -> D, (B, P), or None. Members whose loss is not finite are left
+        alone. Raises as LM.step does; the parameters are then as they were.
+        """
+        start = perf_counter()
+        draws = generators.draws(closure, params[0].device) if self.tries else None
+        lin = self.linearize(closure, params)
+        if draws is not None:
+            draws.linearised()
+        reports = [Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters) for loss in lin.losses]
+        seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
+        pending = self._fit(lin, reports)
+        run = _Run(self, closure, lin, draws, globalize.MembersMove(params, rates), reports, seconds, memory)
+        try:
+            run.descend(pending, list(mus), scale_of(lin) if pending else None, solver, cg, rcond)
+        except BaseException:
+            run.move.undo()
+            raise
+        if any(d for each in decays for d in each):
+            run.move.decay(decays)
+        memory["step"] += 1
+        memory["rules"] = [rule.state_dict() for rule in self.rules]
+        return lin.loss, EnsembleReport(reports, seconds)
+
+    def _fit(self, lin, reports) -> list[int]:
+        """The members that can take a step; the others are told why not."""
+        pending = []
+        for b, report in enumerate(reports):
+            if not math.isfinite(report.loss):
+                report.status = "failed"
+                report.advice = (
+                    f"member {b}'s loss is {report.loss}: it is left as it is, and the others go on; check its data and "
+                    "parameters, or give it new ones"
+                )
+            elif lin.num_residuals == 0 and not lin.penalties:
+                report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
+            else:
+                pending.append(b)
+        return pending
+
+
+class _Run:
+    """One step's work: `lin` and `move` of all members, and a report for each."""
+
+    def __init__(self, lockstep, closure, lin, draws, move, reports, seconds, memory):
+        self.rules, self.search, self.tries = lockstep.rules, lockstep.search, lockstep.tries
+        self.closure, self.lin, self.draws, self.move = closure, lin, draws, move
+        self.reports, self.seconds, self.memory = reports, seconds, memory
+
+    def descend(self, pending, mu, scale, solver, cg, rcond) -> None:
+        """Try dampings until every member has a step that is kept, or has tried enough."""
+        lin, reports, memory, first = self.lin, self.reports, self.memory, list(mu)
+        members, failures = list(pending), dict.fromkeys(pending, 0)
+        promised, last = {}, {}
+        for attempt in range(1, _ATTEMPTS + 1):
+            if attempt > 1:
+                self.move.at_start()
+                lin.parameters_unchanged()
+            start = perf_counter()
+            solutions = solve_members(
+                lin, {b: mu[b] for b in pending}, scale=scale, solver=solver, cg=cg, rcond=rcond, wide=memory["wide"],
+                keep=memory["keep"], time=memory["step"],
+            )
+            self.seconds["solve"] += perf_counter() - start
+            if attempt > 1:
+                self.move.resume()
+            last |= solutions
+            for b, solution in solutions.items():
+                memory["wide"][b], memory["keep"][b] = solution.wide, solution.keep
+                reports[b].attempts, reports[b].damping = attempt, mu[b]
+                reports[b].of(solution)
+            start = perf_counter()
+            kept = self._try({b: s for b, s in solutions.items() if s.usable}, {b for b in pending if mu[b] == first[b]})
+            self.seconds["trial"] += perf_counter() - start
+            again = []
+            for b in pending:
+                rule, report, solution = self.rules[b], reports[b], solutions[b]
+                if b in kept:
+                    mu[b] = rule.accepted(mu[b], report.gain_ratio)
+                elif not solution.usable:
+                    failures[b] += 1
+                    report.status = "failed"
+                    mu[b] = rule.invalid(mu[b], self._curvature(b, solution))
+                    again.append(b)
+                elif report.status != "stalled" and rule.tries:
+                    promised.setdefault(b, report.predicted_reduction)
+                    mu[b] = rule.rejected(mu[b], report.gain_ratio, self._curvature(b, solution))
+                    again.append(b)
+            pending = again
+            if not pending:
+                break
+        for b in pending:
+            mu[b] = self.rules[b].exhausted(first[b])
+        self._conclude(members, mu, last, failures, promised)
+
+    def _conclude(self, members, mu, last, failures, promised) -> None:
+        memory, dtype = self.memory, self.lin.dtype
+        for b in members:
+            report, tries = self.reports[b], self.rules[b].tries
+            report.next_damping = mu[b] if tries else report.damping
+            if tries:
+                memory["damping"][b] = mu[b]
+            report.advice = advice(report, last[b], failures[b], dtype)
+            memory["rejected"][b] = memory["rejected"][b] + 1 if report.status == "rejected" and tries else 0
+            stalled = stall(report, promised.get(b), memory["rejected"][b], mu[b] >= globalize.LARGEST, dtype)
+            if stalled:
+                report.status, report.advice = "stalled", stalled
+
+    def _curvature(self, b: int, solution) -> float:
+        self.move.at_start()   # the gradient may be asked for
+        self.lin.parameters_unchanged()
+        curvature = globalize.curvature(self.lin.member(b), solution)
+        self.move.resume()
+        return curvature
+
+    def _try(self, solutions, first) -> set[int]:
+        """Take these members' steps, or what a search along them finds; the members whose steps are kept."""
+        if not solutions:
+            return set()
+        if not self.tries:
+            self.move.to({b: s.step for b, s in solutions.items()}, dict.fromkeys(solutions, 1.0))
+            for b in solutions:
+                self.reports[b].loss_after, self.reports[b].status = None, "accepted"
+            return set(solutions)
+        models = {b: globalize.predictions(self._member(b), self.move.of(b), s) for b, s in solutions.items()}
+        if self.search is None:
+            after = self._losses(solutions, dict.fromkeys(solutions, 1.0))
+            found = {b: (1.0, after[b]) for b in solutions}
+        else:
+            found = self._search(solutions, {b: slope for b, (_, slope) in models.items()})
+        kept = set()
+        for b, (t, loss) in found.items():
+            report = self.reports[b]
+            report.line_search = t if self.search is not None else None
+            if judged(report, loss, models[b][0](t or 1.0), t is not None, b in first, self.lin.dtype):
+                kept.add(b)
+        self.move.back([b for b in solutions if b not in kept])
+        return kept
+
+    def _member(self, b: int):
+        """Member b's linearisation where predictions need products with it, which groups of different rates do."""
+        return self.lin.member(b) if self.move.of(b).one_rate is None else None
+
+    def _losses(self, solutions, lengths: dict[int, float]) -> list[float]:
+        """Go to theta - t d and stay: all members' losses. Cost: one run of the closure."""
+        self.move.to({b: solutions[b].step for b in lengths}, lengths)
+        for b in lengths:
+            self.reports[b].trials += 1
+        with self.draws:
+            result = globalize.run_trial(self.closure, self.move.params, self.lin.tapeless, self.draws)
+        return losses_of(result, self.lin.count)
+
+    def _search(self, solutions, slopes) -> dict[int, tuple[float | None, float]]:
+        """{member: (t, loss there)}, t None where no trial descends enough: backtracking side by side."""
+        search, found = self.search, {b: (None, self.reports[b].loss) for b in solutions}
+        lengths = dict.fromkeys(solutions, 1.0)
+        for _ in range(search.trials):
+            losses = self._losses(solutions, lengths)
+            for b, t in list(lengths.items()):
+                if search.enough(losses[b], self.reports[b].loss, t, slopes[b]):
+                    found[b] = t, losses[b]
+                    del lengths[b]
+                else:
+                    lengths[b] = t * search.factor
+            if not lengths:
+                break
+        return found
+
+
+def each_of(value, count: int, name: str) -> list[float]:
+    """B numbers from one number or from B. Raises ValueError for another count, negative ones and what is not finite."""
+    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = list(values) if isinstance(values, (list, tuple)) else [values] * count
+    if len(values) != count or not all(isinstance(v, (int, float)) and 0 <= v < math.inf for v in values):
+        raise ValueError(
+            f"pgdfast.LM: {name} of an ensemble of {count} is {value!r}; it must be a finite number that is not negative, or "
+            f"{count} of them."
+        )
+    return [float(v) for v in values]
