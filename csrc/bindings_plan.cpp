@@ -39,6 +39,7 @@ class Plan {
   bool bind(const py::list& constants) {
     if (constants.size() != layouts_.size()) return false;
     solver_.invalidate();
+    members_.sources.assign(members_.count ? layouts_.size() : 0, {});
     for (std::size_t i = 0; i < layouts_.size(); ++i) {
       PyObject* object = PyList_GET_ITEM(constants.ptr(), Py_ssize_t(i));
       auto& target = solver_.program.constants[i];
@@ -61,12 +62,20 @@ class Plan {
         return false;
       if (t.scalar_type() == scalar_type<T> && layouts_[i].function == Function::identity)
         target = {t.const_data_ptr<T>(), T(0)};
+      else if (members_.count && t.scalar_type() == scalar_type<T>)   // each member evaluates its own when it is its turn
+        members_.sources[i] = {{}, t.const_data_ptr<T>(), nullptr, layouts_[i].function};
+      else if (members_.count && t.scalar_type() == at::kFloat)
+        members_.sources[i] = {{}, nullptr, t.const_data_ptr<float>(), layouts_[i].function};
       else if (t.scalar_type() == scalar_type<T> || t.scalar_type() == at::kFloat)
         target = {evaluated(i, t), T(0)};
       else
         return false;
     }
-    if (members_.count) first_ = solver_.program.constants;
+    for (std::size_t i = 0; i < members_.sources.size(); ++i) {
+      auto& source = members_.sources[i];
+      if (!source.raw && !source.narrow) source.first = solver_.program.constants[i];
+    }
+    if (members_.count) select(0);
     for (const Instruction& op : solver_.structure.instructions) {
       if (op.kind != Kind::gather) continue;
       const index* positions = solver_.program.constants[std::size_t(op.constant)].positions;
@@ -77,14 +86,16 @@ class Plan {
   }
 
   // The constants are those of an ensemble; member 0 is selected when they are bound.
-  void set_members(index count, std::vector<index> shifts) {
-    if (count < 1 || shifts.size() != layouts_.size()) throw py::value_error("one shift per constant, and a member or more");
+  void set_members(index count, std::vector<index> shifts, std::vector<index> spans) {
+    if (count < 1 || shifts.size() != layouts_.size() || spans.size() != layouts_.size())
+      throw py::value_error("one shift and one span per constant, and a member or more");
     members_.count = count;
     members_.shifts = std::move(shifts);
+    members_.spans = std::move(spans);
   }
   void select(index member) {
     if (member < 0 || member >= members_.count) throw py::index_error("no such member");
-    members_.place(first_, member, solver_.program.constants);
+    members_.place(member, solver_.program.constants, own_);
     solver_.invalidate();
   }
 
@@ -300,7 +311,7 @@ class Plan {
     T* delta_ = pointer<T>(delta, B * P(), "delta");
     double* out_ = pointer<double>(out, index(listed.size()) * 7, "out");
     const Running running;
-    members_.each(solver_, first_, listed, [&](Solver<T>& solver, index i, index b) {
+    members_.each(solver_, listed, [&](Solver<T>& solver, index i, index b) {
       const System system{b, r_ + b * M(), mu_[b], scale_ ? scale_ + b * P() : nullptr, q_ ? q_ + b * P() : nullptr,
                           delta_ + b * P()};
       const Outcome o = solve(solver, system);
@@ -373,7 +384,6 @@ class Plan {
   std::vector<ConstantLayout> layouts_;
   std::vector<std::vector<T>> own_;
   Members<T> members_;
-  std::vector<Constant<T>> first_;   // of member 0
 };
 
 template <class T>

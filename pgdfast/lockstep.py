@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import is_
 from time import perf_counter
 
 import torch
@@ -16,7 +17,7 @@ from . import globalize
 from .globalize import judged
 from .linear import EnsembleLinearizer, losses_of
 from .report import EnsembleReport, Report, advice, stall
-from .solve import solve_members
+from .solve import MemberSolutions, solve_members
 
 _ATTEMPTS = 12   # dampings tried in one step before it is given up, as in lm.py
 
@@ -41,7 +42,7 @@ class Lockstep:
     def linearize(self, closure, params):
         """Linearise, keeping plans while the parameters stay the same tensors."""
         known = self._linearizer
-        if known is None or len(known.params) != len(params) or any(a is not b for a, b in zip(known.params, params, strict=True)):
+        if known is None or len(known.params) != len(params) or not all(map(is_, known.params, params)):
             self._linearizer = known = EnsembleLinearizer(params, self.count, self._backend)
         return known(closure)
 
@@ -71,12 +72,15 @@ class Lockstep:
         seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
         pending = self._fit(lin, reports)
         run = _Run(self, closure, lin, draws, globalize.MembersMove(params, rates), reports, seconds, memory)
+        decaying = any(d for each in decays for d in each)
+        if self.tries or decaying:
+            run.move.save()
         try:
             run.descend(pending, list(mus), scale_of(lin) if pending else None, solver, cg, rcond)
         except BaseException:
-            run.move.undo()
+            run.move.all_back()
             raise
-        if any(d for each in decays for d in each):
+        if decaying:
             run.move.decay(decays)
         memory["step"] += 1
         memory["rules"] = [rule.state_dict() for rule in self.rules]
@@ -113,24 +117,21 @@ class _Run:
         members, failures = list(pending), dict.fromkeys(pending, 0)
         promised, last = {}, {}
         for attempt in range(1, _ATTEMPTS + 1):
-            if attempt > 1:
-                self.move.at_start()
-                lin.parameters_unchanged()
             start = perf_counter()
+            there = self._return()
             solutions = solve_members(
                 lin, {b: mu[b] for b in pending}, scale=scale, solver=solver, cg=cg, rcond=rcond, wide=memory["wide"],
                 keep=memory["keep"], time=memory["step"],
             )
             self.seconds["solve"] += perf_counter() - start
-            if attempt > 1:
-                self.move.resume()
+            self.move.again(there)
             last |= solutions
             for b, solution in solutions.items():
                 memory["wide"][b], memory["keep"][b] = solution.wide, solution.keep
                 reports[b].attempts, reports[b].damping = attempt, mu[b]
                 reports[b].of(solution)
             start = perf_counter()
-            kept = self._try({b: s for b, s in solutions.items() if s.usable}, {b for b in pending if mu[b] == first[b]})
+            kept = self._try(_usable(solutions), {b for b in pending if mu[b] == first[b]})
             self.seconds["trial"] += perf_counter() - start
             again = []
             for b in pending:
@@ -166,11 +167,18 @@ class _Run:
             if stalled:
                 report.status, report.advice = "stalled", stalled
 
-    def _curvature(self, b: int, solution) -> float:
-        self.move.at_start()   # the gradient may be asked for
+    def _return(self):
+        """Make the linearisation usable again. Members that have their step must go back for it only where all share it."""
+        there = None if self.lin.separates else self.move.set_aside()
         self.lin.parameters_unchanged()
+        return there
+
+    def _curvature(self, b: int, solution) -> float:
+        if solution.gain > 0:   # then the step says it
+            return globalize.curvature(None, solution)
+        there = self._return()
         curvature = globalize.curvature(self.lin.member(b), solution)
-        self.move.resume()
+        self.move.again(there)
         return curvature
 
     def _try(self, solutions, first) -> set[int]:
@@ -178,7 +186,7 @@ class _Run:
         if not solutions:
             return set()
         if not self.tries:
-            self.move.to({b: s.step for b, s in solutions.items()}, dict.fromkeys(solutions, 1.0))
+            self.move.to({b: s.step for b, s in solutions.items()}, dict.fromkeys(solutions, 1.0), solutions.steps)
             for b in solutions:
                 self.reports[b].loss_after, self.reports[b].status = None, "accepted"
             return set(solutions)
@@ -199,11 +207,11 @@ class _Run:
 
     def _member(self, b: int):
         """Member b's linearisation where predictions need products with it, which groups of different rates do."""
-        return self.lin.member(b) if self.move.of(b).one_rate is None else None
+        return self.lin.member(b) if self.move.one_rate(b) is None else None
 
     def _losses(self, solutions, lengths: dict[int, float]) -> list[float]:
         """Go to theta - t d and stay: all members' losses. Cost: one run of the closure."""
-        self.move.to({b: solutions[b].step for b in lengths}, lengths)
+        self.move.to({b: solutions[b].step for b in lengths}, lengths, solutions.steps)
         for b in lengths:
             self.reports[b].trials += 1
         with self.draws:
@@ -225,6 +233,12 @@ class _Run:
             if not lengths:
                 break
         return found
+
+
+def _usable(solutions: MemberSolutions) -> MemberSolutions:
+    if all(s.usable for s in solutions.values()):
+        return solutions
+    return MemberSolutions({b: s for b, s in solutions.items() if s.usable})
 
 
 def each_of(value, count: int, name: str) -> list[float]:

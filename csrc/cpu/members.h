@@ -1,11 +1,10 @@
 // Many systems of one structure: the members of an ensemble, whose constants lie `shift` elements apart.
 #pragma once
 
-#include <exception>
+#include <functional>
 #include <memory>
-#include <mutex>
 
-#include "parallel.h"
+#include "simd.h"
 #include "solve.h"
 
 namespace pgdfast {
@@ -13,53 +12,36 @@ namespace pgdfast {
 template <class T>
 class Members {
  public:
+  // What a member makes of a constant: a function of it, or a float one in double, over `span` elements.
+  struct Source {
+    Constant<T> first;                       // of member 0, where it is used as it is
+    const T* raw = nullptr;                  // else one of these, to be evaluated
+    const float* narrow = nullptr;
+    Function function = Function::identity;
+  };
+
   index count = 0;               // 0: no ensemble
   std::vector<index> shifts;     // per constant, elements to the next member's; 0 where they share it
+  std::vector<index> spans;      // per constant, elements that one member reads
+  std::vector<Source> sources;
 
-  // The constants of member b, given those of member 0.
-  void place(const std::vector<Constant<T>>& first, index b, std::vector<Constant<T>>& constants) const {
-    constants = first;
-    for (std::size_t k = 0; k < constants.size(); ++k)
-      if (constants[k].data) constants[k].data += b * shifts[k];
-  }
+  // The constants of member b; what has to be evaluated goes to `own`.
+  void place(index b, std::vector<Constant<T>>& constants, std::vector<std::vector<T>>& own) const;
 
   // body(solver, i, member) for every member listed, each by one thread with a solver of its own; for one member alone with
   // all threads. `model` says what all have in common.
-  template <class F>
-  void each(const Solver<T>& model, const std::vector<Constant<T>>& first, const std::vector<index>& listed, F&& body) {
-    const int threads = int(std::min<index>(max_threads, index(listed.size())));
-    while (int(workers_.size()) < threads) {
-      workers_.push_back(std::make_unique<Solver<T>>());
-      workers_.back()->structure = model.structure;
-      workers_.back()->layout = model.layout;
-      workers_.back()->program.structure = &workers_.back()->structure;
-    }
-    const auto run = [&](index i, int thread) {
-      Solver<T>& solver = *workers_[std::size_t(thread)];
-      place(first, listed[std::size_t(i)], solver.program.constants);
-      solver.invalidate();
-      body(solver, i, listed[std::size_t(i)]);
-    };
-    if (listed.size() == 1) return run(0, 0);
-    std::exception_ptr raised;   // an exception must not leave its thread: out of memory, above all
-    std::mutex mutex;
-    each_item(threads, index(listed.size()), [&](index i, int thread) {
-      const Alone alone;
-      try {
-        run(i, thread);
-      } catch (...) {
-        const std::lock_guard guard(mutex);
-        raised = std::current_exception();
-      }
-    });
-    if (raised) std::rethrow_exception(raised);
-  }
+  using Body = std::function<void(Solver<T>&, index, index)>;
+  void each(const Solver<T>& model, const std::vector<index>& listed, const Body& body);
 
   // To be called when the layout of rows changes.
   void forget() { workers_.clear(); }
 
  private:
-  std::vector<std::unique_ptr<Solver<T>>> workers_;
+  struct Worker {
+    Solver<T> solver;
+    std::vector<std::vector<T>> own;
+  };
+  std::vector<std::unique_ptr<Worker>> workers_;
 };
 
 }  // namespace pgdfast

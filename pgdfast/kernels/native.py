@@ -112,9 +112,9 @@ class Kernels:
         """Forget the constants; bind others before the next product."""
         self._constants = None
 
-    def set_members(self, shifts: list[int], count: int) -> None:
-        """Say that constants are those of `count` members, each `shifts` elements further on for the next one."""
-        self._plan.set_members(count, shifts)
+    def set_members(self, count: int, shifts: list[int], spans: list[int]) -> None:
+        """Say that constants are those of `count` members: see tape.members.Members."""
+        self._plan.set_members(count, shifts, spans)
 
     def select(self, member: int) -> None:
         """Let products and solves be those of one member."""
@@ -220,7 +220,8 @@ class Kernels:
         and start: (B, P) or None. Returns the steps, (B, P), rows of members not listed being zero, and for each listed what
         `dual` returns after the step.
         """
-        steps = torch.zeros(len(r), self.num_parameters, dtype=self.dtype)
+        new = torch.empty if len(listed) == len(r) else torch.zeros
+        steps = new(len(r), self.num_parameters, dtype=self.dtype)
         out = torch.empty(len(listed), 7, dtype=torch.float64)
         if name == "dual":
             self._plan.members_dual(listed, r, mu, penalty, q, steps, out)

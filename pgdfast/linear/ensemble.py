@@ -116,7 +116,7 @@ class _EnsemblePlan(Plan):
         super().__init__(program if cut is None else cut.program, device, backend, dtype, base)
         self.order = None
         if cut is not None:
-            self.kernels.set_members(cut.shifts, cut.count)
+            self.kernels.set_members(cut.count, cut.shifts, cut.spans)
             order = members.order_of(cut)
             self.order = order if order is None else order.to(device)
 

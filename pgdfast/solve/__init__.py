@@ -1,8 +1,8 @@
 """(mu D + J^T J) delta = J^T r: the solvers, and the choice between them."""
 
 from .choice import SOLVERS, solve
-from .members import solve_members
+from .members import MemberSolutions, solve_members
 from .options import CG, Nystrom
 from .solution import Solution
 
-__all__ = ["CG", "SOLVERS", "Nystrom", "Solution", "solve", "solve_members"]
+__all__ = ["CG", "SOLVERS", "MemberSolutions", "Nystrom", "Solution", "solve", "solve_members"]

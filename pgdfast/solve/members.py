@@ -16,7 +16,7 @@ from .solution import Solution
 def solve_members(
     lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
     wide=None, keep=None, time: int = 0,
-) -> dict[int, Solution]:
+) -> MemberSolutions:
     """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b for members of an ensemble.
 
     lin: an EnsembleLinearization. dampings: {member: mu}; members not named are left alone. scale: D, (B, P), or None. solver,
@@ -29,14 +29,16 @@ def solve_members(
     groups: dict[tuple, list[int]] = {}
     for b, mu in dampings.items():
         groups.setdefault((mu == 0, wide[b]), []).append(b)
-    found: dict[int, Solution] = {}
+    found = MemberSolutions()
     for (_, is_wide), group in groups.items():
         b = group[0]
         problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
         name, reason = choose(problem, solver, options, is_wide)
         together = _Together(lin, dampings, scale, options, name, reason, keep)
         if together.possible:
-            found |= together.run(group, is_wide)
+            found.update(together.run(group, is_wide))
+            if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
+                found.steps = together.steps
         for b in group:
             if b not in found:
                 found[b] = solve(
@@ -46,14 +48,19 @@ def solve_members(
     return found
 
 
+class MemberSolutions(dict):
+    """{member: Solution}. steps: all members' steps, (B, P), where one call has found them all, else None."""
+
+    steps: torch.Tensor | None = None
+
+
 class _Together:
     """Solves of several members in one call; what a call could not settle is left to the solve of one."""
 
     def __init__(self, lin, dampings, scale, options: CG, name: str, reason: str, keep):
         self.lin, self.scale, self.options, self.name, self.reason, self.keep = lin, scale, options, name, reason, keep
-        self.mu = torch.zeros(lin.count, dtype=torch.float64)
-        for b, mu in dampings.items():
-            self.mu[b] = mu
+        self.mu = torch.tensor([dampings.get(b, 0.0) for b in range(lin.count)], dtype=torch.float64)
+        self.calls, self.steps = 0, None
         self.small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
 
     @property
@@ -90,6 +97,7 @@ class _Together:
 
     def _call(self, group: list[int], doubled: bool):
         """(steps (B, P), outcomes) in the order of `native.Kernels.dual`."""
+        self.calls += 1
         lin, dtype = self.lin, torch.float64 if doubled else self.lin.dtype
         r, scale, q = lin.residual.to(dtype), None if self.scale is None else self.scale.to(dtype), None
         if lin.penalties:
@@ -128,6 +136,7 @@ class _Together:
         lin, name, found = self.lin, self.name, {}
         if steps.dtype is not lin.dtype:
             steps = steps.to(lin.dtype)
+        self.steps = steps
         mu = self.mu.tolist()
         for b, (status, iterations, norm, gain, square, trace, slack) in zip(group, outcomes, strict=True):
             step, diagonal, damped = steps[b], mu[b], mu[b] * square
@@ -135,7 +144,8 @@ class _Together:
                 diagonal = mu[b] * self.scale[b]
                 damped = float(torch.dot(step.double(), diagonal.double() * step.double()))
             if not abs(gain) + square < float("inf"):
-                step, status, gain, damped, slack = torch.zeros_like(step), "not_finite", 0.0, 0.0, 0.0
+                step.zero_()
+                status, gain, damped, slack = "not_finite", 0.0, 0.0, 0.0
             keep = {"start": step} if name == "cg" and self.options.warm_start and status != "not_finite" else {}
             found[b] = Solution(
                 step, status, iterations, name, self.reason, gain, damped, functools.partial(lin.member, b), diagonal,

@@ -17,10 +17,10 @@ from .program import GATHER, MATMUL, PARAMETER, PROJECT, RESIDUAL, Instruction, 
 
 @dataclass(slots=True)
 class Members:
-    """One member's program; `sources` and `shifts` say where its constants lie.
+    """One member's program; `sources`, `shifts` and `spans` say where its constants lie.
 
     count: B. sources: per constant, its number in the program of all members. shifts: elements from a member's constant to the
-    next member's, 0 where members share it; layouts of constants are those of all members together. residual_forms: per
+    next member's, 0 where members share it; spans: elements that a member reads, from its constant's first on; layouts of constants are those of all members together. residual_forms: per
     residual buffer of all members (outer, inner), its elements being ordered outer, member, inner.
     """
 
@@ -28,6 +28,7 @@ class Members:
     count: int
     sources: list[int]
     shifts: list[int]
+    spans: list[int]
     residual_forms: list[tuple[int, int]]
 
 
@@ -104,7 +105,7 @@ class _Cutter:
         self.members.instructions = instructions
         self.members.layouts = [self.program.layouts[k] for k in self.sources]
         self.members.functions = [self.program.functions[k] for k in self.sources]
-        return Members(self.members, self.count, self.sources, self.shifts, forms)
+        return Members(self.members, self.count, self.sources, self.shifts, _spans(self.members), forms)
 
     def _constant(self, source: int, shift: int) -> int:
         """The number of a constant with this distance between members; -1 stays."""
@@ -210,6 +211,21 @@ def _rebuilt(op: Instruction, groups, y_offset: int, x_offset: int, shifts: list
     extents = _merged([dim for group in groups for dim in group], 3)
     number = constant(op.constant, shifts[2] if shifts else 0)
     return Instruction(op.kind, op.y, y_offset, op.x, x_offset, number, op.alpha, extents, op.c_offset)
+
+
+def _spans(program: Program) -> list[int]:
+    """Per constant, how far into it the instructions read."""
+    spans = [0] * len(program.layouts)
+    for op in program.instructions:
+        dims, offsets = _dimensions(op), [op.c_offset]
+        numbers = [op.constant]
+        if op.kind == PROJECT:
+            numbers, offsets = op.extents[-2:]
+        for k, (number, offset) in enumerate(zip(numbers, offsets, strict=True)):
+            if number >= 0:
+                last = offset + sum((dim.size - 1) * dim.strides[2 + k] for dim in dims)
+                spans[number] = max(spans[number], last + 1)
+    return spans
 
 
 def _merged(dims: list[_Dimension], operands: int) -> list[list[int]]:
