@@ -6,11 +6,12 @@ loss = opt.step(lambda: F.mse_loss(model(x), y))
 
 from . import pde, reference
 from .build import build_info, check_build
+from .ensembles import Ensemble, functional_ensemble
 from .hybrid import Hybrid
 from .kernels import backends
 from .linear import Linearization, linearize
 from .lm import LM
-from .report import Report
+from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
 from .switches import Alignment, KernelDrift, Plateau
@@ -19,7 +20,7 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau", "Report", "Solution",
-    "Spectrum", "SpectrumHistory", "backends", "build_info", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum",
-    "pde", "reference", "solve",
+    "CG", "LM", "Alignment", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau",
+    "Report", "Solution", "Spectrum", "SpectrumHistory", "backends", "build_info", "functional_ensemble", "kernel_alignment",
+    "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

@@ -28,7 +28,9 @@ BELOW = {
     "report": set(),
     "build": {"kernels", "_C"},
     "backend": {"reference", "solve", "globalize", "linear", "tape", "kernels"},
-    "lm": {"backend", "report", "solve", "globalize", "linear", "tape", "kernels"},
+    "lockstep": {"report", "solve", "globalize", "linear", "tape", "kernels"},
+    "lm": {"lockstep", "backend", "report", "solve", "globalize", "linear", "tape", "kernels"},
+    "ensembles": set(),
     "spectra": {"backend", "linear"},
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
@@ -37,6 +39,7 @@ BELOW = {
     "cli": {"bench", "tasks", "pgdfast"},
     "__main__": {"cli"},
     "__init__": {
+        "ensembles",
         "hybrid",
         "switches",
         "spectra",

@@ -273,8 +273,8 @@ OPTIONS = {
     "rcond large": (dict(rcond=2), "rcond is 2"),
     "backend": (dict(backend="numpy"), "unknown backend 'numpy'; use one of auto, native"),
     "ensemble": (
-        dict(ensemble=3),
-        "ensemble=3 is not available in this version; use ensemble=None",
+        dict(ensemble=0),
+        "ensemble is 0; it must be None or the number of members, 1 or more",
     ),
     "acceleration": (dict(acceleration="fast"), "acceleration.*'fast'"),
 }

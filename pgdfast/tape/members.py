@@ -20,8 +20,9 @@ class Members:
     """One member's program; `sources`, `shifts` and `spans` say where its constants lie.
 
     count: B. sources: per constant, its number in the program of all members. shifts: elements from a member's constant to the
-    next member's, 0 where members share it; spans: elements that a member reads, from its constant's first on; layouts of constants are those of all members together. residual_forms: per
-    residual buffer of all members (outer, inner), its elements being ordered outer, member, inner.
+    next member's, 0 where members share it; spans: elements that a member reads, from its constant's first on. Layouts of
+    constants are those of all members together. residual_forms: per residual buffer of all members (outer, inner), its
+    elements being ordered outer, member, inner.
     """
 
     program: Program
