@@ -93,7 +93,7 @@ def functional_ensemble(module, count: int | None = None) -> Ensemble:
         count = len(members) if count is None else count
         if len(members) != count:
             raise ValueError(f"pgdfast.functional_ensemble: {len(members)} modules were given for count={count}.")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(module, Sequence) and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise ValueError(f"pgdfast.functional_ensemble: count is {count!r}; it must be the number of members, 1 or more.")
     if isinstance(module, nn.Module):
         members = [module, *(_redrawn(module) for _ in range(count - 1))]

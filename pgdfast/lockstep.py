@@ -93,8 +93,8 @@ class Lockstep:
             if not math.isfinite(report.loss):
                 report.status = "failed"
                 report.advice = (
-                    f"member {b}'s loss is {report.loss}: it is left as it is, and the others go on; check its data and "
-                    "parameters, or give it new ones"
+                    f"its loss is {report.loss}: it is left as it is, and the others go on; check its data and parameters, or "
+                    "give it new ones"
                 )
             elif lin.num_residuals == 0 and not lin.penalties:
                 report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"

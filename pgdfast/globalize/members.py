@@ -42,9 +42,9 @@ class MembersMove:
         directions: d, (P,), by member; lengths: t. steps: the directions of all members, (B, P), where there is such a tensor.
         """
         self.back(directions)
-        members = list(directions)
+        members = sorted(directions)
         if steps is None or len(members) < self.count:
-            steps = torch.stack(list(directions.values()))
+            steps = torch.stack([directions[b] for b in members])
         for k, (p, part) in enumerate(zip(self.params, steps.split(self._sizes, 1), strict=True)):
             each = self._rates[k]
             self._subtract(p, members, part, [each[b] * lengths[b] for b in members])

@@ -9,7 +9,7 @@ import torch
 from .. import kernels
 from ..tape import members
 from .double_backward import DoubleBackward
-from .linearization import Linearization, Linearizer, Plan
+from .linearization import Linearization, Linearizer, Plan, wind_back
 
 
 class EnsembleLinearizer(Linearizer):
@@ -49,22 +49,29 @@ class EnsembleLinearizer(Linearizer):
         Raises ValueError where a residual depends on several members or they do not have equally many.
         """
         key = tuple(shapes)
-        if key not in self._orders:
-            self._orders[key] = self._sorted(self._labels(operator), shapes)
-        return self._orders[key]
+        if key in self._orders:
+            return self._orders[key]
+        labels, certain = self._labels(operator)
+        order = self._sorted(labels, shapes)
+        if certain:
+            self._orders[key] = order
+        return order
 
-    def _labels(self, operator) -> torch.Tensor:
-        """The member on whose parameters each residual depends, (B M,); -1 where on none."""
+    def _labels(self, operator) -> tuple[torch.Tensor, bool]:
+        """The member on whose parameters each residual depends, (B M,), -1 where on none; whether all products were finite."""
         generator = torch.Generator().manual_seed(0)
         number = torch.arange(self.count)
         labels = torch.zeros(operator.num_residuals, dtype=torch.int64)
         reached = torch.zeros(operator.num_residuals, dtype=torch.bool)
+        certain = True
         for bit in range(max(1, (self.count - 1).bit_length())):
             found = []
             for value in (0, 1):
                 v = torch.randn(self.count, operator.num_parameters // self.count, generator=generator)
                 v = v.to(self._tracer.dtype) * ((number >> bit) % 2 == value)[:, None]
-                found.append(operator.jvp(scattered_parameters(v.to(self.params[0].device), self.params)).cpu() != 0)
+                u = operator.jvp(scattered_parameters(v.to(self.params[0].device), self.params)).cpu()
+                found.append((u != 0) & torch.isfinite(u))
+                certain &= bool(torch.isfinite(u).all())
             if bool((found[0] & found[1]).any()):
                 raise ValueError(
                     f"pgdfast.LM: a residual of the closure depends on several of the {self.count} members; every loss or "
@@ -72,7 +79,7 @@ class EnsembleLinearizer(Linearizer):
                 )
             labels += found[1].to(torch.int64) << bit
             reached |= found[0] | found[1]
-        return torch.where(reached, labels, -1)
+        return torch.where(reached, labels, -1), certain
 
     def _sorted(self, labels: torch.Tensor, shapes) -> torch.Tensor:
         parts = []
@@ -171,6 +178,8 @@ class EnsembleLinearization:
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+        if self._plan is None and self._versions:
+            wind_back(self.params, self._versions)
         self._versions[:] = [p._version for p in self.params]
 
     def check_versions(self) -> None:

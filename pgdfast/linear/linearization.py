@@ -209,6 +209,8 @@ class Linearization:
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+        if self._plan is None and self._versions:   # the tape goes on being read by autograd, which has versions of its own
+            wind_back(self.params, self._versions)
         self._versions[:] = [p._version for p in self.params]   # in place: the widened one shares the list
 
     @property
@@ -282,6 +284,11 @@ class Linearization:
         operator, _ = self.operator, self.rows
         d = operator.diagonal() if operator.fused else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
+
+
+def wind_back(params: list[torch.Tensor], versions: list[int]) -> None:
+    """Give parameters whose values have returned, bit for bit, the versions back that a tape saw."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(params), tuple(versions))
 
 
 def _depth_of_caller() -> int:

@@ -154,3 +154,13 @@ def test_operation_that_only_forward_can_differentiate_says_so():
         lin = pgdfast.linearize(lambda: Once.apply(w), [w])
     assert relative(lin.vjp(torch.ones(3)), 2 * torch.ones(3)) < 1e-15
     assert relative(lin.dense(), 2 * torch.eye(3)) < 1e-15
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+def test_a_rejected_step_can_be_solved_anew():
+    """The tape that autograd reads again saw the parameters before the trial that was undone."""
+    model = mlp(1, 5, 1)
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64)[:, None]
+    optimizer = pgdfast.LM(model.parameters(), damping=1e-8)
+    optimizer.step(lambda: torch.special.i0(model(x)) - torch.sin(4 * x))
+    assert optimizer.report.attempts > 1 and optimizer.report.status == "accepted"
