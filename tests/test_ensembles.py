@@ -131,12 +131,13 @@ def test_float32_follows_the_members_alone():
 
 
 def test_float32_sums_in_float64_member_by_member():
+    plain = dict(damping_rule="constant", lr=1e-3)
     networks, dampings = stack(dtype=torch.float32), [1.0, 1e-7, 1.0, 1e-7]
-    optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping=dampings)
+    optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping=dampings, **plain)
     optimizer.step(losses(networks, X.float(), Y.float()))
     wide = []
     for m, mu in zip(members(dtype=torch.float32), dampings, strict=True):
-        alone = pgdfast.LM(m.parameters(), damping=mu)
+        alone = pgdfast.LM(m.parameters(), damping=mu, **plain)
         alone.step(lambda m=m: F.mse_loss(m(X.float()), Y.float()))
         wide.append(remembered(alone)["wide"])
     assert remembered(optimizer)["wide"] == wide and len(set(wide)) == 2
