@@ -61,7 +61,9 @@ def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype 
             _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
             continue
         if module.applies(device, dtype):
-            return module.Kernels(program, dtype)
+            made = module.Kernels(program, dtype)
+            made.device = device
+            return made
         if backend == name:
             raise RuntimeError(
                 f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "
