@@ -18,8 +18,10 @@ FACTOR_WIDE = 2048   # float32 matrices up to this order are factored in float64
 
 @dataclass(slots=True)
 class Factors:
-    """The rows of J in one use as outer products, for residuals first .. last - 1: cotangents (last - first, m), constants
-    (n, k), one per row; sections: how many residuals each of those rows has, and owner their rows, where that varies.
+    """The rows of J in one use as outer products, for residuals first .. last - 1.
+
+    cotangents (last - first, m); constants (n, k), one per row; sections: how many residuals each of those rows has, or owner:
+    the row of each, where their number varies.
     """
 
     first: int

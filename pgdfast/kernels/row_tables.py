@@ -1,4 +1,4 @@
-"""Which residuals each use of a parameter reaches, as tables: made once per structure, copied to the device when first asked for.
+"""Which residuals each use of a parameter reaches, as tables: made once per structure, copied to a device when asked for.
 
 A row layout (pgdfast/linear/rows.py) names the row of every element that a use writes. Its residuals stand row by row.
 """
@@ -19,7 +19,7 @@ class Use:
 
     def __init__(self, op, form: int, row0: int, m_is_high: bool, companion: int, row_per_n: bool, labels, layout):
         self.op, self.form, self.companion, self.m_is_high = op, form, companion, m_is_high
-        self._labels = labels
+        self.labels = labels
         self.tables: dict = {}   # name -> host array, and (name, device) -> tensor
         self.grouped = False
         if op.kind == MATMUL:
@@ -27,7 +27,6 @@ class Use:
             a, *outer = strides[9:]
             self.shape = a, b, m, n, k
             self.y, self.x, self.c = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
-            # Fewer reads of overlapping windows: the rows of y by its n dimension alone.
             if a == b == 1 and (form == FACTORED or row_per_n):
                 self._group(_window(labels, (n,), (self.y[3],), op.y_offset), layout)
         if form == FACTORED:
@@ -58,9 +57,9 @@ class Use:
         self.grouped, self.count, self.width = True, len(ours), width
         self.in_order = bool((table.reshape(-1) == np.arange(table.size)).all()) and table.size == len(rows)
         self.tables["positions"] = table.reshape(-1)
-        element = layout.element[ours]
-        self.run = int(element[0, 0]) if element.size and (element.reshape(-1) == element.flat[0] + np.arange(element.size)).all() else -1
-        self.tables["element"] = element.reshape(-1)
+        element = self.tables["element"] = layout.element[ours].reshape(-1)
+        in_order = element.size > 0 and (element == element[0] + np.arange(element.size)).all()
+        self.run = int(element[0]) if in_order else -1
 
     def cotangents(self, buffers) -> torch.Tensor:
         """Y, (O, m, n), of a use without batch dimensions."""
@@ -170,7 +169,7 @@ class Tables:
     def _elements(self, use, shape, strides, device) -> torch.Tensor:
         """The residual (O, *shape) that each element of a window of y stands for; -1 where there is none."""
         if "index" not in use.tables:
-            rows = _window(use._labels, shape, strides, use.op.y_offset)
+            rows = _window(use.labels, shape, strides, use.op.y_offset)
             use.tables["index"] = np.where(rows < 0, -1, self.layout.element.T[:, rows])
         return self.on_device(use, "index", device)
 
@@ -183,8 +182,8 @@ class Tables:
             value = value * c.as_strided(shape, cs, c.storage_offset() + op.c_offset)
         elif c is not None:
             value = value * c
-        columns = op.x_offset + _offsets(shape, xs)
-        _scatter(J, self._elements(use, shape, ys, J.device), torch.from_numpy(columns).to(J.device), value)
+        columns = torch.from_numpy(_offsets(shape, xs)).to(J.device) + op.x_offset
+        _scatter(J, self._elements(use, shape, ys, J.device), columns, value)
 
     def _add_gathered(self, J, use, buffers, constant_of):
         """A gather: y[i, :] += alpha x[p[i], :]."""
@@ -203,7 +202,7 @@ class Tables:
         Y = _strided(buffers[op.y], (a, b, m, n), use.y, op.y_offset)
         c = c.as_strided((a, b, k, n), (*use.c[:2], *use.c[2:]), c.storage_offset() + op.c_offset)
         elements = self._elements(use, (a, b, m, n), use.y, J.device)
-        columns = torch.from_numpy(op.x_offset + _offsets((a, b, m, k), use.x)).to(J.device)
+        columns = torch.from_numpy(_offsets((a, b, m, k), use.x)).to(J.device) + op.x_offset
         columns = columns[:, :, :, None].expand(a, b, m, n, k)
         piece = max(1, _PIECE // max(1, len(Y) * a * b * m * k))
         for i in range(0, n, piece):

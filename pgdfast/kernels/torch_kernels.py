@@ -90,12 +90,12 @@ class Kernels(RowForms):
             rows.copy_(self.vjp(units))
         return J
 
-    def _memory(self, given: torch.Tensor, role: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Every buffer as (K, size): windows on what is given, on the result, which is zero, and on one arena."""
+    def _memory(self, given: torch.Tensor, role: int, clear: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Every buffer as (K, size): windows on what is given, on the result, which is zero, and on one arena; clear: zero, too."""
         batch = given if given.dim() == 2 else given.unsqueeze(0)
         sizes = {r: self._program.sizes(r) for r in (0, 1, 2)}
         result = batch.new_zeros(len(batch), sum(sizes[1 - role]))
-        arena = batch.new_zeros(len(batch), self.arena_size)
+        arena = (batch.new_zeros if clear else batch.new_empty)(len(batch), self.arena_size)
         parts = {r: iter(x.split(sizes[r], dim=1)) for r, x in ((role, batch), (1 - role, result), (2, arena))}
         buffers = [next(parts[r]) for r, _ in self._program.buffers]
         return buffers, result if given.dim() == 2 else result[0]
@@ -195,7 +195,7 @@ def _add_rows(x: torch.Tensor, positions: torch.Tensor, value: torch.Tensor) -> 
 
 
 def _sums(shape, strides) -> bool:
-    """Do several indices write to one element?"""
+    """Say whether several indices write to one element."""
     return any(s == 0 and n != 1 for n, s in zip(shape, strides, strict=True))
 
 
