@@ -91,7 +91,10 @@ class Kernels(RowForms):
         return J
 
     def _memory(self, given: torch.Tensor, role: int, clear: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Every buffer as (K, size): windows on what is given, on the result, which is zero, and on one arena; clear: zero, too."""
+        """Every buffer as (K, size): windows on what is given, on the result, which is zero, and on one arena.
+
+        clear: the arena is zero, too.
+        """
         batch = given if given.dim() == 2 else given.unsqueeze(0)
         sizes = {r: self._program.sizes(r) for r in (0, 1, 2)}
         result = batch.new_zeros(len(batch), sum(sizes[1 - role]))
@@ -116,7 +119,7 @@ class Kernels(RowForms):
             value = value * constant
         _accumulate(target, shape, ts, target_offset, value)
 
-    def _matmul(self, op, source, source_offset, target, target_offset, adjoint):
+    def _matmul(self, op, source, source_offset, target, target_offset, adjoint, overwrite=False):
         b, m, n, k, *strides = op.extents[0]
         a, *outer = strides[9:]
         ys, xs, cs = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
@@ -124,8 +127,12 @@ class Kernels(RowForms):
         c, ss, ts, inner, width = (c.mT, ys, xs, n, k) if adjoint else (c, xs, ys, k, n)
         x = _window(source, (a, b, m, inner), ss, source_offset)
         if a == b == len(source) == 1 and not _sums((m, width), ts[2:]):
-            _window(target, (m, width), ts[2:], target_offset)[0].addmm_(x[0, 0, 0], c[0, 0], alpha=op.alpha)
+            _window(target, (m, width), ts[2:], target_offset)[0].addmm_(
+                x[0, 0, 0], c[0, 0], alpha=op.alpha, beta=0 if overwrite else 1
+            )
             return
+        if overwrite:   # what stands there may be anything
+            target.zero_()
         value = x @ c
         _accumulate(target, (a, b, m, width), ts, target_offset, value if op.alpha == 1 else op.alpha * value)
 

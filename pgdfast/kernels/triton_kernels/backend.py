@@ -42,8 +42,7 @@ class Kernels(torch_kernels.Kernels):
         """Use these constants from now on."""
         super().bind(constants)
         self._sorted.clear()
-        # Factors of every instruction: alpha, times the constant where that is one number. Two per instruction, since a
-        # bias and the coefficient after it are read together.
+        # Alpha of every instruction, times its constant where that is one number, side by side for the kernels to read.
         values = []
         for op in self._program.instructions:
             c = self.constant_of(op)
@@ -51,8 +50,6 @@ class Kernels(torch_kernels.Kernels):
         if values != self._values:
             self._values = values
             self._numbers = torch.tensor(values or [0.0], dtype=torch.float64).to(self.device)
-
-    # ---- sweeps
 
     def _steps(self, *, adjoint: bool, pairs: bool = True) -> list[_Step]:
         ops, steps, i = self._program.instructions, [], 0
@@ -113,7 +110,7 @@ class Kernels(torch_kernels.Kernels):
         return self._program.buffers[buffer][0] == (RESIDUAL if adjoint else PARAMETER)
 
     def _fills(self, op, target, adjoint) -> bool:
-        """Does an instruction write every element of its target once?"""
+        """Say whether an instruction writes every element of its target once."""
         if (op.x_offset if adjoint else op.y_offset) != 0 or op.kind == PROJECT or (op.kind == GATHER and adjoint):
             return False
         if op.kind == MATMUL:
@@ -175,10 +172,12 @@ class Kernels(torch_kernels.Kernels):
         elif op.kind == PROJECT and step.space is not None:
             project.project(target, source, self._coefficients(op, adjoint), number, step.space, len(op.extents[-2]) // 2)
         else:
-            if step.overwrite:
-                target.zero_()
             ends = (buffers[op.y], op.y_offset, buffers[op.x], op.x_offset)
-            self._run(op, *(ends if adjoint else ends[2:] + ends[:2]), adjoint=adjoint)
+            ends = ends if adjoint else ends[2:] + ends[:2]
+            if op.kind == MATMUL:
+                self._matmul(op, *ends, adjoint, step.overwrite)
+            else:
+                self._project(op, *ends, adjoint)
 
     def _epilogue(self, step, buffers, adjoint):
         bias, coefficient = step.op, step.then
@@ -230,8 +229,6 @@ class Kernels(torch_kernels.Kernels):
         if adjoint:
             return [a, None, terms[1], terms[0], terms[3], terms[2]]
         return [None, a, *terms]
-
-    # ---- solves
 
     def add_factored(self, K, factors, weight, shift) -> None:
         """Into the upper tiles of K; see row_forms.py."""

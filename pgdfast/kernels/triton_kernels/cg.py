@@ -221,7 +221,7 @@ class Passes:
         _dots[(self.programs,)](Aw, w, d, b, self.first, self.size, self.part, PROGRAMS=PROGRAMS, BLOCK=BLOCK)
 
     def update(self, x, r, p, Aw, b, m, state, path: bool):
-        """x += a p, r -= a Aw, or r = b - Aw in a check; m: inverse diagonal or None."""
+        """Move x and r by a step along p, or set r = b - Aw in a check; m: inverse diagonal or None."""
         _update[(self.programs,)](
             x, r, p, Aw, b, r if m is None else m, state, self.first, self.second, self.size, self.part, self.programs,
             HAS_M=m is not None, PATH=path, PROGRAMS=PROGRAMS, BLOCK=BLOCK,

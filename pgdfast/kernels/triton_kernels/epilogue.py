@@ -67,9 +67,9 @@ def _adjoint(
 
 
 def forward(z, y, b, c, numbers, rows: int, columns: int, keep_y: bool, overwrite: bool) -> None:
-    """Forward, y, z (K, rows * columns) and b (K, columns) windows; c: (rows, columns), one number or None; numbers: alpha, beta.
+    """Forward. y, z: windows (K, rows * columns), b: (K, columns), c: (rows, columns), one element or None.
 
-    keep_y: y is read again. overwrite: z holds nothing yet.
+    numbers: alpha, beta. keep_y: y is read again. overwrite: z holds nothing yet.
     """
     _forward[(cdiv(rows * columns, BLOCK), len(y))](
         z, y, b, y if c is None else c, numbers, z.stride(0), y.stride(0), b.stride(0), rows, columns, _step(c),

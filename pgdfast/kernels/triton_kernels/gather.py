@@ -18,7 +18,9 @@ MEMBERS = 16   # rows of y that are read at once
 
 
 @triton.jit
-def _forward(y, x, positions, number, y_batch, x_batch, rows, width, y_row, x_row, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    y, x, positions, number, y_batch, x_batch, rows, width, y_row, x_row, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows * width
     k = tl.program_id(1).to(tl.int64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from . import cg
@@ -102,8 +100,7 @@ def solve(kernels, r, d, q, preconditioner, start, path, options):
     gain, square, slack, size = numbers[cg.SIZE : cg.SIZE + 4]
     relative = numbers[cg.NORM] / size if size > 0 else 0.0
     slots = [(k, int(i), *rest) for k, (i, *rest) in enumerate(rows) if i > 0]
-    name = _NAMES[int(numbers[cg.STATUS])] if math.isfinite(size) else "breakdown"
-    return (x, name, int(numbers[cg.ITERATIONS]), relative, gain, square, 0.0, slack), slots
+    return (x, _NAMES[int(numbers[cg.STATUS])], int(numbers[cg.ITERATIONS]), relative, gain, square, 0.0, slack), slots
 
 
 def _read(state, b, x, residual, b_norm, kept):

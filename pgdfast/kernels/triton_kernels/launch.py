@@ -8,7 +8,7 @@ import torch
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """The quotient a / b, rounded up."""
     return -(-a // b)
 
 

@@ -48,11 +48,11 @@ def _muladd(
 
 @triton.jit
 def _muladd_sum(
-    partial, x, c, number, geometry, x_batch, kept, summed, part,
+    partial, x, c, number, geometry, x_batch, targets, summed, part,
     KEPT_DIMS: tl.constexpr, SUMMED_DIMS: tl.constexpr, HAS_C: tl.constexpr, KEPT: tl.constexpr, SUMMED: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64) * KEPT + tl.arange(0, KEPT)
-    inside = j < kept
+    inside = j < targets
     rest = j
     x_kept, c_kept = j * 0, j * 0
     for d in tl.static_range(KEPT_DIMS):
@@ -81,14 +81,14 @@ def _muladd_sum(
             value *= tl.load(c + c_kept[:, None] + c_at[None, :], mask=valid, other=0)
         acc += value
     alpha = tl.load(number).to(x.dtype.element_ty)
-    at = (k * tl.num_programs(1) + split) * kept + j
+    at = (k * tl.num_programs(1) + split) * targets + j
     tl.store(partial + at, alpha * tl.sum(acc, 1), mask=inside)
 
 
 @triton.jit
-def _add_partials(y, partial, geometry, y_batch, kept, splits, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_partials(y, partial, geometry, y_batch, targets, splits, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < kept
+    inside = j < targets
     k = tl.program_id(1).to(tl.int64)
     rest = j
     y_at = j * 0
@@ -100,7 +100,7 @@ def _add_partials(y, partial, geometry, y_batch, kept, splits, DIMS: tl.constexp
     y_at = y + k * y_batch + y_at
     value = tl.load(y_at, mask=inside, other=0)
     for s in range(splits):
-        value += tl.load(partial + (k * splits + s) * kept + j, mask=inside, other=0)
+        value += tl.load(partial + (k * splits + s) * targets + j, mask=inside, other=0)
     tl.store(y_at, value, mask=inside)
 
 
