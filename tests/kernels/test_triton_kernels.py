@@ -76,8 +76,7 @@ def test_muladd_of_any_strides(shape, order, stretched, constant):
 
 
 @both
-@pytest.mark.parametrize("rows", [1, 127, 129, 509])
-@pytest.mark.parametrize("columns", [1, 31, 33])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 33), (127, 31), (129, 33), (509, 1), (509, 5)])
 def test_muladd_that_sums_long_columns(rows, columns, dtype):
     """A bias's gradient: partial sums in a fixed order."""
     x, y = draw(2, rows * columns, dtype=dtype), draw(2, columns, seed=1, dtype=dtype)

@@ -26,12 +26,6 @@ FALL = 1e-3   # part of the model's reduction whose loss means that rounding has
 
 
 @triton.jit
-def _sum(partial, number, programs, PROGRAMS: tl.constexpr):
-    i = tl.arange(0, PROGRAMS)
-    return tl.sum(tl.load(partial + number * PROGRAMS + i, mask=i < programs, other=0.0), 0)
-
-
-@triton.jit
 def _dots(Aw, w, d, b, first, size, part, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * part
@@ -58,7 +52,8 @@ def _update(
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * part
     stop = tl.minimum(start + part, size)
-    curvature, rz = _sum(first, 0, programs, PROGRAMS), tl.load(state + 0)
+    parts = tl.arange(0, PROGRAMS)   # sums of all programs, in their order
+    curvature, rz = tl.sum(tl.load(first + parts, mask=parts < programs, other=0.0), 0), tl.load(state + 0)
     running, checking = tl.load(state + 5) == -1, tl.load(state + 6) != 0
     moves = running & (not checking) & (curvature > 0) & (rz > 0)
     renews = running & checking
@@ -119,8 +114,12 @@ def _turn(
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * part
     stop = tl.minimum(start + part, size)
-    curvature, bw = _sum(first, 0, programs, PROGRAMS), _sum(first, 1, programs, PROGRAMS)
-    norm, rz = tl.sqrt(_sum(second, 0, programs, PROGRAMS)), _sum(second, 1, programs, PROGRAMS)
+    parts = tl.arange(0, PROGRAMS)   # sums of all programs, in their order
+    every = parts < programs
+    curvature = tl.sum(tl.load(first + parts, mask=every, other=0.0), 0)
+    bw = tl.sum(tl.load(first + PROGRAMS + parts, mask=every, other=0.0), 0)
+    norm = tl.sqrt(tl.sum(tl.load(second + parts, mask=every, other=0.0), 0))
+    rz = tl.sum(tl.load(second + PROGRAMS + parts, mask=every, other=0.0), 0)
     old_rz, target, value = tl.load(state + 0), tl.load(state + 2), tl.load(state + 3)
     old_iterations, old_status = tl.load(state + 4), tl.load(state + 5)
     recurrence, last_claim, safe_value = tl.load(state + 7), tl.load(state + 8), tl.load(state + 9)
@@ -201,9 +200,9 @@ def _turn(
             if power:
                 at = kept + slot * 4
                 tl.store(at, iterations)
-                tl.store(at + 1, _sum(second, 2, programs, PROGRAMS))
-                tl.store(at + 2, _sum(second, 3, programs, PROGRAMS))
-                tl.store(at + 3, _sum(second, 4, programs, PROGRAMS))
+                tl.store(at + 1, tl.sum(tl.load(second + 2 * PROGRAMS + parts, mask=every, other=0.0), 0))
+                tl.store(at + 2, tl.sum(tl.load(second + 3 * PROGRAMS + parts, mask=every, other=0.0), 0))
+                tl.store(at + 3, tl.sum(tl.load(second + 4 * PROGRAMS + parts, mask=every, other=0.0), 0))
 
 
 class Passes:
