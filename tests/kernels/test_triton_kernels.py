@@ -24,7 +24,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-14}
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 def draw(*shape, seed=0, dtype):
@@ -88,7 +88,7 @@ def test_muladd_that_sums_long_columns(rows, columns, dtype):
 
 
 @both
-@pytest.mark.parametrize("rows, columns", [(1, 1), (63, 31), (64, 32), (65, 33), (7, 1), (1, 97), (257, 5)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (63, 31), (64, 32), (65, 33), (257, 5)])
 @pytest.mark.parametrize("constant", ["tensor", "number", None])
 def test_epilogue(rows, columns, constant, dtype):
     size, alpha, beta = rows * columns, 0.6, -1.3
@@ -136,7 +136,7 @@ def test_gather(rows, width, count, dtype):
 
 
 @both
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 31), (9, 64), (2, 1023), (2, 1025), (2, 3, 2, 2, 17)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (9, 64), (2, 1023), (2, 1025), (2, 3, 2, 2, 17)])
 @pytest.mark.parametrize("terms", [1, 2])
 def test_project(shape, terms, dtype):
     rows, n = torch.Size(shape[:-1]).numel(), shape[-1]
@@ -207,7 +207,7 @@ def test_gram_of_several_uses(shared, dtype):
 
 
 @both
-@pytest.mark.parametrize("size", [1, cg.BLOCK - 1, cg.BLOCK + 1, 5003])
+@pytest.mark.parametrize("size", [1, cg.BLOCK + 1, 5003])
 @pytest.mark.parametrize("path", [False, True])
 def test_one_iteration_of_cg(size, path, dtype):
     w, Aw, d, b, r, m, x = (draw(size, seed=k, dtype=dtype) for k in range(7))
@@ -240,3 +240,45 @@ def test_one_iteration_of_cg(size, path, dtype):
     if path:
         assert torch.equal(slots[0], x) and float(kept[0, 0]) == 1
         assert abs(float(kept[0, 2]) - float(x.double() @ x.double())) < 1e-9 * float(kept[0, 2])
+
+
+@pytest.mark.parametrize("safe_value, target, last_claim, status", [
+    (0.0, 1e9, 1e9, cg.SOLVED),      # the true residual has arrived
+    (0.0, 0.0, 1e9, cg.RUNNING),     # it has not: start anew from it
+    (0.0, 0.0, 1e-9, cg.STAGNATED),  # again not, and no better than at the last claim
+    (1e9, 0.0, 1e9, cg.LOST),        # the model's value has fallen since the last check
+    (0.0, 0.0, 1e9, cg.MAX_ITERATIONS),
+])
+def test_a_check_of_cg(safe_value, target, last_claim, status):
+    size = 1501
+    x, Aw, d, b, r, p, safe = (draw(size, seed=k, dtype=torch.float64) for k in range(7))
+    d = d.abs()
+    Aw, point = Aw + x, x.clone()
+    product = Aw + d * x
+    b += product   # the model's value is positive
+    passes, state = cg.Passes(x), torch.zeros(cg.SIZE, dtype=torch.float64, device=DEVICE)
+    w, earlier = x.clone(), safe.clone()
+    for place, value in [
+        (cg.STATUS, cg.RUNNING), (cg.CHECKING, 1), (cg.CLAIMED, 1), (cg.ITERATIONS, 7), (cg.RZ, 3), (cg.BEFORE, 2), (cg.VALUE, 1),
+        (cg.RECURRENCE, 1e-3), (cg.SAFE, safe_value), (cg.TARGET, target), (cg.LAST_CLAIM, last_claim),
+    ]:
+        state[place] = value
+    new, values = torch.empty_like(state), torch.zeros(20, dtype=torch.float64, device=DEVICE)
+    limit = 7 if status == cg.MAX_ITERATIONS else 10
+    passes.dots(Aw, w, d, b)
+    passes.update(x, r, p, Aw, b, None, state, False)
+    assert relative(r, b - product) < 1e-14 and torch.equal(x, point)
+    passes.turn(p, w, x, r, None, None, safe, state, new, values, None, None, limit, numbers(0.0))
+    assert int(new[cg.STATUS]) == status and int(new[cg.ITERATIONS]) == 7 and not new[cg.CHECKING]
+    assert abs(float(new[cg.NORM]) - float(r.norm())) < 1e-12 * float(r.norm())
+    assert torch.equal(x, earlier if status == cg.LOST else point) and torch.equal(safe, earlier)
+    if status == cg.RUNNING:
+        assert torch.equal(p, r) and torch.equal(w, p) and float(new[cg.LAST_CLAIM]) == float(new[cg.NORM])
+    # A solve that has ended stays as it is.
+    if status != cg.RUNNING:
+        before = [t.clone() for t in (x, r, p, safe)]
+        passes.dots(Aw, w, d, b)
+        passes.update(x, r, p, Aw, b, None, new, False)
+        passes.turn(p, w, x, r, None, None, safe, new, state, values, None, None, limit, numbers(0.0))
+        assert all(torch.equal(a, t) for a, t in zip(before, (x, r, p, safe), strict=True))
+        assert int(state[cg.STATUS]) == status and float(state[cg.NORM]) == float(new[cg.NORM])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import torch_kernels
@@ -11,6 +13,19 @@ from .gram import gram
 from .launch import Space
 
 _SHARED = 1 << 24   # elements of the products that residuals of a row share, at most, or a quarter of K
+
+
+def _on_its_device(method):
+    """Launch on the device of the tensors, which need not be the current one."""
+
+    @functools.wraps(method)
+    def run(self, *arguments):
+        if self.device.type != "cuda":
+            return method(self, *arguments)
+        with torch.cuda.device(self.device):
+            return method(self, *arguments)
+
+    return run
 
 
 class _Step:
@@ -36,7 +51,7 @@ class Kernels(torch_kernels.Kernels):
             ("forward", forward, False), ("backward", backward, True), ("units", units, True))}
         self._numbers = self._values = None
         self._sorted: dict = {}
-        self._weights: dict = {}
+        self._small: dict = {}
 
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
@@ -131,6 +146,7 @@ class Kernels(torch_kernels.Kernels):
                 reach *= n
         return reach == self._program.buffers[target][1]
 
+    @_on_its_device
     def _sweep(self, name: str, given: torch.Tensor, role: int):
         steps, clear = self._sweeps[name]
         buffers, result = self._memory(given, role, clear)
@@ -230,6 +246,7 @@ class Kernels(torch_kernels.Kernels):
             return [a, None, terms[1], terms[0], terms[3], terms[2]]
         return [None, a, *terms]
 
+    @_on_its_device
     def add_factored(self, K, factors, weight, shift) -> None:
         """Into the upper tiles of K; see row_forms.py."""
         alike = all(f.m_is_high == factors[0].m_is_high for f in factors)
@@ -249,7 +266,7 @@ class Kernels(torch_kernels.Kernels):
                     owner = torch.arange(f.last - f.first, device=K.device) // f.sections
                 owners.append(owner + rows)
             start, rows = start + f.last - f.first, rows + len(f.constants)
-        A, B = torch.cat(first), torch.cat(second)
+        A, B = torch.cat(first).contiguous(), torch.cat(second).contiguous()
         B = B @ B.T if shares else B
         gram(K, A, B, torch.cat(owners) if shares else None, self._ranges(ranges), self._pair(weight, shift), len(factors))
 
@@ -260,18 +277,19 @@ class Kernels(torch_kernels.Kernels):
 
     def _ranges(self, ranges):
         key = tuple(ranges)
-        if key not in self._weights:
-            self._weights[key] = torch.tensor(ranges, dtype=torch.int64).to(self.device)
-        return self._weights[key]
+        if key not in self._small:
+            self._small[key] = torch.tensor(ranges, dtype=torch.int64).to(self.device)
+        return self._small[key]
 
     def _pair(self, *numbers):
-        if len(self._weights) > 256:   # weights change with the damping where there is a penalty
-            self._weights.clear()
-        if numbers not in self._weights:
-            self._weights[numbers] = torch.tensor(numbers, dtype=torch.float64).to(self.device)
-        return self._weights[numbers]
+        if len(self._small) > 256:   # weights change with the damping where there is a penalty
+            self._small.clear()
+        if numbers not in self._small:
+            self._small[numbers] = torch.tensor(numbers, dtype=torch.float64).to(self.device)
+        return self._small[numbers]
 
     @torch.no_grad()
+    @_on_its_device
     def cg(self, r, d, q, preconditioner, start, path, options):
         """A whole CG solve on the device: the same result as `dual`, and the iterates kept in `path`."""
         return krylov.solve(self, r, d, q, preconditioner, start, path, options)
