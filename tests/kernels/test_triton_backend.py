@@ -21,6 +21,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter of Triton 3.6 takes scalars from arrays of one element, of which numpy warns.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
 def on(x):

@@ -21,6 +21,8 @@ from pgdfast.kernels.triton_kernels.gram import TILE, gram  # noqa: E402
 from pgdfast.kernels.triton_kernels.launch import Space  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter of Triton 3.6 takes scalars from arrays of one element, of which numpy warns.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-14}
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -114,7 +116,7 @@ def test_epilogue(rows, columns, constant, dtype):
 
 
 @both
-@pytest.mark.parametrize("rows, width, count", [(1, 1, 1), (5, 3, 2), (40, 129, 3), (1100, 1, 7), (3, 8, 50)])
+@pytest.mark.parametrize("rows, width, count", [(1, 1, 1), (5, 3, 2), (40, 129, 3), (1100, 1, 7), (3, 8, 11)])
 def test_gather(rows, width, count, dtype):
     generator = torch.Generator().manual_seed(rows)
     positions = torch.randint(-1, count, (rows,), generator=generator).to(DEVICE)
@@ -259,8 +261,8 @@ def test_a_check_of_cg(safe_value, target, last_claim, status):
     passes, state = cg.Passes(x), torch.zeros(cg.SIZE, dtype=torch.float64, device=DEVICE)
     w, earlier = x.clone(), safe.clone()
     for place, value in [
-        (cg.STATUS, cg.RUNNING), (cg.CHECKING, 1), (cg.CLAIMED, 1), (cg.ITERATIONS, 7), (cg.RZ, 3), (cg.BEFORE, 2), (cg.VALUE, 1),
-        (cg.RECURRENCE, 1e-3), (cg.SAFE, safe_value), (cg.TARGET, target), (cg.LAST_CLAIM, last_claim),
+        (cg.STATUS, cg.RUNNING), (cg.CHECKING, 1), (cg.CLAIMED, 1), (cg.ITERATIONS, 7), (cg.RZ, 3), (cg.BEFORE, 2),
+        (cg.VALUE, 1), (cg.RECURRENCE, 1e-3), (cg.SAFE, safe_value), (cg.TARGET, target), (cg.LAST_CLAIM, last_claim),
     ]:
         state[place] = value
     new, values = torch.empty_like(state), torch.zeros(20, dtype=torch.float64, device=DEVICE)
