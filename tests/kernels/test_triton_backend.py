@@ -204,6 +204,29 @@ def test_cg_from_a_start_and_to_its_limits():
     assert relative(pgdfast.solve(lin, 0.3, solver="cg", cg=warm, keep=bad).step, first.step) < 1e-4
 
 
+def test_looks_at_the_status_never_wait():
+    """What only a GPU takes, with an event of our own: a copy is asked for every 25 slots and read once it has come."""
+    from pgdfast.kernels.triton_kernels import cg, krylov
+
+    class Event:
+        come, recorded = False, 0
+
+        def query(self):
+            return self.come
+
+        def record(self):
+            self.recorded += 1
+
+    watch = krylov._Watch(torch.device("cpu"))
+    watch._cpu, watch._asked, watch._flag, watch._event = False, False, torch.empty(1, dtype=torch.float64), Event()
+    running, solved = (torch.tensor(float(v), dtype=torch.float64) for v in (cg.RUNNING, cg.SOLVED))
+    assert not any(watch.over(slot, running) for slot in range(25)) and watch._event.recorded == 1
+    assert not any(watch.over(slot, solved) for slot in range(25, 50)) and watch._event.recorded == 1   # not come yet
+    watch._event.come = True
+    assert not any(watch.over(slot, solved) for slot in range(50, 75)) and watch._event.recorded == 2   # it said: running
+    assert [slot for slot in range(75, 100) if watch.over(slot, solved)] == [99]
+
+
 def test_cg_that_breaks_down_and_cg_of_nothing():
     w, root = nn.Parameter(on(rand(4))), nn.Parameter(on(torch.ones(1, dtype=torch.float64)))
     A = on(rand(6, 4, seed=1))
