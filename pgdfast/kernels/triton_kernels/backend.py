@@ -102,8 +102,7 @@ class Kernels(torch_kernels.Kernels):
         written, read_early = set(), False
         for step in steps:
             read_early |= self._note(step, adjoint, written)
-        results = {k for k, (role, _) in enumerate(self._program.buffers) if role != (RESIDUAL if adjoint else PARAMETER)}
-        return read_early or bool({k for k in results if self._program.buffers[k][0] == WORKSPACE} - written)
+        return read_early or bool({k for k, (role, _) in enumerate(self._program.buffers) if role == WORKSPACE} - written)
 
     def _note(self, step, adjoint, written) -> bool:
         op, then = step.op, step.then
