@@ -7,18 +7,17 @@ import warnings
 
 import torch
 
-from . import native, torch_kernels
+from . import native, torch_kernels, triton_kernels
 
 NAMES = ("auto", "native", "triton", "torch", "reference")
 
 # Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program)`.
-IMPLEMENTATIONS = {"native": native, "torch": torch_kernels}
+IMPLEMENTATIONS = {"native": native, "triton": triton_kernels, "torch": torch_kernels}
 
 
 def backends() -> dict[str, str]:
     """Every backend name with "available" or the reason why it cannot be used here."""
     status = {name: module.available() or "available" for name, module in IMPLEMENTATIONS.items()}
-    status["triton"] = "this version has no Triton kernels"
     status["reference"] = "available"
     return status
 
@@ -66,10 +65,13 @@ def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype 
         if backend not in ("auto", name):
             continue
         if module.available():
-            _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
+            if name != "triton" or device.type == "cuda":   # on a CPU nobody misses Triton
+                _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
             continue
         if module.applies(device, dtype):
-            return module.Kernels(program, dtype)
+            made = module.Kernels(program, dtype)
+            made.device = device
+            return made
         if backend == name:
             raise RuntimeError(
                 f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "

@@ -6,6 +6,9 @@ import math
 
 import torch
 
+from .row_forms import RowForms
+from .row_tables import PARAMETER, RESIDUAL
+
 LIMITS = "real floating-point tensors"
 _FUNCTIONS = {"c": lambda c: c, "1 - c^2": lambda c: 1 - c * c, "c - c^2": lambda c: c - c * c}
 _CHUNK = 64   # Jacobian rows per batched sweep
@@ -21,21 +24,20 @@ def applies(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-class Kernels:
+class Kernels(RowForms):
     """The same products as the native core; batches of K tangents have shape (K, P), cotangents (K, M)."""
 
     name = "torch"
-    fused = False
+    fused = True
+    chunk = _CHUNK
 
     def __init__(self, program, dtype: torch.dtype):
         self._program, self.dtype = program, dtype
-        self._parameters = program.sizes(0)
-        self._residuals = program.sizes(1)
-        self.num_parameters = sum(self._parameters)
-        self.num_residuals = sum(self._residuals)
+        self.num_parameters, self.num_residuals = sum(program.sizes(PARAMETER)), sum(program.sizes(RESIDUAL))
         self.flops = float(sum(_flops(op) for op in program.instructions))
         self.arena_size = sum(program.sizes(2))
         self._constants: list = []
+        self.device = torch.device("cpu")   # kernels_for says where
 
     def bind(self, constants: list) -> None:
         """Use these constants from now on."""
@@ -43,92 +45,71 @@ class Kernels:
             _prepared(c, self.dtype, function) if isinstance(c, torch.Tensor) and function != "positions" else c
             for c, function in zip(constants, self._program.functions, strict=True)
         ]
+        self.forget()
 
     def release(self) -> None:
         """Forget the constants; bind others before the next product."""
         self._constants = []
+        self.forget()
 
-    def set_rows(self, rows) -> None:
-        """No row structure is used here."""
+    def constant_of(self, op):
+        """An instruction's constant: a tensor, a number, or None."""
+        return None if op.constant < 0 else self._constants[op.constant]
 
     @torch.no_grad()
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,), or (K, P) -> (K, M)."""
-        buffers = self._memory(v, self._parameters, 0)
+        buffers, result = self._memory(v, PARAMETER)
         for op in self._program.instructions:
             self._run(op, buffers[op.x], op.x_offset, buffers[op.y], op.y_offset, adjoint=False)
-        return self._gather(buffers, 1, v)
+        return result
 
     @torch.no_grad()
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u: (M,) -> (P,), or (K, M) -> (K, P)."""
-        buffers = self._memory(u, self._residuals, 1)
+        buffers, result = self._memory(u, RESIDUAL)
         for op in reversed(self._program.instructions):
             self._run(op, buffers[op.y], op.y_offset, buffers[op.x], op.x_offset, adjoint=True)
-        return self._gather(buffers, 0, u)
+        return result
 
-    def dense(self) -> torch.Tensor:
-        """J, (M, P), in batched sweeps."""
-        eye = torch.eye(self.num_residuals, dtype=self.dtype, device=self._device())
-        return torch.cat([self.vjp(rows) for rows in eye.split(_CHUNK)]) if len(eye) else eye.new_empty(0, self.num_parameters)
+    def unit_sweeps(self, units: torch.Tensor) -> list[torch.Tensor]:
+        """The cotangents (O, size) of every buffer but the parameters', by the residuals' (O, M)."""
+        buffers, _ = self._memory(units, RESIDUAL)
+        for op in reversed(self._program.instructions):
+            if self._program.buffers[op.x][0] != PARAMETER:
+                self._run(op, buffers[op.y], op.y_offset, buffers[op.x], op.x_offset, adjoint=True)
+        return buffers
 
-    def _device(self):
-        tensors = [c for c in self._constants if isinstance(c, torch.Tensor)]
-        return tensors[0].device if tensors else None
+    def dense_by_batches(self) -> torch.Tensor:
+        """J, (M, P), a batch of its rows per sweep."""
+        J = torch.empty(self.num_residuals, self.num_parameters, dtype=self.dtype, device=self.device)
+        for first in range(0, self.num_residuals, _CHUNK):
+            rows = J[first : first + _CHUNK]
+            units = torch.zeros(len(rows), self.num_residuals, dtype=self.dtype, device=self.device)
+            units.diagonal(first).fill_(1)
+            rows.copy_(self.vjp(units))
+        return J
 
-    def _memory(self, given: torch.Tensor, sizes: list[int], role: int) -> list[torch.Tensor]:
+    def _memory(self, given: torch.Tensor, role: int, clear: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Every buffer as (K, size): windows on what is given, on the result, which is zero, and on one arena.
+
+        clear: the arena is zero, too.
+        """
         batch = given if given.dim() == 2 else given.unsqueeze(0)
-        parts = iter(batch.split(sizes, dim=1))
-        return [
-            next(parts).contiguous() if r == role else batch.new_zeros(len(batch), size)
-            for r, size in self._program.buffers
-        ]
-
-    def _gather(self, buffers, role: int, given: torch.Tensor) -> torch.Tensor:
-        parts = [b for b, (r, _) in zip(buffers, self._program.buffers, strict=True) if r == role]
-        result = torch.cat(parts, dim=1)
-        return result if given.dim() == 2 else result[0]
+        sizes = {r: self._program.sizes(r) for r in (0, 1, 2)}
+        result = batch.new_zeros(len(batch), sum(sizes[1 - role]))
+        arena = (batch.new_zeros if clear else batch.new_empty)(len(batch), self.arena_size)
+        parts = {r: iter(x.split(sizes[r], dim=1)) for r, x in ((role, batch), (1 - role, result), (2, arena))}
+        buffers = [next(parts[r]) for r, _ in self._program.buffers]
+        return buffers, result if given.dim() == 2 else result[0]
 
     def _run(self, op, source, source_offset, target, target_offset, *, adjoint: bool) -> None:
-        constant = None if op.constant < 0 else self._constants[op.constant]
-        if op.kind == 1:
-            b, m, n, k, *strides = op.extents[0]
-            a, *outer = strides[9:]
-            ys, xs, cs = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
-            c = _constant(constant, (a, b, k, n), cs, op.c_offset)
-            if adjoint:
-                value = _window(source, (a, b, m, n), ys, source_offset) @ c.mT
-                _accumulate(target, (a, b, m, k), xs, target_offset, op.alpha * value)
-            else:
-                value = _window(source, (a, b, m, k), xs, source_offset) @ c
-                _accumulate(target, (a, b, m, n), ys, target_offset, op.alpha * value)
-            return
-        if op.kind == 2:
-            rows, width, y_row, x_row, count = op.extents[0]
-            xs, ys = (count, width, (x_row, 1)), (rows, width, (y_row, 1))
-            if adjoint:
-                value = _window(source, ys[:2], ys[2], source_offset)
-                _add_rows(_window(target, xs[:2], xs[2], target_offset), constant, op.alpha * value)
-            else:
-                value = _take_rows(_window(source, xs[:2], xs[2], source_offset), constant)
-                _accumulate(target, ys[:2], ys[2], target_offset, op.alpha * value)
-            return
-        if op.kind == 3:
-            shape, ys, xs, *strides, numbers, offsets = op.extents
-            a, *terms = (
-                None if number < 0 else _constant(self._constants[number], shape, s, offset)
-                for number, s, offset in zip(numbers, strides, offsets, strict=True)
-            )
-            pairs = list(zip(terms[::2], terms[1::2], strict=True))
-            if adjoint:
-                z = _times(_window(source, shape, ys, source_offset), a)
-                value = z - op.alpha * sum(_times(_times(z, left).sum(-1, keepdim=True), right) for left, right in pairs)
-                _accumulate(target, shape, xs, target_offset, value)
-            else:
-                x = _window(source, shape, xs, source_offset)
-                value = x - op.alpha * sum(_times(_times(x, right).sum(-1, keepdim=True), left) for left, right in pairs)
-                _accumulate(target, shape, ys, target_offset, _times(value, a))
-            return
+        """Add an instruction's image of the source buffer to the target buffer; adjoint: from y to x."""
+        run = (self._muladd, self._matmul, self._gather, self._project)[op.kind]
+        run(op, source, source_offset, target, target_offset, adjoint)
+
+    def _muladd(self, op, source, source_offset, target, target_offset, adjoint):
+        constant = self.constant_of(op)
         shape, ys, xs, cs = op.extents
         ss, ts = (ys, xs) if adjoint else (xs, ys)
         value = op.alpha * _window(source, shape, ss, source_offset)
@@ -137,6 +118,50 @@ class Kernels:
         elif constant is not None:
             value = value * constant
         _accumulate(target, shape, ts, target_offset, value)
+
+    def _matmul(self, op, source, source_offset, target, target_offset, adjoint, overwrite=False):
+        b, m, n, k, *strides = op.extents[0]
+        a, *outer = strides[9:]
+        ys, xs, cs = ((o, *strides[3 * j : 3 * j + 3]) for j, o in enumerate(outer))
+        c = _constant(self.constant_of(op), (a, b, k, n), cs, op.c_offset)
+        c, ss, ts, inner, width = (c.mT, ys, xs, n, k) if adjoint else (c, xs, ys, k, n)
+        x = _window(source, (a, b, m, inner), ss, source_offset)
+        if a == b == len(source) == 1 and not _sums((m, width), ts[2:]):
+            _window(target, (m, width), ts[2:], target_offset)[0].addmm_(
+                x[0, 0, 0], c[0, 0], alpha=op.alpha, beta=0 if overwrite else 1
+            )
+            return
+        if overwrite:   # what stands there may be anything
+            target.zero_()
+        value = x @ c
+        _accumulate(target, (a, b, m, width), ts, target_offset, value if op.alpha == 1 else op.alpha * value)
+
+    def _gather(self, op, source, source_offset, target, target_offset, adjoint):
+        positions = self.constant_of(op)
+        rows, width, y_row, x_row, count = op.extents[0]
+        xs, ys = (count, width, (x_row, 1)), (rows, width, (y_row, 1))
+        if adjoint:
+            value = _window(source, ys[:2], ys[2], source_offset)
+            _add_rows(_window(target, xs[:2], xs[2], target_offset), positions, op.alpha * value)
+        else:
+            value = _take_rows(_window(source, xs[:2], xs[2], source_offset), positions)
+            _accumulate(target, ys[:2], ys[2], target_offset, op.alpha * value)
+
+    def _project(self, op, source, source_offset, target, target_offset, adjoint):
+        shape, ys, xs, *strides, numbers, offsets = op.extents
+        a, *terms = (
+            None if number < 0 else _constant(self._constants[number], shape, s, offset)
+            for number, s, offset in zip(numbers, strides, offsets, strict=True)
+        )
+        pairs = list(zip(terms[::2], terms[1::2], strict=True))
+        if adjoint:
+            z = _times(_window(source, shape, ys, source_offset), a)
+            value = z - op.alpha * sum(_times(_times(z, left).sum(-1, keepdim=True), right) for left, right in pairs)
+            _accumulate(target, shape, xs, target_offset, value)
+        else:
+            x = _window(source, shape, xs, source_offset)
+            value = x - op.alpha * sum(_times(_times(x, right).sum(-1, keepdim=True), left) for left, right in pairs)
+            _accumulate(target, shape, ys, target_offset, _times(value, a))
 
 
 def _window(buffer: torch.Tensor, shape, strides, offset: int) -> torch.Tensor:
@@ -174,6 +199,11 @@ def _add_rows(x: torch.Tensor, positions: torch.Tensor, value: torch.Tensor) -> 
         x.index_add_(1, positions, value)
     else:   # index_add_ adds atomically there, in any order; this sorts
         x.transpose(0, 1).index_put_((positions,), value.transpose(0, 1), accumulate=True)
+
+
+def _sums(shape, strides) -> bool:
+    """Say whether several indices write to one element."""
+    return any(s == 0 and n != 1 for n, s in zip(shape, strides, strict=True))
 
 
 def _accumulate(buffer: torch.Tensor, shape, strides, offset: int, value: torch.Tensor) -> None:

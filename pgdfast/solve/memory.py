@@ -9,7 +9,6 @@ from .options import CG, Nystrom
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 
 _PASS, _ONE_ARENA = 64 << 20, 64 << 20   # bytes: kPassBytes of csrc/cpu/gram.cpp, kOneArenaBytes of csrc/cpu/solve.h
-_CHUNK = 64   # Jacobian rows per batched sweep in PyTorch (kernels/torch_kernels.py)
 
 
 def memory_limit() -> float:
@@ -33,8 +32,8 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[s
     arena = width * operator.arena_size
     local = rows is not None and operator.fused
     jacobian = width * M * P * (1 if operator.fused else 2)   # PyTorch joins batches of rows
-    # Sweeps for J or the Gram matrix: an arena per section, or batches of rows, or rows one by one.
-    sweeps = arena * (rows.max_sections if local else 1 if operator.fused else _CHUNK)
+    # Sweeps for J or the Gram matrix: an arena per section, or batches of rows (kernels/torch_kernels.py), or rows one by one.
+    sweeps = arena * (rows.max_sections if local else getattr(operator, "chunk", 1))
     sweeps += 0 if local and arena > _ONE_ARENA else arena
     vectors = 8 * width * (M + P)
     if local and problem.scale is None:
@@ -49,7 +48,7 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[s
     least = min(M, P)
     rows_of_eigh = 0 if M <= P and local and problem.scale is None else M * P * (8 if small else width)
     # CG: b, delta, d, residual, p, A p, u, and the copies of the last check.
-    krylov = arena + width * (2 * M + (7 if operator.fused else 15) * P)   # PyTorch: and the results of its operations
+    krylov = arena + width * (2 * M + (7 if hasattr(operator, "cg") else 15) * P)   # PyTorch: and the results of its operations
     cg = krylov
     if problem.scale is not None or options.preconditioner is not None:
         cg += width * P
