@@ -11,7 +11,7 @@ from .kernels import backends
 from .linear import Linearization, linearize
 from .lm import LM
 from .report import Report
-from .solve import CG, Nystrom, Solution, solve
+from .solve import CG, Nystrom, Solution, Solutions, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
 from .switches import Alignment, KernelDrift, Plateau
 
@@ -19,7 +19,7 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau", "Report", "Solution",
+    "CG", "LM", "Alignment", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau", "Report", "Solution", "Solutions",
     "Spectrum", "SpectrumHistory", "backends", "build_info", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum",
     "pde", "reference", "solve",
 ]

@@ -90,6 +90,7 @@ class Kernels:
 
     name = "native"
     fused = True
+    batches = False
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -204,6 +205,17 @@ class Kernels:
             options.progress, step,
         )
         return (step, STATUS[status], *rest), kept
+
+    def multishift(self, r, q, mus, scale, penalty, options):
+        """CG for all of the ascending mus from one Krylov space: steps (K, P), and per mu the rest of what `dual` returns.
+
+        "stagnated" is a step whose true residual missed what its recurrence claimed.
+        """
+        steps = self._new(len(mus), self.num_parameters)
+        found = self._plan.multishift(
+            r, q, mus, scale, penalty, options.max_iterations, options.tolerance, options.absolute, steps
+        )
+        return steps, [(STATUS[status], *rest) for status, *rest in found]
 
     def lsmr(self, r, d, root, damp, q, max_iterations, tolerance):
         """A whole LSMR solve in one call; the same result as `dual`."""

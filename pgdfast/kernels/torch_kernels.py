@@ -26,6 +26,7 @@ class Kernels:
 
     name = "torch"
     fused = False
+    batches = True   # products with (K, P) and (K, M)
 
     def __init__(self, program, dtype: torch.dtype):
         self._program, self.dtype = program, dtype

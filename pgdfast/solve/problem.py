@@ -31,6 +31,11 @@ class Found(NamedTuple):
     path: tuple = ()
     again: Callable | None = None
 
+    @classmethod
+    def failed(cls, lin) -> Found:
+        """No step: the matrix is not positive definite, or not finite."""
+        return cls(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
+
 
 @dataclass(slots=True)
 class Problem:
