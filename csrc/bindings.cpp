@@ -123,6 +123,12 @@ class Plan {
     const Running running;
     solver_.adjoint_product(from, to);
   }
+  void vjps(py::handle U, index K, py::handle V) {
+    const T* from = pointer<T>(U, K * M(), "U");
+    T* to = pointer<T>(V, K * P(), "V");
+    const Running running;
+    solver_.adjoint_products(from, K, to);
+  }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");
     const Running running;
@@ -448,6 +454,7 @@ void bind_plan(py::module_& m, const char* name) {
       .def("clear_rows", &P::clear_rows)
       .def("jvp", &P::jvp)
       .def("vjp", &P::vjp)
+      .def("vjps", &P::vjps)
       .def("dense", &P::dense)
       .def("gram", &P::gram)
       .def("diagonal", &P::diagonal)

@@ -48,7 +48,7 @@ struct Solver {
   std::vector<T> weights_used, diagonal;
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
-  std::vector<T> J, arena, scratch_u, rhs;
+  std::vector<T> J, arena, arenas, scratch_u, rhs;
   std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, cg_safe, small, shift_p, shift_r;
 
   Solver() = default;
@@ -59,12 +59,14 @@ struct Solver {
   // To be called whenever constants change: what is held belongs to the old ones.
   void invalidate() {
     held = Held::nothing;
-    explicit_J = false;
+    explicit_J = units_kept = false;
   }
 
   // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
   void product(const T* v, T* u);
   void adjoint_product(const T* u, T* v);
+  // J^T u for K of them, U (K, M) and V (K, P), in parallel; from the unit sweeps that a Gram matrix has left, where they serve.
+  void adjoint_products(const T* U, index K, T* V);
 
   // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null.
   Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);

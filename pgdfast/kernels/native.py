@@ -142,7 +142,11 @@ class Kernels:
         return u
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
-        """J^T u, (P,)."""
+        """J^T u, (P,); of u (K, M): (K, P), in parallel."""
+        if u.dim() == 2:
+            v = self._new(len(u), self.num_parameters)
+            self._plan.vjps(u.contiguous(), len(u), v)
+            return v
         v = self._new(self.num_parameters)
         self._plan.vjp(u, v)
         return v

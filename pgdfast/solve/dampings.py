@@ -73,11 +73,11 @@ def _solve_all(problem: Problem, mus, solver, options: CG, rcond, wide, keep, ti
         name, reason = choice.choose(problem, solver, options, wide)
         if name != solver:   # mu = 0 needs the pseudo-inverse; the others what was asked for
             first = [choice.solution(name, reason, problem, *choice.run(name, problem, options, rcond, wide, keep, time))]
-            mus, problem = mus[1:], replace(problem, mu=mus[1])
+            mus, problem = mus[1:], problem.at(mus[1])
     name, reason = choice.choose(problem, solver, options, wide, len(mus))
     if name == "eigh":
         small = problem.linearization.dtype == torch.float32 and _order(problem) <= WIDE_FACTOR
-        found = eigh(problem.widened() if small else problem, mus, rcond)
+        found = eigh(problem.widened() if small else problem, mus, rcond, problem.linearization.dtype)
         return first + _solutions(name, reason, problem, mus, [(f, False, {}) for f in found])
     if name == "cg" and options.shifts and len(mus) > 1:
         found = multishift(problem.widened() if choice.too_narrow(problem.linearization, options) else problem, mus, options)
@@ -92,7 +92,7 @@ def _order(problem: Problem) -> int:
 
 
 def _solutions(name, reason, problem, mus, found) -> list[Solution]:
-    return [choice.solution(name, reason, replace(problem, mu=mu), *f) for mu, f in zip(mus, found, strict=True)]
+    return [choice.solution(name, reason, problem.at(mu), *f) for mu, f in zip(mus, found, strict=True)]
 
 
 def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -> list[Solution]:
@@ -105,7 +105,7 @@ def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -
         reason += f"; one after another, {'each from the last one, ' if warm or start else ''}since {cause}"
     held, solutions = [None], {}
     for mu in reversed(mus) if iterative else mus:
-        one = replace(problem, mu=mu)
+        one = problem.at(mu)
         was_wide = wide
         found, wide, keep = choice.run(name, one, options, rcond, wide, keep, time)
         if not iterative:

@@ -35,7 +35,7 @@ def multishift(problem: Problem, mus: list[float], options: CG) -> list[Found]:
     scale = None if problem.scale is None else problem.scale.to(lin.dtype).contiguous()
     steps, rest = run(problem.r, problem.q, mus, scale, problem.penalty, options)
     found = [Found(step, *one) for step, one in zip(steps, rest, strict=True)]
-    return [_finished(replace(problem, mu=mu), one, options) for mu, one in zip(mus, found, strict=True)]
+    return [_finished(problem.at(mu), one, options) for mu, one in zip(mus, found, strict=True)]
 
 
 def _finished(problem: Problem, found: Found, options: CG) -> Found:
@@ -44,8 +44,11 @@ def _finished(problem: Problem, found: Found, options: CG) -> Found:
     if found.status in ("stagnated", "breakdown") and left > 0:
         more, _ = cg(problem, replace(options, max_iterations=left, warm_start=True), {"start": found.step})
         found = more._replace(iterations=found.iterations + more.iterations)
-    alone = replace(options, warm_start=False)
-    return found._replace(again=lambda u: cg(replace(problem, r=u, q=None), alone)[0].step)
+
+    def again(u):
+        return cg(replace(problem, r=u, q=None), replace(options, warm_start=False))[0].step
+
+    return found._replace(again=again)
 
 
 def _of(lin):

@@ -66,6 +66,10 @@ class Problem:
             q = q if penalty is None else q - penalty * prior
         return cls(linearization, mu, scale, penalty, r, q, prior)
 
+    def at(self, mu: float) -> Problem:
+        """The same at another damping."""
+        return Problem(self.linearization, mu, self.scale, self.penalty, self.r, self.q, self.prior)
+
     def widened(self) -> Problem:
         """The same problem in float64 (see Linearization.widened)."""
         wide = self.linearization.widened()

@@ -147,7 +147,12 @@ class Solutions:
     def step(self) -> torch.Tensor:
         """The steps, (K, P)."""
         if self._step is None:
-            self._step = torch.stack([s.step for s in self.solutions])
+            rows = [s.step for s in self.solutions]
+            base = rows[0]._base   # the solver's own matrix, where these are its rows in turn
+            whole = base is not None and base.shape == (len(rows), len(rows[0])) and base.is_contiguous() and all(
+                row._base is base and row.storage_offset() == k * len(row) for k, row in enumerate(rows)
+            )
+            self._step = base if whole else torch.stack(rows)
         return self._step
 
     @property

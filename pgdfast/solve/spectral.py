@@ -7,13 +7,13 @@ import torch
 from .problem import Found, Problem
 
 
-def eigh(problem: Problem, mus: list[float], rcond: float) -> list[Found]:
+def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | None = None) -> list[Found]:
     """The step of each mu by an eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
 
     mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; for a
     float32 model the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
-    variables D^1/2 delta. Penalties join J as rows. Of `problem` all but its mu counts. Cost: the matrix, some 9 n^3 for its
-    eigenvectors, and for each mu 2 n^2 and one VJP.
+    variables D^1/2 delta. Penalties join J as rows. Of `problem` all but its mu counts. dtype: of the steps, the problem's own
+    unless given. Cost: the matrix, some 9 n^3 for its eigenvectors, and for each mu 2 n^2 and one VJP.
     """
     lin, scale, r, J = problem.linearization, problem.scale, problem.r, None
     if problem.penalty is None and scale is None and lin.num_residuals <= lin.num_parameters:
@@ -49,7 +49,13 @@ def eigh(problem: Problem, mus: list[float], rcond: float) -> list[Found]:
     if dual and mus[0] == 0 and not lin.has_squares_only:
         # GGN residuals grow without bound at confident samples; J J^T r does not.
         coordinates[0] = weights[0].square() * ((K @ r.double()) @ vectors)
-    steps, g = parameters(coordinates), problem.gradient().double()
+    steps = parameters(coordinates)
+    if J is None and lin.has_squares_only:   # ||J^T V c||^2 and r . J J^T V c, where no residual is huge
+        squares, gains = coordinates.square() @ values, coordinates @ (values * along(r))
+    else:
+        g, wide = problem.gradient().double(), steps.double()
+        squares, gains = wide.square().sum(1), wide @ g
+    steps = steps if dtype is None else steps.to(dtype)
 
     def again(weights):
         def solve(u):
@@ -58,17 +64,14 @@ def eigh(problem: Problem, mus: list[float], rcond: float) -> list[Found]:
 
         return solve
 
-    found = []
-    for step, row in zip(steps, weights, strict=True):
-        wide = step.double()
-        gain, square = float(torch.dot(g, wide)), float(torch.dot(wide, wide))
-        found.append(Found(step, "solved", gain=gain, square=square, again=again(row)))
-    return found
+    rows = zip(steps, gains.tolist(), squares.tolist(), weights, strict=True)
+    return [Found(step, "solved", gain=gain, square=square, again=again(weight)) for step, gain, square, weight in rows]
 
 
 def _pulled(lin, Y: torch.Tensor) -> torch.Tensor:
     """The rows of Y through J^T, (K, P)."""
-    return lin.operator.vjp(Y) if lin.operator.batches else torch.stack([lin.vjp(y) for y in Y])
+    operator = lin.operator
+    return operator.vjp(Y) if operator.fused or operator.batches else torch.stack([operator.vjp(y) for y in Y])
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,9 @@ def test_limits_of_cg(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("extra", [{"preconditioner": "jacobi"}, {"preconditioner": "nystrom"}, {"truncate": True}, {"progress": 1e-9}])
+@pytest.mark.parametrize("extra",
+    [{"preconditioner": "jacobi"}, {"preconditioner": "nystrom"}, {"truncate": True}, {"progress": 1e-9}],
+)
 def test_what_shifts_do_not_share_is_solved_in_turn(extra, backend):
     params, closure = problem("residuals", 60)
     lin = pgdfast.linearize(closure, params, backend=backend)
