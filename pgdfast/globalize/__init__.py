@@ -1,16 +1,17 @@
 """From a step of the model to a step that is kept: damping rules, second-order corrections, line search, bit-exact undo."""
 
 from .acceleration import ACCELERATIONS, Chord, Geodesic, acceleration
-from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, damping_rule
+from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, Sweep, damping_rule
 from .draws import Generators
 from .line_search import Armijo, line_search
 from .model import curvature, predictions
 from .momentum import Momentum, checked_constraint
 from .move import Move
+from .sweep import best
 from .trial import Trials, trial_loss
 
 __all__ = [
     "ACCELERATIONS", "LARGEST", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Generators", "Geodesic",
-    "Momentum", "Move", "Trials", "acceleration", "checked_constraint", "curvature", "damping_rule", "line_search",
-    "predictions", "trial_loss",
+    "Momentum", "Move", "Sweep", "Trials", "acceleration", "best", "checked_constraint", "curvature", "damping_rule",
+    "line_search", "predictions", "trial_loss",
 ]
