@@ -51,14 +51,15 @@ class LM(torch.optim.Optimizer):
 
     params: tensors or parameter groups; groups may have their own lr and weight_decay. lr: step length. damping: mu, a
     number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
-    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed" (both never uphill),
-    "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). acceleration: None, "geodesic", "chord" or an
-    object (pgdfast.globalize.acceleration): corrections of second order, for losses that are sums of squares. scaling:
-    "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto",
-    "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend:
-    "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for
-    batches that change from step to step: + mu D beta delta_last on the right; two more products with J a solve.
-    norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of acceleration included.
+    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed", "sweep" (several mu a step,
+    the best taken; all three never uphill), "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping).
+    acceleration: None, "geodesic", "chord" or an object (pgdfast.globalize.acceleration): corrections of second order, for
+    losses that are sums of squares. scaling: "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay:
+    decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object.
+    cg: options of CG and LSMR. backend: "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside.
+    momentum: beta of SPRING, for batches that change from step to step: + mu D beta delta_last on the right; two more products
+    with J a solve. norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of acceleration
+    included.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.

@@ -2,8 +2,8 @@
 
 A rule is any object with `tries` (may it reject a step?), `accepted(mu, rho)`, `rejected(mu, rho, curvature)`,
 `invalid(mu, curvature)` and `exhausted(mu)`, each returning the next mu, and `state_dict()` / `load_state_dict()`.
-A rule with `dampings(mu)`, a list, has all of those solved for and the best tried, whose mu the verbs are then given.
-`curvature` is the model's curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0.
+`curvature` is the model's curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0. A rule that
+also has `dampings(mu)`, a list, has all of those tried; the others are then given the mu of the best.
 """
 
 from __future__ import annotations
