@@ -18,6 +18,7 @@ namespace {
 
 constexpr index kPanel = 32;      // residuals kept between two updates of all x_k and p_k
 constexpr index kProbes = 2;      // random combinations of all true residuals that are computed at the end
+static_assert(kPanel > 2 * kProbes, "the panel's memory serves the probes and one residual at the end");
 constexpr double kEarly = 0.6;    // of the tolerance: where a shift claims to have arrived, so that rounding has room
 constexpr double kDrift = 1.1;    // true over recurrence's residual beyond which the recurrence is given up
 
