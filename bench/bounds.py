@@ -120,6 +120,11 @@ def pde_bounds(section):
             _at_most(section, LM.name, [NESTED_STEP], 0.6)]
 
 
+def dampings_bounds(section):
+    """What must hold of many dampings from one linearisation."""
+    return [_at_most(section, "16 dampings", ["the smallest damping"], 1.5)]
+
+
 def _exponent(sweep, what, limit):
     def value(slopes):
         if what not in slopes:

@@ -29,7 +29,7 @@ from pgdfast.tasks.models import relu_mlp, tanh_mlp
 VARIANTS = {
     f"{rule}{' + ' + acceleration if acceleration else ''}": {"damping_rule": rule, "acceleration": acceleration}
     for rule in ("gain-ratio", "delayed") for acceleration in (None, "geodesic", "chord")
-}
+} | {"sweep": {"damping_rule": "sweep", "acceleration": None}}
 BASE = "gain-ratio"
 LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -203,7 +203,7 @@ def markdown(table, counts):
 
 def draw(path, results):
     """Loss against seconds, a panel a task, the first seed."""
-    colors = dict(zip(VARIANTS, ("#111111", "#E69F00", "#0072B2", "#999999", "#CC79A7", "#D55E00"), strict=True))
+    colors = dict(zip(VARIANTS, ("#111111", "#E69F00", "#0072B2", "#999999", "#CC79A7", "#D55E00", "#009E73"), strict=True))
     figure, axes, place = plotting.panels("Loss against seconds of one thread, seed 0", len(results), columns=3)
     for panel, (name, seeds) in zip(axes, results.items(), strict=True):
         for variant, found in seeds[0].items():

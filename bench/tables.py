@@ -40,6 +40,7 @@ class Measured:
 
     timings: by row. missing: why a row is not there. errors: (relative error, allowed) of the rows that were checked.
     products: rows whose time stands against J^T J v instead of the LM step. facts: size and settings.
+    ours: the row in the LM step's place where there is none.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Measured:
     errors: dict = field(default_factory=dict)
     products: tuple = ()
     facts: dict = field(default_factory=dict)
+    ours: str = LM.name
 
     def timing(self, row):
         if row not in self.timings:
@@ -60,7 +62,7 @@ class Measured:
 
     def over_ours(self, row):
         """Ratio to our J^T J v for products, to the LM step for all else."""
-        return Ratio.of(self.timing(row), self.timing(GGN if row in self.products else LM.name))
+        return Ratio.of(self.timing(row), self.timing(GGN if row in self.products else self.ours))
 
     def lines(self):
         """The figures as a table."""

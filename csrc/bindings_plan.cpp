@@ -140,6 +140,12 @@ class Plan {
     const Running running;
     solver_.adjoint_product(from, to);
   }
+  void vjps(py::handle U, index K, py::handle V) {
+    const T* from = pointer<T>(U, K * M(), "U");
+    T* to = pointer<T>(V, K * P(), "V");
+    const Running running;
+    solver_.adjoint_products(from, K, to);
+  }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");
     const Running running;
@@ -208,6 +214,24 @@ class Plan {
       if (kept[slot].iteration > 0)
         path_kept.append(py::make_tuple(slot, kept[slot].iteration, kept[slot].gain, kept[slot].square, kept[slot].slack));
     return py::make_tuple(found, path_kept);
+  }
+  // scale, penalty: (P,) or None; steps: (K, P) for K ascending mu. One result per mu.
+  std::vector<py::tuple> multishift(py::handle r, py::handle q, const std::vector<double>& mu, py::handle scale,
+                                    py::handle penalty, int max_iterations, double tolerance, double absolute, py::handle steps) {
+    const T* r_ = pointer<T>(r, M(), "r");
+    const T* q_ = optional_pointer<T>(q, P(), "q");
+    const T* scale_ = optional_pointer<T>(scale, P(), "scale");
+    const T* penalty_ = optional_pointer<T>(penalty, P(), "penalty");
+    T* steps_ = pointer<T>(steps, index(mu.size()) * P(), "steps");
+    std::vector<Outcome> outcomes;
+    {
+      const Running running;
+      outcomes = solver_.multishift(r_, q_, mu.data(), index(mu.size()), scale_, penalty_, max_iterations, tolerance, absolute,
+                                    steps_);
+    }
+    std::vector<py::tuple> found;
+    for (const Outcome& outcome : outcomes) found.push_back(tuple_of(outcome));
+    return found;
   }
   py::tuple lsmr(py::handle r, py::handle d, py::handle root, double damp, py::handle q, int max_iterations, double tolerance,
                  py::handle delta) {
@@ -284,8 +308,10 @@ class Plan {
       const Running running;
       outcome = run();
     }
-    return py::make_tuple(int(outcome.status), outcome.iterations, outcome.residual_norm, outcome.gain, outcome.square,
-                          outcome.trace, outcome.slack);
+    return tuple_of(outcome);
+  }
+  static py::tuple tuple_of(const Outcome& o) {
+    return py::make_tuple(int(o.status), o.iterations, o.residual_norm, o.gain, o.square, o.trace, o.slack);
   }
   // One member's (mu scale + c + J^T J) delta = J^T r + q.
   struct System {
@@ -403,6 +429,7 @@ void bind_plan(py::module_& m, const char* name) {
       .def("clear_rows", &P::clear_rows)
       .def("jvp", &P::jvp)
       .def("vjp", &P::vjp)
+      .def("vjps", &P::vjps)
       .def("dense", &P::dense)
       .def("gram", &P::gram)
       .def("diagonal", &P::diagonal)
@@ -411,6 +438,7 @@ void bind_plan(py::module_& m, const char* name) {
       .def("correct", &P::correct)
       .def("dual_vector", &P::dual_vector)
       .def("cg", &P::cg)
+      .def("multishift", &P::multishift)
       .def("lsmr", &P::lsmr)
       .def_property_readonly("num_residuals", &P::M)
       .def_property_readonly("num_parameters", &P::P)

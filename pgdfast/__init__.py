@@ -12,7 +12,7 @@ from .kernels import backends
 from .linear import Linearization, linearize
 from .lm import LM
 from .report import EnsembleReport, Report
-from .solve import CG, Nystrom, Solution, solve
+from .solve import CG, Nystrom, Solution, Solutions, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
 from .switches import Alignment, KernelDrift, Plateau
 
@@ -21,6 +21,6 @@ check_build()
 __version__ = "0.1.0"
 __all__ = [
     "CG", "LM", "Alignment", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau",
-    "Report", "Solution", "Spectrum", "SpectrumHistory", "backends", "build_info", "functional_ensemble", "kernel_alignment",
-    "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
+    "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info", "functional_ensemble",
+    "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

@@ -9,7 +9,7 @@ import torch
 
 from . import kernels, reference
 from .linear import Linearizer
-from .solve import CG, Solution, solve
+from .solve import CG, Solution, Solutions, solve
 
 
 class Fast:
@@ -30,8 +30,8 @@ class Fast:
             self._linearizer = current = Linearizer(params, self._name)
         return current(closure)
 
-    def solve(self, linearization, damping, **options) -> Solution:
-        """One damped solve, with the options of pgdfast.solve."""
+    def solve(self, linearization, damping, **options) -> Solution | Solutions:
+        """A solve for one damping or many, with the options of pgdfast.solve."""
         return solve(linearization, damping, **options)
 
 
@@ -42,8 +42,11 @@ class Reference:
         """An explicit Jacobian."""
         return _ReferenceLinearization(reference.linearize(closure, params), params)
 
-    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, prior=None, **_) -> Solution:
+    def solve(self, linearization, damping, *, scale, solver, cg: CG, rcond, prior=None, **_) -> Solution | Solutions:
         """The reference's solution in the fast path's terms; always float64, and nothing kept between steps."""
+        if not isinstance(damping, (int, float)):
+            options = dict(scale=scale, solver=solver, cg=cg, rcond=rcond, prior=prior)
+            return Solutions(tuple(damping), tuple([self.solve(linearization, mu, **options) for mu in damping]))
         lin = linearization.reference
         options = dict(
             scale=None if scale is None else scale.double(), solver=solver, cg_max_iterations=cg.max_iterations,

@@ -23,6 +23,11 @@ _NO_SQUARES = (
     "changed. Use acceleration=None for it."
 )
 
+_SWEEPS_ALONE = (
+    "pgdfast.LM: damping_rule 'sweep' compares plain steps of several dampings, and a line_search or acceleration would shape "
+    "the winner only; use line_search=None and acceleration=None with it, or another rule."
+)
+
 
 def _hooked(step):
     """Step with torch.optim's hooks and profiler label, at their cost only where there are any.
@@ -49,17 +54,17 @@ class LM(torch.optim.Optimizer):
 
     params: tensors or parameter groups; groups may have their own lr and weight_decay. lr: step length. damping: mu, a
     number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
-    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed" (both never uphill),
-    "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping). acceleration: None, "geodesic", "chord" or an
-    object (pgdfast.globalize.acceleration): corrections of second order, for losses that are sums of squares. scaling:
-    "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay: decoupled, as in AdamW. solver: "auto",
-    "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object. cg: options of CG and LSMR. backend:
-    "auto", "native", "torch" or "reference"; PGDFAST_BACKEND does the same from outside. momentum: beta of SPRING, for
-    batches that change from step to step: + mu D beta delta_last on the right; two more products with J a solve.
-    norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of acceleration included.
-    ensemble: B networks of one shape trained at once, each as it would be alone: every parameter has the members on its first
-    dimension, the closure returns B losses, (B,), or residuals, (B, ...), `step` returns (B,), `report[b]` is member b's, and
-    lr and damping may be B numbers. See pgdfast.functional_ensemble.
+    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed", "sweep" (several mu a step,
+    the best taken; all three never uphill), "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping).
+    acceleration: None, "geodesic", "chord" or an object (pgdfast.globalize.acceleration): corrections of second order, for
+    losses that are sums of squares. scaling: "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay:
+    decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object.
+    cg: options of CG and LSMR. backend: "auto", "native", "triton", "torch" or "reference"; PGDFAST_BACKEND does the same from
+    outside. momentum: beta of SPRING, for batches that change from step to step: + mu D beta delta_last on the right; two more
+    products with J a solve. norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of
+    acceleration included. ensemble: B networks of one shape trained at once, each as it would be alone: every parameter has
+    the members on its first dimension, the closure returns B losses, (B,), or residuals, (B, ...), `step` returns (B,),
+    `report[b]` is member b's, and lr and damping may be B numbers. See pgdfast.functional_ensemble.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
@@ -78,6 +83,9 @@ class LM(torch.optim.Optimizer):
         self._search, self._acceleration = globalize.line_search(line_search), globalize.acceleration(acceleration)
         if self._search is not None and self._acceleration is not None:
             raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
+        self._sweeps = hasattr(self._rule, "dampings")
+        if self._sweeps and (self._search is not None or self._acceleration is not None):
+            raise ValueError(_SWEEPS_ALONE)
         self._momentum, self._constraint = globalize.Momentum(momentum), globalize.checked_constraint(norm_constraint)
         if momentum and cg is not None and cg.truncate:
             raise ValueError(
@@ -85,8 +93,8 @@ class LM(torch.optim.Optimizer):
                 "starts elsewhere; use truncate=False or momentum=0."
             )
         self._lockstep = None if ensemble is None else Lockstep(
-            _alone(ensemble, acceleration, momentum, norm_constraint, cg, self._search, backend), self._rule, self._search,
-            requested(backend),
+            _alone(ensemble, acceleration, momentum, norm_constraint, cg, self._sweeps, self._search, backend), self._rule,
+            self._search, requested(backend),
         )
         self._backend, self._generators = choose_backend(backend), globalize.Generators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -99,8 +107,8 @@ class LM(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
         own = (
-            "_rule", "_search", "_acceleration", "_momentum", "_constraint", "_backend", "_generators", "_damping", "_scaling",
-            "_solver", "_cg", "_rcond", "_lockstep", "report",
+            "_rule", "_search", "_acceleration", "_sweeps", "_momentum", "_constraint", "_backend", "_generators", "_damping",
+            "_scaling", "_solver", "_cg", "_rcond", "_lockstep", "report",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
@@ -168,16 +176,16 @@ class LM(torch.optim.Optimizer):
         failures, promised, solution = 0, None, None
         try:
             for report.attempts in range(1, _ATTEMPTS + 1):
-                solution = self._shorter(solution, report) or self._solve(lin, mu, scale, prior, memory, report)
-                report.damping, report.momentum = mu, 0.0 if prior is None else self._momentum.beta
+                at, solution = self._shorter(mu, solution, report) or self._solve(trials, mu, scale, prior, memory, report)
+                report.damping, report.momentum = at, 0.0 if prior is None else self._momentum.beta
                 move.constrain(solution.step, self._constraint)
                 if not solution.usable:
                     failures += 1
                     report.status = "failed"
-                    mu = self._rule.invalid(mu, globalize.curvature(lin, solution))
+                    mu = self._rule.invalid(at, globalize.curvature(lin, solution))
                 elif self._try(trials, solution, report, mu == start and prior is None):
                     if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
-                        mu = self._rule.accepted(mu, report.gain_ratio)
+                        mu = self._rule.accepted(at, report.gain_ratio)
                     break
                 elif prior is not None:   # more damping would only lead to the prior: without it, to ever shorter steps
                     lin.parameters_unchanged()
@@ -187,7 +195,7 @@ class LM(torch.optim.Optimizer):
                 else:
                     lin.parameters_unchanged()
                     promised = report.predicted_reduction if promised is None else promised
-                    mu = self._rule.rejected(mu, report.gain_ratio, globalize.curvature(lin, solution))
+                    mu = self._rule.rejected(at, report.gain_ratio, globalize.curvature(lin, solution))
             else:
                 mu = self._rule.exhausted(start)
         except BaseException:
@@ -205,23 +213,30 @@ class LM(torch.optim.Optimizer):
         if stalled:
             report.status, report.advice = "stalled", stalled
 
-    def _solve(self, lin, mu, scale, prior, memory, report):
+    def _solve(self, trials, mu, scale, prior, memory, report):
+        """(mu, solution): for mu, or for the best of the dampings that the rule wants to be tried around it."""
         start = perf_counter()
-        solution = self._backend.solve(
-            lin, mu, scale=scale, solver=self._solver, cg=self._cg, rcond=self._rcond, wide=memory["wide"],
-            keep=memory["keep"], time=memory["step"], prior=prior,
+        solution = found = self._backend.solve(
+            trials.lin, self._rule.dampings(mu) if self._sweeps else mu, scale=scale, solver=self._solver, cg=self._cg,
+            rcond=self._rcond, wide=memory["wide"], keep=memory["keep"], time=memory["step"], prior=prior,
         )
+        solved = perf_counter()
+        report.seconds["solve"] += solved - start
+        if self._sweeps:
+            best = globalize.best(trials, found, self._constraint)
+            mu, solution = found.damping[best], found[best]
+            report.seconds["trial"] += perf_counter() - solved
         memory["wide"], memory["keep"] = solution.wide, solution.keep
-        report.seconds["solve"] += perf_counter() - start
         report.of(solution)
-        return solution
+        return mu, solution
 
-    def _shorter(self, rejected, report):
-        """An earlier iterate of the solve whose step was rejected, where one was kept: no new solve."""
+    def _shorter(self, mu, rejected, report):
+        """(mu, an earlier iterate of the solve whose step was rejected) where one was kept: no new solve."""
         solution = rejected.shortened() if rejected is not None and rejected.usable else None
-        if solution is not None:
-            report.of(solution)
-        return solution
+        if solution is None:
+            return None
+        report.of(solution)
+        return mu, solution
 
     def _try(self, trials, solution, report, first: bool) -> bool:
         """Take the step, or what a search along it finds; keep it if the loss falls or nobody asks, else undo it."""
@@ -336,11 +351,12 @@ def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, 
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
 
 
-def _alone(ensemble, acceleration, momentum, norm_constraint, cg, search, backend) -> int:
+def _alone(ensemble, acceleration, momentum, norm_constraint, cg, sweeps, search, backend) -> int:
     """The number of members, where no option is for one network alone; ValueError names one that is."""
     refused = {
         "acceleration": acceleration, "momentum": momentum, "norm_constraint": norm_constraint,
         "cg=pgdfast.CG(truncate=True)": cg is not None and cg.truncate,
+        "damping_rule='sweep'": sweeps,
         "a line search of one's own": search is not None and not isinstance(search, globalize.Armijo),
         "backend='reference'": requested(backend) == "reference",
     }

@@ -21,7 +21,7 @@ class Report:
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
     correction: length of the second-order correction over that of the step, with acceleration.
-    attempts: steps tried, by a solve at another damping or truncation; trials: losses evaluated after the first;
+    attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
     dropped because a trial with it did not descend. residuals, parameters: M and P. seconds: wall time of the phases
     linearize, solve, trial.

@@ -145,7 +145,7 @@ ACTIVATIONS = {
 }
 
 
-RULES = ("constant", "gain-ratio", "delayed")
+RULES = ("constant", "gain-ratio", "delayed", "sweep")
 
 
 def fit(dtype=torch.float64, seed=0):

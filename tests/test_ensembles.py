@@ -353,6 +353,7 @@ BAD = {
     "momentum": (dict(ensemble=B, momentum=0.9), "momentum does not work with ensemble=4"),
     "constraint": (dict(ensemble=B, norm_constraint=1.0), "norm_constraint does not work with ensemble=4"),
     "truncation": (dict(ensemble=B, cg=pgdfast.CG(truncate=True)), r"cg=pgdfast.CG\(truncate=True\) does not work"),
+    "sweep": (dict(ensemble=B, damping_rule="sweep"), "damping_rule='sweep' does not work with ensemble=4"),
     "reference": (dict(ensemble=B, backend="reference"), "backend='reference' does not work with ensemble=4"),
 }
 

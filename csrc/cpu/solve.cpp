@@ -7,6 +7,7 @@
 
 #include "../plan/blas.h"
 #include "normal.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace pgdfast {
@@ -185,6 +186,30 @@ void Solver<T>::adjoint_product(const T* u, T* v) {
 }
 
 template <class T>
+void Solver<T>::adjoint_products(const T* U, index K, T* V) {
+  const index M = structure.num_residuals, P = structure.num_parameters, size = std::max<index>(structure.arena_size, 1);
+  if (explicit_J) {
+    const BlasThreads threads(threads_for(2.0 * double(K) * double(M) * double(P)));
+    return gemm<T>(K, P, M, T(1), U, M, 1, J.data(), P, 1, T(0), V, P, 1);
+  }
+  // Large arenas are not multiplied: a large sweep has threads of its own.
+  const bool large = size * index(sizeof(T)) > kOneArenaBytes / 8;
+  const int threads = large ? 1 : int(std::min<index>(K, threads_for(0.5 * double(K) * structure.flops)));
+  if (!large) ensure(arenas, index(threads) * size);
+  each_item(threads, K, [&](index k, int thread) {
+    const T* u = U + k * M;
+    T* own = large ? arena_data() : arenas.data() + thread * size;
+    if (units_kept && layout.max_sections == 1) {
+      thread_local std::vector<T> ordered;
+      ensure(ordered, M);
+      for (index e = 0; e < M; ++e) ordered[std::size_t(layout.k_of[std::size_t(e)])] = u[e];
+      if (vjp_from_units(program, layout, work, ordered.data(), V + k * P, own)) return;
+    }
+    vjp(program, u, V + k * P, own);
+  });
+}
+
+template <class T>
 void Solver<T>::correct(const T* b, T* x) {
   if (held == Held::normal) {
     std::copy(b, b + order, x);
@@ -203,6 +228,7 @@ void Solver<T>::gram_matrix(T* K) {
   std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
   std::vector<T> ordered(std::size_t(M * ld));
   gram(program, layout, ones.data(), work, ordered.data());
+  units_kept = true;
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];

@@ -3,6 +3,8 @@
 // D is diagonal: `shift` times the inverse of one weight per parameter buffer (dual), or a full vector (CG, primal).
 #pragma once
 
+#include <vector>
+
 #include "cholesky.h"
 #include "gram.h"
 #include "krylov.h"
@@ -46,8 +48,8 @@ struct Solver {
   std::vector<T> weights_used, diagonal;
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
-  std::vector<T> J, arena, scratch_u, rhs;
-  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, cg_safe, small;
+  std::vector<T> J, arena, arenas, scratch_u, rhs;
+  std::vector<T> cg_r, cg_p, cg_Ap, cg_u, cg_z, cg_safe, small, shift_p, shift_r;
 
   Solver() = default;
   Solver(const Solver&) = delete;
@@ -57,12 +59,14 @@ struct Solver {
   // To be called whenever constants change: what is held belongs to the old ones.
   void invalidate() {
     held = Held::nothing;
-    explicit_J = false;
+    explicit_J = units_kept = false;
   }
 
   // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
   void product(const T* v, T* u);
   void adjoint_product(const T* u, T* v);
+  // J^T u for K of them, U (K, M) and V (K, P), in parallel; from the unit sweeps that a Gram matrix has left, where they serve.
+  void adjoint_products(const T* U, index K, T* V);
 
   // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null.
   Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);
@@ -73,6 +77,11 @@ struct Solver {
   // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path,
   // gets one entry per slot.
   Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
+  // The same for K ascending mu with d = mu_k D + c from one Krylov space, begun at zero; D (scale) and c (penalty) may be
+  // null; steps is K x P. A step is solved where its true residual is at most max(tolerance ||b||, absolute), else its status is
+  // max_iterations, breakdown, or stagnated where rounding has parted recurrence and truth. Keeps K directions and 34 residuals.
+  std::vector<Outcome> multishift(const T* r, const T* q, const double* mu, index K, const T* scale, const T* penalty,
+                                  int max_iterations, double tolerance, double absolute, T* steps);
   // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
   // W or null. Stops where its recurrence says ||A^T e|| <= tolerance ||A^T b||, e the residual, or where the backward errors
   // of Fong and Saunders (2011) are a hundredth of the rounding unit.

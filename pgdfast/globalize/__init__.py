@@ -1,7 +1,7 @@
 """From a step of the model to a step that is kept: damping rules, second-order corrections, line search, bit-exact undo."""
 
 from .acceleration import ACCELERATIONS, Chord, Geodesic, acceleration
-from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, damping_rule
+from .damping import LARGEST, RULES, Constant, Delayed, GainRatio, Sweep, damping_rule
 from .draws import Generators
 from .judge import judged
 from .line_search import Armijo, line_search
@@ -9,10 +9,11 @@ from .members import MembersMove
 from .model import curvature, predictions
 from .momentum import Momentum, checked_constraint
 from .move import Move
+from .sweep import best
 from .trial import Trials, run_trial, trial_loss
 
 __all__ = [
     "ACCELERATIONS", "LARGEST", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Generators", "Geodesic",
-    "MembersMove", "Momentum", "Move", "Trials", "acceleration", "checked_constraint", "curvature", "damping_rule", "judged",
-    "line_search", "predictions", "run_trial", "trial_loss",
+    "MembersMove", "Momentum", "Move", "Sweep", "Trials", "acceleration", "best", "checked_constraint", "curvature",
+    "damping_rule", "judged", "line_search", "predictions", "run_trial", "trial_loss",
 ]

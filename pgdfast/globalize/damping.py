@@ -2,7 +2,8 @@
 
 A rule is any object with `tries` (may it reject a step?), `accepted(mu, rho)`, `rejected(mu, rho, curvature)`,
 `invalid(mu, curvature)` and `exhausted(mu)`, each returning the next mu, and `state_dict()` / `load_state_dict()`.
-`curvature` is the model's curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0.
+`curvature` is the model's curvature along the step, g . delta / ||delta||^2: the scale of mu when mu itself is 0. A rule that
+also has `dampings(mu)`, a list, has all of those tried; the others are then given the mu of the best.
 """
 
 from __future__ import annotations
@@ -131,7 +132,51 @@ class Delayed:
         """Nothing to restore."""
 
 
-RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed}
+class Sweep:
+    """Several mu at every step, mu times each factor; the one with the least loss becomes the next step's mu.
+
+    factors: positive numbers; the solves share a linearisation, and where the closure runs under torch.func.vmap the trial
+    losses share one run. None better than the loss before: mu is raised until its least factor lies beyond all that were tried.
+    smallest: as for GainRatio. mu = 0 is tried alone. Greedy: the best next loss is not the best path (bench/NOTES.md).
+    """
+
+    tries = True
+
+    def __init__(self, factors=(0.1, 10**-0.5, 1.0, 10**0.5, 10.0), smallest: float = SMALLEST):
+        factors = tuple(factors)
+        if not factors or not all(isinstance(f, (int, float)) and 0 < f < LARGEST for f in factors):
+            raise ValueError(f"pgdfast.LM: Sweep's factors are {factors!r}; they must be positive numbers, at least one.")
+        self.factors, self.smallest = tuple(sorted(map(float, factors))), _checked(smallest)
+
+    def dampings(self, mu: float) -> list[float]:
+        """Those to try around mu, ascending, each once."""
+        return sorted({min(max(mu * f, self.smallest), LARGEST) for f in self.factors}) if mu > 0 else [0.0]
+
+    def accepted(self, mu: float, rho: float | None) -> float:
+        """The winner's mu."""
+        return mu
+
+    def rejected(self, mu: float, rho: float, curvature: float) -> float:
+        """Beyond the largest that was tried."""
+        return _raised(mu, max(2.0, 2.0 / self.factors[0]), curvature)
+
+    def invalid(self, mu: float, curvature: float) -> float:
+        """As for a rejection."""
+        return self.rejected(mu, 0.0, curvature)
+
+    def exhausted(self, mu: float) -> float:
+        """Ten times the mu that the step began with: a burst of rejections must not freeze the run."""
+        return min(10 * mu, LARGEST)
+
+    def state_dict(self) -> dict:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
+RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "sweep": Sweep}
 _VERBS = ("tries", "accepted", "rejected", "invalid", "exhausted", "state_dict", "load_state_dict")
 
 

@@ -20,20 +20,31 @@ class Trials:
     """The closure of a step at other parameters, with the random numbers of its linearisation.
 
     closure, lin, draws, move: as in LM's step; move must have saved its parameters where anything is to be evaluated, and draws
-    may be None where nothing is. count: points evaluated.
+    may be None where nothing is. count: runs of the closure.
     """
 
     def __init__(self, closure, lin, draws: Draws | None, move):
         self.lin, self.move, self.count = lin, move, 0
-        self._closure, self._draws = closure, draws
-        self._solution = self._last = None
+        self.closure, self._draws = closure, draws
+        self._solution = self._last = self._known = None
 
     def along(self, direction: torch.Tensor, t: float = 1.0) -> float:
-        """Go to theta - t (rates * d), d (P,), and stay: the loss there. Cost: one run of the closure."""
-        self.count += 1
+        """Go to theta - t (rates * d), d (P,), and stay: the loss there. Cost: one run of the closure, unless it is known."""
         self.move.to(direction, t)
+        if self._known is not None and direction is self._known[0] and t == 1.0:
+            return self._known[1]
+        self.count += 1
         with self._draws:
-            return trial_loss(self._closure, self.move.params, self.lin.tapeless, self._draws)
+            return trial_loss(self.closure, self.move.params, self.lin.tapeless, self._draws)
+
+    def know(self, direction: torch.Tensor, loss: float) -> None:
+        """Take this for the loss at theta - rates * d, until told of another."""
+        self._known = direction, loss
+
+    def replayed(self) -> Draws:
+        """A context with the random numbers of the linearisation, for one more run of the closure."""
+        self.count += 1
+        return self._draws
 
     # For corrections, which need residuals (globalize/acceleration.py). The parameters return to those of the linearisation.
 
@@ -47,7 +58,7 @@ class Trials:
         self.count += 1
         e = self.move.shift(e)
         with self._draws:
-            loss, residual = trial_residual(self._closure, self.move.params, self.lin, self._draws)
+            loss, residual = trial_residual(self.closure, self.move.params, self.lin, self._draws)
         self.move.undo()
         self.lin.parameters_unchanged()
         self._last = e, residual

@@ -90,6 +90,7 @@ class Kernels:
 
     name = "native"
     fused = True
+    batches = False
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -149,7 +150,11 @@ class Kernels:
         return u
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
-        """J^T u, (P,)."""
+        """J^T u, (P,); of u (K, M): (K, P), in parallel."""
+        if u.dim() == 2:
+            v = self._new(len(u), self.num_parameters)
+            self._plan.vjps(u.contiguous(), len(u), v)
+            return v
         v = self._new(self.num_parameters)
         self._plan.vjp(u, v)
         return v
@@ -233,6 +238,17 @@ class Kernels:
                 options.progress, steps, out,
             )
         return steps, [(STATUS[int(status)], int(iterations), *rest) for status, iterations, *rest in out.tolist()]
+
+    def multishift(self, r, q, mus, scale, penalty, options):
+        """CG for all of the ascending mus from one Krylov space: steps (K, P), and per mu the rest of what `dual` returns.
+
+        "stagnated" is a step whose true residual missed what its recurrence claimed.
+        """
+        steps = self._new(len(mus), self.num_parameters)
+        found = self._plan.multishift(
+            r, q, mus, scale, penalty, options.max_iterations, options.tolerance, options.absolute, steps
+        )
+        return steps, [(STATUS[status], *rest) for status, *rest in found]
 
     def lsmr(self, r, d, root, damp, q, max_iterations, tolerance):
         """A whole LSMR solve in one call; the same result as `dual`."""

@@ -29,6 +29,7 @@ class Kernels(RowForms):
 
     name = "torch"
     fused = True
+    batches = True   # products with (K, P) and (K, M)
     chunk = _CHUNK
 
     def __init__(self, program, dtype: torch.dtype):

@@ -15,6 +15,7 @@ class DoubleBackward:
 
     name = "double-backward"
     fused = False
+    batches = False
 
     def __init__(self, blocks, edges, params, dtype):
         self._blocks, self._params, self._dtype = blocks, params, dtype

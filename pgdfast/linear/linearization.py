@@ -163,7 +163,7 @@ class Linearization:
         self.device = params[0].device
         self.penalties = trace.penalties
         self._operator, self._plan, self._constants = operator, plan, trace.constants
-        self._trace, self._values = trace, values
+        self._trace, self._values, self._wide = trace, values, None
         self._versions: list[int] = []
         self.parameters_unchanged()
 
@@ -202,10 +202,11 @@ class Linearization:
         """
         if self.dtype == torch.float64 or self._plan is None:
             return self
-        plan = self._plan.wide
-        wide = Linearization(self._trace, self.params, plan.kernels, plan, self._values, torch.float64)
-        wide._versions = self._versions
-        return wide
+        if self._wide is None:   # one, so that what its plan holds serves further dampings
+            plan = self._plan.wide
+            self._wide = Linearization(self._trace, self.params, plan.kernels, plan, self._values, torch.float64)
+            self._wide._versions = self._versions
+        return self._wide
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""

@@ -1,4 +1,4 @@
-"""Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix, and eigendecomposition.
+"""Direct solvers: Cholesky of the residual-space (dual) or parameter-space (primal) matrix.
 
 The native core runs dual and primal as one call where it can; what stands here is the same algebra in PyTorch, for scaled
 problems and other devices.
@@ -39,7 +39,7 @@ def dual(problem: Problem) -> Found:
         rhs = r if problem.q is None else r - J @ (weights * problem.q)
     solve = _cholesky(K, shift)
     if solve is None:
-        return _failed(lin)
+        return Found.failed(lin)
     y = solve(rhs)
     step = lin.vjp(y)
     if weights is not None:
@@ -63,7 +63,7 @@ def primal(problem: Problem) -> Found:
     H, d = J.T @ J, problem.diagonal()
     solve = _cholesky(H, d)
     if solve is None:
-        return _failed(lin)
+        return Found.failed(lin)
     step = solve(g)
     gain = float(torch.dot(g.double(), step.double()))
     trace = float((H.diagonal() / d).sum())
@@ -152,72 +152,6 @@ def _corrected(core, x: torch.Tensor, residual):
     return None, None
 
 
-def eigh(problem: Problem, rcond: float) -> Found:
-    """Eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
-
-    mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; for a
-    float32 model the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
-    variables D^1/2 delta. Penalties join J as rows.
-    """
-    lin = problem.linearization
-    r, J = problem.r, None
-    scale = problem.scale
-    if problem.penalty is None and scale is None and lin.num_residuals <= lin.num_parameters:
-        K = lin.gram()
-    else:
-        J, r = _stacked(problem)
-        if scale is not None:
-            J = J * _inverse_root(scale, J)
-        K = J @ J.T if len(J) <= J.shape[1] else J.T @ J
-    K, small_is_dual = K.double(), J is None or len(J) <= J.shape[1]
-    if not bool(torch.isfinite(K).all()):
-        return _failed(lin)
-    values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
-    largest = float(values[-1]) if len(values) else 0.0
-    cut = max(rcond, 16 * torch.finfo(lin.loss.dtype).eps) * largest
-    if problem.mu > 0:
-        inverse = 1 / (values.clamp_min(0) + problem.mu)
-    else:
-        inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
-    def mapped(u):
-        if small_is_dual:
-            y = (vectors @ (inverse * (vectors.T @ u.double()))).to(lin.dtype)
-            step = lin.vjp(y) if J is None else J.T @ y
-        else:
-            step = (vectors @ (inverse * (vectors.T @ (J.T @ u).double()))).to(lin.dtype)
-        return step if scale is None else step * _inverse_root(scale, step)
-
-    def again(u):
-        rows = len(r) - len(u)   # those of the penalties
-        return mapped(u if rows == 0 else torch.cat([u, u.new_zeros(rows)]))
-
-    if small_is_dual and problem.mu == 0 and not lin.has_squares_only:
-        # GGN residuals grow without bound at confident samples; J J^T r does not.
-        y = (vectors @ (inverse * inverse * (vectors.T @ (K @ r.double())))).to(lin.dtype)
-        step = lin.vjp(y) if J is None else J.T @ y
-        step = step if scale is None else step * _inverse_root(scale, step)
-    else:
-        step = mapped(r)
-    gain = float(torch.dot(problem.gradient().double(), step.double()))
-    return Found(step, "solved", gain=gain, square=_square(step), again=again)
-
-
-def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return scale.to(like.dtype).rsqrt()
-
-
-def _stacked(problem: Problem):
-    """J and r with the penalty as further rows sqrt(c) I, sqrt(c) theta."""
-    lin = problem.linearization
-    J, r = lin.dense(), problem.r
-    if problem.penalty is None:
-        return J, r
-    kept = problem.penalty > 0
-    root = problem.penalty[kept].sqrt()
-    rows = torch.diag_embed(problem.penalty.sqrt())[kept]
-    return torch.cat([J, rows]), torch.cat([r, problem.q[kept] / root])
-
-
 def _cholesky(matrix: torch.Tensor, diagonal):
     """Rhs -> solution of (matrix + diag) x = rhs, by a float64 factor while that is cheap; None where there is none."""
     matrix = matrix.double() if len(matrix) <= WIDE_FACTOR else matrix
@@ -227,10 +161,6 @@ def _cholesky(matrix: torch.Tensor, diagonal):
     if int(info) != 0:
         return None
     return lambda rhs: torch.cholesky_solve(rhs.to(factor.dtype).unsqueeze(1), factor).squeeze(1).to(rhs.dtype)
-
-
-def _failed(lin) -> Found:
-    return Found(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
 
 
 def _square(step: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .cg_members import cg_together
-from .choice import NARROW_CONDITION, NARROW_TOLERANCE, choose, solve
+from .choice import NARROW_CONDITION, choose, solve_one, too_narrow
 from .options import CG
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 from .solution import Solution
@@ -41,7 +41,7 @@ def solve_members(
                 found.steps = together.steps
         for b in group:
             if b not in found:
-                found[b] = solve(
+                found[b] = solve_one(
                     lin.member(b), dampings[b], scale=None if scale is None else scale[b], solver=solver, cg=cg, rcond=rcond,
                     wide=is_wide, keep=keep[b], time=time,
                 )
@@ -76,7 +76,7 @@ class _Together:
     def run(self, group: list[int], is_wide: bool) -> dict[int, Solution]:
         """{member: Solution} of those that are settled."""
         if self.name == "cg":
-            doubled = self.small and self.options.tolerance < NARROW_TOLERANCE and self.lin.separates
+            doubled = too_narrow(self.lin, self.options) and self.lin.separates
             return self._solutions(group, *self._call(group, doubled), wide=lambda trace: False)
         if self.lin.dtype != torch.float32:
             return self._solutions(group, *self._call(group, False), wide=lambda trace: False)

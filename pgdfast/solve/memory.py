@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from .cg import SLOTS
+from .multishift import PANEL
 from .options import CG, Nystrom
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 
@@ -19,10 +20,10 @@ def memory_limit() -> float:
         return 4e9
 
 
-def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[str, float]:
+def predicted_bytes(problem: Problem, options: CG, wide: bool = False, dampings: int = 1) -> dict[str, float]:
     """{solver: bytes}: matrices and factors, arenas (one per section of a row), J where it is formed, vectors.
 
-    wide: a float32 problem is known to need float64 sums.
+    wide: a float32 problem is known to need float64 sums. dampings: steps that are solved for from one linearisation.
     """
     lin = problem.linearization
     operator, rows = lin.operator, lin.rows
@@ -60,12 +61,15 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False) -> dict[s
         cg += width * P
     if options.truncate:
         cg += SLOTS * width * P
+    steps = 2 * width * P * dampings if dampings > 1 else 0   # apart, and as one matrix
+    if dampings > 1 and options.shifts:
+        cg += width * (dampings + PANEL) * P
     return {
-        "dual": dual + sweeps + vectors,
-        "primal": primal + sweeps + vectors,
-        "cg": cg,
-        "eigh": 48 * least**2 + rows_of_eigh + sweeps + vectors,
-        "lsmr": krylov + 2 * width * P,
+        "dual": steps + dual + sweeps + vectors,
+        "primal": steps + primal + sweeps + vectors,
+        "cg": steps + cg,
+        "eigh": steps + 48 * least**2 + rows_of_eigh + sweeps + vectors,
+        "lsmr": steps + krylov + 2 * width * P,
     }
 
 

@@ -63,3 +63,8 @@ class CG:
                 f"pgdfast.CG: unknown preconditioner {self.preconditioner!r}; use None, 'jacobi', 'nystrom' or "
                 "pgdfast.Nystrom(rank=..., refresh=...)."
             )
+
+    @property
+    def shifts(self) -> bool:
+        """Whether one Krylov space serves all dampings: neither a preconditioner of one's own, nor a path, nor early stops."""
+        return self.preconditioner is None and not self.truncate and self.progress == 0

@@ -31,6 +31,11 @@ class Found(NamedTuple):
     path: tuple = ()
     again: Callable | None = None
 
+    @classmethod
+    def failed(cls, lin) -> Found:
+        """No step: the matrix is not positive definite, or not finite."""
+        return cls(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
+
 
 @dataclass(slots=True)
 class Problem:
@@ -60,6 +65,10 @@ class Problem:
             r = r - linearization.jvp(prior)
             q = q if penalty is None else q - penalty * prior
         return cls(linearization, mu, scale, penalty, r, q, prior)
+
+    def at(self, mu: float) -> Problem:
+        """The same at another damping."""
+        return Problem(self.linearization, mu, self.scale, self.penalty, self.r, self.q, self.prior)
 
     def widened(self) -> Problem:
         """The same problem in float64 (see Linearization.widened)."""

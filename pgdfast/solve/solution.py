@@ -118,3 +118,70 @@ class Solution:
             norm = float(torch.linalg.vector_norm(g))
             self.known_residual_norm = float(torch.linalg.vector_norm(g - left)) / norm if norm > 0 else 0.0
         return self.known_residual_norm
+
+
+@dataclass(slots=True)
+class Solutions:
+    """The solutions for K dampings of one linearisation, in the order in which these were given.
+
+    Its items are what each damping alone would have given, a Solution; its attributes gather theirs. Direct solvers keep one
+    factor: `again` of another damping factors once more.
+    """
+
+    damping: tuple[float, ...]
+    solutions: tuple[Solution, ...] = field(repr=False)
+    _step: torch.Tensor | None = field(repr=False, default=None)
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.solutions)
+
+    def __getitem__(self, k: int) -> Solution:
+        """The Solution of damping k."""
+        return self.solutions[k]
+
+    def __iter__(self):
+        """The Solutions in turn."""
+        return iter(self.solutions)
+
+    @property
+    def step(self) -> torch.Tensor:
+        """The steps, (K, P)."""
+        if self._step is None:
+            rows = [s.step for s in self.solutions]
+            base = rows[0]._base   # the solver's own matrix, where these are its rows in turn
+            whole = base is not None and base.shape == (len(rows), len(rows[0])) and base.is_contiguous() and all(
+                row._base is base and row.storage_offset() == k * len(row) for k, row in enumerate(rows)
+            )
+            self._step = base if whole else torch.stack(rows)
+        return self._step
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """The status of each."""
+        return tuple(s.status for s in self.solutions)
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        """After how many iterations CG or LSMR ended, for each."""
+        return tuple(s.iterations for s in self.solutions)
+
+    @property
+    def usable(self) -> tuple[bool, ...]:
+        """Which steps descend the model."""
+        return tuple(s.usable for s in self.solutions)
+
+    @property
+    def residual_norm(self) -> torch.Tensor:
+        """The relative residual of each, (K,), float64; two products each unless the solver knew it."""
+        return torch.tensor([s.residual_norm for s in self.solutions], dtype=torch.float64)
+
+    @property
+    def solver(self) -> str:
+        """What solved; several joined by "+"."""
+        return "+".join(dict.fromkeys(s.solver for s in self.solutions))
+
+    @property
+    def reason(self) -> str:
+        """Why."""
+        return "; ".join(dict.fromkeys(s.reason for s in self.solutions))

@@ -1,0 +1,134 @@
+"""CG for many dampings from one Krylov space.
+
+The residuals of (A + sigma_k I) x_k = b, all begun at zero, are multiples zeta_k of that of sigma = 0, so one product with A an
+iteration serves every k. With a scale D this takes place in the variables D^1/2 delta; a penalty is part of A.
+
+Source: B. Jegerlehner, hep-lat/9612014; A. Frommer and P. Maass, SIAM J. Sci. Comput. 20 (1999). csrc/cpu/multishift.cpp does
+the same with the updates of all x_k gathered into matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .cg import cg
+from .options import CG
+from .problem import Found, Problem
+
+PANEL = 34     # residuals that the core keeps, and probes (csrc/cpu/multishift.cpp)
+_EARLY = 0.6   # of the tolerance: where a shift claims to have arrived, so that rounding has room
+_DRIFT = 1.1   # true over recurrence's residual beyond which the recurrence is given up
+
+
+def multishift(problem: Problem, mus: list[float], options: CG) -> list[Found]:
+    """CG's step for each of the ascending mus; of `problem` all but its mu counts.
+
+    Each stops where its own residual is small enough, and is then left alone. What they claim is checked at the end: each by
+    its true residual, or in the core all by two random combinations of them, and those one by one that these do not clear. A
+    shift that misses its claim is finished by CG of its own, from where it is. Cost per iteration: one JVP and one VJP, and
+    4 K P operations.
+    """
+    lin = problem.linearization
+    run = lin.operator.multishift if lin.operator.fused else _of(lin)
+    scale = None if problem.scale is None else problem.scale.to(lin.dtype).contiguous()
+    steps, rest = run(problem.r, problem.q, mus, scale, problem.penalty, options)
+    found = [Found(step, *one) for step, one in zip(steps, rest, strict=True)]
+    return [_finished(problem.at(mu), one, options) for mu, one in zip(mus, found, strict=True)]
+
+
+def _finished(problem: Problem, found: Found, options: CG) -> Found:
+    """The step of one shift; where its recurrence was lost, after as many iterations of its own as it has left."""
+    left = options.max_iterations - found.iterations
+    if found.status in ("stagnated", "breakdown") and left > 0:
+        more, _ = cg(problem, replace(options, max_iterations=left, warm_start=True), {"start": found.step})
+        found = more._replace(iterations=found.iterations + more.iterations)
+
+    def again(u):
+        return cg(replace(problem, r=u, q=None), replace(options, warm_start=False))[0].step
+
+    return found._replace(again=again)
+
+
+def _of(lin):
+    """Multi-shift CG in PyTorch with the signature of the native core's (kernels/native.py)."""
+
+    def run(*arguments):
+        return _multishift(lin, *arguments)
+
+    return run
+
+
+def _multishift(lin, r, q, mus, scale, penalty, options: CG):
+    W = 1.0 if scale is None else scale.rsqrt()
+    c = mus[0] if penalty is None else mus[0] + W * W * penalty
+
+    def apply(X):
+        """The base's matrix times vectors (P,) or (n, P)."""
+        return W * _ggn(lin, W * X) + c * X
+
+    def norms(E):
+        """Of residuals (n, P), in the parameters themselves."""
+        return torch.linalg.vector_norm(E / W, dim=-1, dtype=torch.float64)
+
+    b = lin.vjp(r)
+    b = W * (b if q is None else b + q)
+    K, b_norm = len(mus), float(norms(b))
+    X = b.new_zeros(K, len(b))
+    if b_norm == 0:
+        return X, [("solved", 0, 0.0, 0.0, 0.0, 0.0, 0.0)] * K
+    target = max(options.tolerance * b_norm, options.absolute)
+    sigma = torch.tensor(mus, dtype=torch.float64) - mus[0]
+    zeta, ratio = torch.ones(K, dtype=torch.float64), torch.ones(K, dtype=torch.float64)
+    status, iterations = ["max_iterations"] * K, [0] * K
+    residual, p, P = b, b, b.repeat(K, 1)
+    rz, alpha_before, beta, i = float(torch.dot(b, b)), 1.0, 0.0, 0
+    active = torch.ones(K, dtype=torch.bool)
+
+    def column(values):
+        return values[:, None].to(b.device, b.dtype)
+
+    def freeze(which, as_what):
+        for k in which.nonzero().flatten().tolist():
+            status[k], iterations[k], active[k] = as_what, i, False
+
+    if b_norm <= target:
+        freeze(active, "solved")
+    while bool(active.any()) and i < options.max_iterations:
+        Ap = apply(p)
+        curvature = float(torch.dot(p, Ap))
+        if not (curvature > 0 and rz > 0):
+            freeze(active, "breakdown")
+            break
+        alpha, before = rz / curvature, rz
+        ratio = 1 / (1 + sigma * alpha + alpha * beta / alpha_before * (1 - ratio))
+        zeta = zeta * ratio
+        X = X + column(alpha * ratio * active) * P
+        residual = residual - alpha * Ap
+        norm, rz, i = float(norms(residual)), float(torch.dot(residual, residual)), i + 1
+        beta, alpha_before = rz / before, alpha
+        freeze(active & (zeta * norm <= _EARLY * target), "solved")
+        if bool(active.any()) and i % 50 == 0 and not float(norms(b - apply(X[0]))) <= _DRIFT * norm:
+            freeze(active, "stagnated")
+        P = column(zeta) * residual + column(beta * ratio * ratio) * P
+        p = residual + beta * p
+    for k in range(K):
+        iterations[k] = i if active[k] else iterations[k]
+    left = b - apply(X) - column(sigma) * X
+    reached = norms(left).tolist()
+    found = []
+    for k, (x, e) in enumerate(zip(X, left, strict=True)):
+        missed = status[k] == "solved" and not reached[k] <= target
+        delta = (W * x).double()
+        gain, square, slack = float(torch.dot(b, x)), float(torch.dot(delta, delta)), float(torch.dot(e, x))
+        found.append(("stagnated" if missed else status[k], iterations[k], reached[k] / b_norm, gain, square, 0.0, slack))
+    return W * X, found
+
+
+def _ggn(lin, X):
+    """J^T J times vectors (P,) or (n, P)."""
+    operator = lin.operator
+    if X.dim() == 1 or operator.batches:
+        return operator.vjp(operator.jvp(X))
+    return torch.stack([operator.vjp(operator.jvp(x)) for x in X])
