@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../plan/blas.h"
+#include "parallel.h"
 #include "simd.h"
 #include "solve.h"
 
@@ -18,7 +19,7 @@ namespace {
 
 constexpr index kPanel = 32;      // residuals kept between two updates of all x_k and p_k
 constexpr index kProbes = 2;      // random combinations of all true residuals that are computed at the end
-static_assert(kPanel > 2 * kProbes, "the panel's memory serves the probes and one residual at the end");
+static_assert(kPanel > 4 * kProbes, "the panel's memory serves the probes, their products and one residual at the end");
 constexpr double kEarly = 0.6;    // of the tolerance: where a shift claims to have arrived, so that rounding has room
 constexpr double kDrift = 1.1;    // true over recurrence's residual beyond which the recurrence is given up
 
@@ -202,11 +203,26 @@ std::vector<Outcome> Solver<T>::multishift(const T* r, const T* q, const double*
     const BlasThreads threads(threads_for(4.0 * double(kProbes * K) * double(P)));
     gemm<T>(2 * kProbes, P, K, T(1), coefficients, K, 1, steps, P, 1, T(0), combined, P, 1);
   }
+  // Their products with A side by side, in memory that no panel needs any more.
+  const index room = std::max<index>(structure.arena_size, 1);
+  const int threads = int(std::min<index>(probes, threads_for(0.5 * double(probes) * structure.flops)));
+  T *pushed = panel + (3 * kProbes + 1) * P, *products = panel + (2 * kProbes + 1) * P;
+  const bool apart = threads > 1 && !W && room * index(sizeof(T)) <= kOneArenaBytes / 8 && kProbes * M <= (kPanel - 4 * kProbes) * P;
+  if (apart) {
+    ensure(arenas, index(threads) * room);
+    each_item(threads, probes, [&](index m, int thread) {
+      const Alone alone;
+      jvp(program, combined + m * P, pushed + m * M, arenas.data() + thread * room);
+      vjp(program, pushed + m * M, products + m * P, arenas.data() + thread * room);
+      body.damped_dot(P, d, combined + m * P, products + m * P);
+    });
+  }
   double off = 0;
   for (index m = 0; m < probes; ++m) {
     double sum = 0;
     for (index k = 0; k < K; ++k) sum += weights[std::size_t(m * K + k)];
-    apply(combined + m * P, Ap);
+    if (apart) std::memcpy(Ap, products + m * P, sizeof(T) * std::size_t(P));
+    else apply(combined + m * P, Ap);
     body.axpby(P, T(sum), b, T(-1), Ap);
     body.axpby(P, T(-1), combined + (kProbes + m) * P, T(1), Ap);
     body.axpby(P, T(-1), claimed + m * P, T(1), Ap);

@@ -280,7 +280,7 @@ class _OneOfAll:
     """A member's products by sweeps over all members, B times too much work, or by its J once that is known."""
 
     name = "one of all"
-    fused = False
+    fused = batches = False
 
     def __init__(self, ensemble: EnsembleLinearization, b: int):
         self._ensemble, self._b = ensemble, b

@@ -10,6 +10,7 @@ the same with the updates of all x_k gathered into matrix products.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -31,24 +32,27 @@ def multishift(problem: Problem, mus: list[float], options: CG) -> list[Found]:
     4 K P operations.
     """
     lin = problem.linearization
-    run = lin.operator.multishift if lin.operator.fused else _of(lin)
+    run = getattr(lin.operator, "multishift", None) or _of(lin)
     scale = None if problem.scale is None else problem.scale.to(lin.dtype).contiguous()
     steps, rest = run(problem.r, problem.q, mus, scale, problem.penalty, options)
-    found = [Found(step, *one) for step, one in zip(steps, rest, strict=True)]
-    return [_finished(problem.at(mu), one, options) for mu, one in zip(mus, found, strict=True)]
+    found = []
+    for mu, step, one in zip(mus, steps.unbind(), rest, strict=True):
+        if one[0] in ("stagnated", "breakdown") and one[1] < options.max_iterations:
+            one, step = _finished(problem.at(mu), step, one[1], options)
+        found.append(Found(step, *one, (), partial(_again, problem, mu, options)))
+    return found
 
 
-def _finished(problem: Problem, found: Found, options: CG) -> Found:
-    """The step of one shift; where its recurrence was lost, after as many iterations of its own as it has left."""
-    left = options.max_iterations - found.iterations
-    if found.status in ("stagnated", "breakdown") and left > 0:
-        more, _ = cg(problem, replace(options, max_iterations=left, warm_start=True), {"start": found.step})
-        found = more._replace(iterations=found.iterations + more.iterations)
+def _finished(problem: Problem, step: torch.Tensor, iterations: int, options: CG):
+    """The step of a shift whose recurrence was lost, after as many iterations of its own as it has left."""
+    left = replace(options, max_iterations=options.max_iterations - iterations, warm_start=True)
+    more, _ = cg(problem, left, {"start": step})
+    return (more.status, iterations + more.iterations, *more[3:8]), more.step
 
-    def again(u):
-        return cg(replace(problem, r=u, q=None), replace(options, warm_start=False))[0].step
 
-    return found._replace(again=again)
+def _again(problem: Problem, mu: float, options: CG, u: torch.Tensor) -> torch.Tensor:
+    """`Solution.again` of one shift, by a solve of its own."""
+    return cg(replace(problem, mu=mu, r=u, q=None), replace(options, warm_start=False))[0].step
 
 
 def _of(lin):

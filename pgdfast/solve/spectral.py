@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .problem import Found, Problem
 
 
 def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | None = None) -> list[Found]:
-    """The step of each mu by an eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
+    """The step of each of the ascending mus by an eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
 
     mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; for a
     float32 model the cut is never below what rounding leaves of the matrix. With a scale D the pseudo-inverse is taken in the
@@ -24,16 +26,11 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
             J = J * _inverse_root(scale, J)
         K = J @ J.T if len(J) <= J.shape[1] else J.T @ J
     K, dual = K.double(), J is None or len(J) <= J.shape[1]
-    if not bool(torch.isfinite(K).all()):
+    if not math.isfinite(float(K.sum())) and not bool(torch.isfinite(K).all()):
         return [Found.failed(lin) for _ in mus]
     values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
     largest = float(values[-1]) if len(values) else 0.0
     cut = max(rcond, 16 * torch.finfo(lin.loss.dtype).eps) * largest
-
-    def inverse(mu):
-        if mu > 0:
-            return 1 / (values.clamp_min(0) + mu)
-        return torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
 
     def parameters(coordinates):
         """Coordinates along the eigenvectors, (K, n), as steps (K, P)."""
@@ -44,7 +41,11 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     def along(u):
         return (u if dual else J.T @ u).double() @ vectors
 
-    weights = torch.stack([inverse(mu) for mu in mus])
+    weights = (values.clamp_min(0) + torch.tensor(mus, dtype=values.dtype, device=values.device)[:, None]).reciprocal()
+    for weight, mu in zip(weights, mus, strict=True):
+        if mu > 0:
+            break   # they ascend
+        weight.copy_(torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0))
     coordinates = weights * along(r)
     if dual and mus[0] == 0 and not lin.has_squares_only:
         # GGN residuals grow without bound at confident samples; J J^T r does not.
