@@ -7,12 +7,13 @@ import warnings
 
 import torch
 
-from . import native, torch_kernels
+from . import cuda, native, torch_kernels
 
 NAMES = ("auto", "native", "triton", "torch", "reference")
 
-# Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program)`.
-IMPLEMENTATIONS = {"native": native, "torch": torch_kernels}
+# Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program, dtype)`. A
+# word behind the name tells implementations apart that one name asks for.
+IMPLEMENTATIONS = {"native": native, "native (CUDA)": cuda, "torch": torch_kernels}
 
 
 def backends() -> dict[str, str]:
@@ -54,17 +55,22 @@ def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype 
     dtype: of the products, the program's own unless a wider one is asked for.
     """
     dtype = dtype or program.dtype
+    limits = []
     for name, module in IMPLEMENTATIONS.items():
-        if backend not in ("auto", name):
+        if backend not in ("auto", name.split()[0]):
             continue
-        if module.available():
-            _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
+        limits.append(module.LIMITS)
+        if not module.applies(device, dtype):
             continue
-        if module.applies(device, dtype):
+        reason = module.available()
+        if not reason:
             return module.Kernels(program, dtype)
-        if backend == name:
-            raise RuntimeError(
-                f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "
-                f"{dtype} on {device}."
-            )
+        if backend != "auto":
+            raise RuntimeError(f"pgdfast: backend {backend!r} cannot be used for {dtype} on {device}: {reason}.")
+        _say_once(f"pgdfast: {reason}; the next backend is used, much slower.")
+    if backend != "auto":
+        raise RuntimeError(
+            f"pgdfast: backend {backend!r} was asked for but runs only {' and '.join(limits)}; the closure's tensors are "
+            f"{dtype} on {device}."
+        )
     raise RuntimeError(f"pgdfast: no implementation for {dtype} on {device}.")
