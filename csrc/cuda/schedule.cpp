@@ -1,11 +1,13 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace pgdfast::cuda {
 namespace {
 
-constexpr index kSmallProduct = index(1) << 20;   // multiply-adds of a product that our own kernel takes
+constexpr index kSmallProduct = index(1) << 20;   // multiply-adds of a product that our own kernel takes; PGDFAST_SMALL_PRODUCT
+                                                  // sets another number, for tests
 constexpr index kShortSum = 512;                  // and the length of its sums
 constexpr index kLongReduction = 1024;            // elements per target from which a sum is split among blocks
 constexpr index kMaxSplits = 64;
@@ -220,7 +222,8 @@ Launch product(const Structure& s, int number, Direction d) {
     p.right = {g.co, g.cb, g.cn, g.ck};
     p.out = {g.xo, g.xb, g.xm, g.xk};
   }
-  const bool small = p.m * p.n * p.k <= kSmallProduct && p.k <= kShortSum;
+  const char* forced = std::getenv("PGDFAST_SMALL_PRODUCT");
+  const bool small = p.m * p.n * p.k <= (forced ? std::atoll(forced) : kSmallProduct) && p.k <= kShortSum;
   if (small || !fits_blas(p)) result.task = Task::small_product;
   return result;
 }
