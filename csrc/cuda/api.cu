@@ -4,74 +4,14 @@
 #include <memory>
 
 #include "cg.h"
-#include "gram.h"
-#include "read.h"
+#include "handle.h"
 
 namespace pgdfast::cuda {
 namespace {
 
-thread_local std::string message;
-
-template <class F>
-int guarded(F&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return 1;
-  }
-}
-
 template <class T>
 __global__ void one_at(index i, T* u) {
   u[i] = T(1);
-}
-
-struct Plan {
-  bool wide = false;
-  Structure s;
-  RowLayout layout;
-  Schedule forward, adjoint, inner;
-  GramPlan gram;
-  DensePlan dense;
-  bool gram_planned = false, dense_planned = false;
-  index gram_sections = 0, dense_sections = 0;   // places of section_of in the tables
-  Bound<float> single{&s, {}};
-  Bound<double> twice{&s, {}};
-
-  template <class T>
-  Bound<T>& bound() {
-    if constexpr (sizeof(T) == 4) return single;
-    else return twice;
-  }
-  index scratch() const { return std::max({forward.scratch, adjoint.scratch, inner.scratch, index(1)}); }
-
-  const std::vector<index>& table(int kind) {
-    if (!layout.local) throw std::runtime_error("no row layout: call set_rows first");
-    if (kind == 0 && !gram_planned) {
-      gram = plan_gram(s, layout, gram_tile(s.num_residuals, wide, multiprocessors()));
-      gram_sections = index(gram.table.size());
-      gram.table.insert(gram.table.end(), layout.section_of.begin(), layout.section_of.end());
-      gram_planned = true;
-    }
-    if (kind == 1 && !dense_planned) {
-      dense = plan_dense(s, layout);
-      dense_sections = index(dense.table.size());
-      dense.table.insert(dense.table.end(), layout.section_of.begin(), layout.section_of.end());
-      dense_planned = true;
-    }
-    return kind == 0 ? gram.table : dense.table;
-  }
-};
-
-// Calls body(T()) for the plan's number type.
-template <class F>
-int with(Plan* plan, F&& body) {
-  return guarded([&] {
-    if (plan->wide) body(double());
-    else body(float());
-  });
 }
 
 template <class T>
@@ -84,8 +24,6 @@ void unit_sweeps(Plan& plan, const index* section_of, T* arenas, T* u, T* scratc
 }
 
 }  // namespace
-
-#define PGDFAST_API extern "C" __attribute__((visibility("default")))
 
 PGDFAST_API const char* pgdfast_cuda_error() { return message.c_str(); }
 
@@ -163,11 +101,11 @@ PGDFAST_API int pgdfast_cuda_set_rows(void* handle, const index* words, index co
   Plan* plan = static_cast<Plan*>(handle);
   return guarded([&] {
     plan->layout = count > 0 ? read_rows(words, count, plan->s) : RowLayout{};
-    plan->gram_planned = plan->dense_planned = false;
+    plan->gram_planned = plan->dense_planned = plan->ensemble_planned = false;
   });
 }
 
-// The table of the Gram matrix (kind 0) or of J (1), to be copied to the GPU: its length; its numbers where `out` is given. -1:
+// The table of the Gram matrix (kind 0), of J (1) or of an ensemble (2), to be copied to the GPU: its length; its numbers where `out` is given. -1:
 // there is none.
 PGDFAST_API index pgdfast_cuda_table(void* handle, int kind, index* out) {
   index size = -1;

@@ -26,6 +26,8 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define PGDFAST_NOINLINE
 #define __syncthreads() pgdfast::emulate::machine().meet(pgdfast::emulate::At::block, __LINE__)
 #define __syncwarp() pgdfast::emulate::machine().meet(pgdfast::emulate::At::warp, __LINE__)
 #define PGDFAST_DYNAMIC_SHARED(name) unsigned char* const name = pgdfast::emulate::machine().shared.data()

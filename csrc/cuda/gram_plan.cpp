@@ -7,21 +7,13 @@ namespace {
 
 index rounded(index n, index to) { return (n + to - 1) / to * to; }
 
-template <class S>
-index append(std::vector<index>& table, const std::vector<S>& items) {
-  static_assert(sizeof(S) % sizeof(index) == 0);
-  const index at = index(table.size());
-  const index* words = reinterpret_cast<const index*>(items.data());
-  table.insert(table.end(), words, words + items.size() * (sizeof(S) / sizeof(index)));
-  return at;
-}
-
 // A dimension of an instruction and its strides.
 struct Loop {
   index extent, y, x, c;
 };
 
-// Contributions of a use, by row of J.
+}  // namespace
+
 RowUse row_use(const Structure& s, const RowLayout& layout, int number, index offset, std::vector<index>& table) {
   const Use& use = layout.uses[std::size_t(number)];
   const Instruction& op = s.instructions[std::size_t(use.instruction)];
@@ -71,6 +63,8 @@ RowUse row_use(const Structure& s, const RowLayout& layout, int number, index of
   result.entries = append(table, entries);
   return result;
 }
+
+namespace {
 
 bool touches(const Structure& s, const Use& use, const Block& block) {
   const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;

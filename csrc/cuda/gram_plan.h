@@ -3,6 +3,8 @@
 // Everything that kernels read lies in one table of 64-bit numbers, which the caller copies to the GPU.
 #pragma once
 
+#include <cstring>
+
 #include "../plan/plan.h"
 
 namespace pgdfast::cuda {
@@ -55,6 +57,19 @@ struct GramPlan {
   RowTable rows;
   std::vector<index> table;
 };
+
+// Appends structs of 64-bit numbers to a table; their place.
+template <class S>
+index append(std::vector<index>& table, const std::vector<S>& items) {
+  static_assert(sizeof(S) % sizeof(index) == 0);
+  const std::size_t at = table.size();
+  table.resize(at + items.size() * (sizeof(S) / sizeof(index)));
+  if (!items.empty()) std::memcpy(table.data() + at, items.data(), items.size() * sizeof(S));
+  return index(at);
+}
+
+// The contributions of use `number` to rows of J, its parameter's columns beginning at `offset`; entries go to the table.
+RowUse row_use(const Structure& s, const RowLayout& layout, int number, index offset, std::vector<index>& table);
 
 // Tiles of 16 * `rows_per_thread`.
 GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thread);

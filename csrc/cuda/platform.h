@@ -9,6 +9,7 @@
 #include "emulate.h"
 #else
 #include <cuda_runtime.h>
+#define PGDFAST_NOINLINE __noinline__   // where inlining would multiply code and compile time
 #define PGDFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 

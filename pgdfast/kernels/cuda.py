@@ -8,6 +8,7 @@ import ctypes
 import torch
 
 from . import cuda_library as lib
+from . import cuda_members
 from .native import STATUS
 
 LIMITS = "on NVIDIA GPUs of compute capability 8.0 and later in float32 and float64"
@@ -33,27 +34,27 @@ class Kernels:
     sums_sections = False   # J^T J comes from J
 
     def __init__(self, program, dtype: torch.dtype, library: lib.Library | None = None):
-        self._lib = library or lib.library()
+        self.library = library or lib.library()
         self.dtype, self._program = dtype, program
         self._wide = dtype == torch.float64
         words, alphas = lib.encoded(program)
-        self._plan = self._lib.new(self._wide, words.data_ptr(), len(words), alphas.data_ptr())
-        if not self._plan:
-            raise RuntimeError(f"pgdfast's CUDA kernels: {self._lib.error().decode()}")
+        self.plan = self.library.new(self._wide, words.data_ptr(), len(words), alphas.data_ptr())
+        if not self.plan:
+            raise RuntimeError(f"pgdfast's CUDA kernels: {self.library.error().decode()}")
         self.num_residuals, self.num_parameters, self.arena_size, self._scratch_size = map(self._info, range(4))
-        self.flops = self._lib.flops(self._plan)
-        self._parameters, self.device = program.sizes(0), None
-        self._rows = None
+        self.flops = self.library.flops(self.plan)
+        self.parameter_sizes, self.device = program.sizes(0), None
+        self._rows = self._members = None
         self._tables: dict[int, torch.Tensor] = {}
         self._own: dict[int, torch.Tensor] = {}   # constants that are not the tape's own tensors
         self._forget()
 
     def __del__(self):
-        if getattr(self, "_plan", None):
-            self._lib.free(self._plan)
+        if getattr(self, "plan", None):
+            self.library.free(self.plan)
 
     def _info(self, what: int) -> int:
-        return self._lib.info(self._plan, what)
+        return self.library.info(self.plan, what)
 
     def _forget(self) -> None:
         self._constants = self._memory = self._matrix = self._factor = self._held = self._y = None
@@ -67,8 +68,8 @@ class Kernels:
         if tensors:
             self._on(tensors[0].device)
         count = len(constants)
-        data, positions, values = (ctypes.c_void_p * count)(), (ctypes.c_char * count)(), (ctypes.c_double * count)()
-        with self._here():
+        data, positions, values = [0] * count, (ctypes.c_char * count)(), (ctypes.c_double * count)()
+        with self.here():
             layouts, functions = self._program.layouts, self._program.functions
             for i, (c, layout, function) in enumerate(zip(constants, layouts, functions, strict=True)):
                 if layout is None:
@@ -87,8 +88,20 @@ class Kernels:
                 c = c.contiguous() if function == "positions" else self._evaluated(i, c, function)
                 data[i] = c.data_ptr()
                 tensors.append(c)
-            self._lib.bind(self._plan, count, data, positions, values)
-        self._constants = tensors
+        self._constants, self.bound = tensors, (data, positions, values)
+        self.select(0)
+
+    def set_members(self, shifts: list[int], count: int) -> None:
+        """Say that constants are those of `count` members, each `shifts` elements further on for the next one."""
+        self._members = shifts, count
+
+    def select(self, member: int) -> None:
+        """Let products and solves be those of one member."""
+        data, positions, values = self.bound
+        sizes = [8 if p == b"\1" else self.dtype.itemsize for p in positions]
+        at = [d + member * s * size if d else None for d, s, size in zip(data, self.shifts, sizes, strict=True)]
+        self.library.bind(self.plan, len(at), (ctypes.c_void_p * len(at))(*at), positions, values)
+        self._matrix = self._factor = None
 
     def _evaluated(self, i: int, c: torch.Tensor, function: str) -> torch.Tensor:
         """function(c) in the plan's dtype under the strides of c: c itself, or memory of the plan's own."""
@@ -101,8 +114,8 @@ class Kernels:
         if own is None or len(own) < span or own.device != self.device:
             own = self._own[i] = self._new(span)
         number = ("c", "1 - c^2", "c - c^2").index(function)
-        self._lib.evaluate(
-            self._wide, number, span, c.data_ptr(), c.dtype == torch.float32, own.data_ptr(), self._stream
+        self.library.evaluate(
+            self._wide, number, span, c.data_ptr(), c.dtype == torch.float32, own.data_ptr(), self.stream
         )
         return own
 
@@ -114,10 +127,15 @@ class Kernels:
         """Give the plan the row structure that Gram and dense forms need, or take it away with None."""
         self._rows, self._tables, self._matrix = rows, {}, None
         if rows is None:
-            self._lib.set_rows(self._plan, None, 0)
+            self.library.set_rows(self.plan, None, 0)
             return
         words = lib.encoded_rows(rows)
-        self._lib.set_rows(self._plan, words.data_ptr(), len(words))
+        self.library.set_rows(self.plan, words.data_ptr(), len(words))
+
+    @property
+    def shifts(self) -> list[int]:
+        """Per constant, elements from one member's to the next one's."""
+        return self._members[0] if self._members else [0] * len(self.bound[0])
 
     # --- where things are ---------------------------------------------------------------------------------------------------
 
@@ -125,13 +143,15 @@ class Kernels:
         if device != self.device:
             self.device, self._tables, self._own, self._memory = device, {}, {}, None
 
-    def _here(self):
+    def here(self):
+        """A context in which the constants' device is the current one."""
         if self.device is None or self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
             return contextlib.nullcontext()
         return torch.cuda.device(self.device)
 
     @property
-    def _stream(self) -> int:
+    def stream(self) -> int:
+        """PyTorch's current stream, as a number."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -148,14 +168,14 @@ class Kernels:
             self._memory = self._new(max(self.arena_size, 1)), self._new(self._scratch_size)
         return self._memory[0].data_ptr(), self._memory[1].data_ptr()
 
-    def _table(self, kind: int) -> torch.Tensor:
-        """The plan's table for the Gram matrix (0) or J (1) on the device, made once per row structure."""
+    def table(self, kind: int) -> torch.Tensor:
+        """The plan's table for the Gram matrix (0), J (1) or an ensemble (2) on the device, made once per row structure."""
         if kind not in self._tables:
-            size = self._lib.table(self._plan, kind, None)
+            size = self.library.table(self.plan, kind, None)
             if size < 0:
-                raise RuntimeError(f"pgdfast's CUDA kernels: {self._lib.error().decode()}")
+                raise RuntimeError(f"pgdfast's CUDA kernels: {self.library.error().decode()}")
             table = torch.empty(size, dtype=torch.int64)
-            self._lib.table(self._plan, kind, table.data_ptr())
+            self.library.table(self.plan, kind, table.data_ptr())
             self._tables[kind] = table.to(self.device)
         return self._tables[kind]
 
@@ -165,60 +185,60 @@ class Kernels:
         """J v, (M,)."""
         v = self._of(v)
         u = self._new(self.num_residuals)
-        with self._here():
-            self._lib.jvp(self._plan, v.data_ptr(), u.data_ptr(), *self._arena(), self._stream)
+        with self.here():
+            self.library.jvp(self.plan, v.data_ptr(), u.data_ptr(), *self._arena(), self.stream)
         return u
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u, (P,)."""
         u = self._of(u)
         v = self._new(self.num_parameters)
-        with self._here():
-            self._lib.vjp(self._plan, u.data_ptr(), v.data_ptr(), *self._arena(), self._stream)
+        with self.here():
+            self.library.vjp(self.plan, u.data_ptr(), v.data_ptr(), *self._arena(), self.stream)
         return v
 
     def _unit_sweeps(self, kind: int) -> torch.Tensor:
         """The arenas of unit cotangents, one per section."""
-        table = self._table(kind)
+        table = self.table(kind)
         arenas = self._new(max(self.arena_size, 1) * self._rows.max_sections)
         u, (_, scratch) = self._new(self.num_residuals), self._arena()
         sections = table.data_ptr() + 8 * self._info(7 + kind)
-        self._lib.unit_sweeps(self._plan, sections, arenas.data_ptr(), u.data_ptr(), scratch, self._stream)
+        self.library.unit_sweeps(self.plan, sections, arenas.data_ptr(), u.data_ptr(), scratch, self.stream)
         return arenas
 
     def dense(self) -> torch.Tensor:
         """J, (M, P)."""
         J = self._new(self.num_residuals, self.num_parameters)
-        with self._here():
+        with self.here():
             if self._rows is None:
                 u, (arena, scratch) = self._new(self.num_residuals), self._arena()
-                self._lib.dense(self._plan, None, arena, u.data_ptr(), scratch, J.data_ptr(), self._stream)
+                self.library.dense(self.plan, None, arena, u.data_ptr(), scratch, J.data_ptr(), self.stream)
             else:
                 arenas = self._unit_sweeps(1)
-                self._lib.dense(
-                    self._plan, self._table(1).data_ptr(), arenas.data_ptr(), None, None, J.data_ptr(), self._stream
+                self.library.dense(
+                    self.plan, self.table(1).data_ptr(), arenas.data_ptr(), None, None, J.data_ptr(), self.stream
                 )
         return J
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""
         J, d = self.dense(), self._new(self.num_parameters)
-        with self._here():
-            self._lib.squares(self._wide, *J.shape, J.data_ptr(), d.data_ptr(), self._stream)
+        with self.here():
+            self.library.squares(self._wide, *J.shape, J.data_ptr(), d.data_ptr(), self.stream)
         return d
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M); needs rows."""
-        return self._gram(self._new(len(self._parameters)).fill_(1))
+        return self._gram(self._new(len(self.parameter_sizes)).fill_(1))
 
     def _gram(self, weights: torch.Tensor) -> torch.Tensor:
         if self._rows is None:
             raise ValueError("pgdfast: gram needs a row layout; call set_rows first.")
-        with self._here():
-            arenas, table = self._unit_sweeps(0), self._table(0)
+        with self.here():
+            arenas, table = self._unit_sweeps(0), self.table(0)
             packed, K = self._new(max(self._info(5), 1)), self._new(self.num_residuals, self.num_residuals)
-            self._lib.gram(
-                self._plan, table.data_ptr(), arenas.data_ptr(), weights.data_ptr(), packed.data_ptr(), K.data_ptr(), self._stream
+            self.library.gram(
+                self.plan, table.data_ptr(), arenas.data_ptr(), weights.data_ptr(), packed.data_ptr(), K.data_ptr(), self.stream
             )
         return K
 
@@ -227,8 +247,8 @@ class Kernels:
         J = self.dense()
         (M, P), H = J.shape, self._new(self.num_parameters, self.num_parameters)
         shape, strides = (ctypes.c_int64 * 3)(P, P, M), (ctypes.c_int64 * 6)(1, P, P, 1, P, 1)
-        with self._here():
-            self._lib.product(self._wide, shape, strides, J.data_ptr(), J.data_ptr(), H.data_ptr(), self._stream)
+        with self.here():
+            self.library.product(self._wide, shape, strides, J.data_ptr(), J.data_ptr(), H.data_ptr(), self.stream)
         return H
 
     # --- solves -------------------------------------------------------------------------------------------------------------
@@ -264,12 +284,12 @@ class Kernels:
         r = self._of(r)
         host = None if weights is None else tuple(weights.tolist()) if weights.device.type == "cpu" else weights
         if self._matrix is None or self._held != ("gram", host):
-            ones = self._new(len(self._parameters)).fill_(1)
+            ones = self._new(len(self.parameter_sizes)).fill_(1)
             self._matrix = self._gram(ones if weights is None else weights.to(self.device, self.dtype))
             self._held = "gram", host
         W = None
         if weights is not None:
-            W = torch.cat([self._new(n).fill_(w) for n, w in zip(self._parameters, host, strict=True)])
+            W = torch.cat([self._new(n).fill_(w) for n, w in zip(self.parameter_sizes, host, strict=True)])
         rhs = r if q is None else r - self.jvp(W * q / shift if W is not None else q / shift)
         info = self._factored(shift)
         self._y = y = self._solved(rhs)
@@ -314,8 +334,8 @@ class Kernels:
         rank = 0 if preconditioner[1] is None else len(preconditioner[1])
         slots = 0 if path is None else len(path)
         P, M, limit = self.num_parameters, self.num_residuals, options.max_iterations
-        step, work = self._new(P), self._new(self._lib.cg_vectors(P, M, rank))
-        scalars = self._new(self._lib.cg_scalars(limit), dtype=torch.float64)
+        step, work = self._new(P), self._new(self.library.cg_vectors(P, M, rank))
+        scalars = self._new(self.library.cg_scalars(limit), dtype=torch.float64)
         report = self._new(6 + 5 * slots, dtype=torch.float64)
         ended = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         arena, scratch = self._arena()
@@ -324,12 +344,23 @@ class Kernels:
         counts, limits = (ctypes.c_int64 * 3)(rank, slots, limit), (ctypes.c_double * 3)(
             options.tolerance, options.absolute, options.progress
         )
-        with self._here():
-            self._lib.cg(self._plan, pointers, counts, limits, self._stream)
+        with self.here():
+            self.library.cg(self.plan, pointers, counts, limits, self.stream)
         status, iterations, norm, gain, square, slack, *kept = report.tolist()   # the one wait, after which `ended` may go
         kept = [kept[5 * k : 5 * k + 4] for k in range(slots)]
         found = [(slot, int(i), *rest) for slot, (i, *rest) in enumerate(kept) if i > 0]
         return (step, STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack), found
+
+
+    def members_solve(self, name, listed, r, mu, penalty, scale, q, options, inverse=None, start=None, update=None):
+        """Whole solves by "dual", "primal" or "cg" for the members listed: one launch where each block owns a member.
+
+        r: (B, M); mu: (B,), float64; penalty: c per parameter, or empty; scale, q, inverse (the diagonal preconditioner of CG)
+        and start: (B, P) or None; update: (parameters (B, ...), rates (B,)), from which rates * step is subtracted in the same
+        launch. Returns the steps, (B, P), rows of members not listed being zero, and for each listed what `dual` returns after
+        the step. "primal", and problems with a penalty, scale, q, inverse or start, run one member after the other.
+        """
+        return cuda_members.solve(self, name, listed, r, mu, penalty, scale, q, options, inverse, start, update)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

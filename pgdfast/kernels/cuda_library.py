@@ -35,6 +35,8 @@ _SIGNATURES = {
     "cg_vectors": (_NUMBER, _NUMBER, _NUMBER, _NUMBER),
     "cg_scalars": (_NUMBER, _INT),
     "cg": (None, *[_POINTER] * 5),
+    "ensemble_bytes": (_NUMBER, _POINTER, _INT, _NUMBER),
+    "ensemble": (None, *[_POINTER] * 5),
     "schedule": (_NUMBER, _POINTER, _INT, _POINTER, _NUMBER),
     "gram_tile": (_INT, _NUMBER, _INT, _INT),
 }
