@@ -228,6 +228,25 @@ Launch product(const Structure& s, int number, Direction d) {
   return result;
 }
 
+// Buffers whose first write is a sum over dimensions that leaves nothing of them out: it need not add to zeros.
+std::vector<int> first_sums(const Structure& s, Direction d, const std::vector<int>& order) {
+  std::vector<int> found(s.buffers.size(), -1);
+  std::vector<char> written(s.buffers.size(), 0);
+  for (const int number : order) {
+    const Instruction& op = s.instructions[std::size_t(number)];
+    const std::size_t buffer = std::size_t(d == Direction::forward ? op.y : op.x);
+    if (written[buffer]) continue;
+    written[buffer] = 1;
+    if (op.kind != Kind::muladd || !reduces(op, d)) continue;
+    const index* strides = target_of(op, d).strides;
+    index targets = 1;
+    for (std::size_t k = 0; k < std::size_t(op.muladd.ndim); ++k)
+      if (strides[k] != 0) targets *= op.muladd.shape[k];
+    if (targets == s.buffers[buffer].live) found[buffer] = number;
+  }
+  return found;
+}
+
 }  // namespace
 
 bool fits_blas(const Product& p) {
@@ -240,15 +259,6 @@ bool fits_blas(const Product& p) {
 
 Schedule schedule(const Structure& s, Direction d, Part part) {
   Schedule result;
-  const std::vector<char>& marked = d == Direction::forward ? s.zero_forward : s.zero_adjoint;
-  for (std::size_t i = 0; i < s.buffers.size(); ++i) {
-    const bool parameter = s.buffers[i].role == Role::parameter;
-    if (!marked[i] || s.buffers[i].size == 0 || (d == Direction::forward && parameter)) continue;
-    if (part == (parameter ? Part::inner : Part::uses)) continue;
-    Launch launch{Task::clear};
-    launch.buffer = int(i);
-    result.launches.push_back(launch);
-  }
   std::vector<int> order;
   const int count = int(s.instructions.size());
   const auto uses = [&](int i) { return s.buffers[std::size_t(s.instructions[std::size_t(i)].x)].role == Role::parameter; };
@@ -259,6 +269,16 @@ Schedule schedule(const Structure& s, Direction d, Part part) {
       if (!uses(i)) order.push_back(i);
     for (int i = count; part != Part::inner && i-- > 0;)
       if (uses(i)) order.push_back(i);
+  }
+  const std::vector<int> sums = first_sums(s, d, order);
+  const std::vector<char>& marked = d == Direction::forward ? s.zero_forward : s.zero_adjoint;
+  for (std::size_t i = 0; i < s.buffers.size(); ++i) {
+    const bool parameter = s.buffers[i].role == Role::parameter;
+    if (!marked[i] || sums[i] >= 0 || s.buffers[i].size == 0 || (d == Direction::forward && parameter)) continue;
+    if (part == (parameter ? Part::inner : Part::uses)) continue;
+    Launch launch{Task::clear};
+    launch.buffer = int(i);
+    result.launches.push_back(launch);
   }
   Chain chain(s, d);
   const auto flush = [&] {
@@ -276,6 +296,7 @@ Schedule schedule(const Structure& s, Direction d, Part part) {
     flush();
     if (op.kind == Kind::muladd) {
       result.launches.push_back(reduction(s, number, d, result.scratch));
+      if (sums[std::size_t(target_of(op, d).buffer)] == number) result.launches.back().overwrite = true;
     } else if (op.kind == Kind::matmul) {
       result.launches.push_back(product(s, number, d));
     } else {
