@@ -30,6 +30,15 @@ PGDFAST_API const char* pgdfast_cuda_error() { return message.c_str(); }
 // Null, or why the library of this name is of no use as cuBLAS.
 PGDFAST_API const char* pgdfast_cuda_load_blas(const char* library) { return load_blas(library); }
 
+// The device of the calls that follow on this thread: this library's runtime does not know of PyTorch's choice.
+PGDFAST_API int pgdfast_cuda_set_device([[maybe_unused]] int device) {
+#ifdef PGDFAST_EMULATE
+  return 0;
+#else
+  return guarded([&] { check(cudaSetDevice(device), "choosing the device"); });
+#endif
+}
+
 PGDFAST_API void* pgdfast_cuda_new(int wide, const index* words, index count, const double* alphas) {
   auto plan = std::make_unique<Plan>();
   const int failed = guarded([&] {

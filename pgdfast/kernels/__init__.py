@@ -35,7 +35,7 @@ def requested(backend: str) -> str:
     if name != "auto":
         state = backends()[name]
         if state != "available":
-            usable = [key for key, value in backends().items() if value == "available"]
+            usable = [key for key, value in backends().items() if value == "available" and key in NAMES]
             raise RuntimeError(f"pgdfast: backend {name!r} cannot be used: {state}; use one of {', '.join(usable)}.")
     return name
 

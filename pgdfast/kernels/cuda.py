@@ -77,7 +77,8 @@ class Kernels:
                     continue
                 if c.device != self.device:
                     raise RuntimeError(
-                        f"pgdfast: the closure's tensors are on {self.device} and {c.device}; move data and model to one device."
+                        f"pgdfast: the closure's tensors are on {self.device} and {c.device}; move data and model "
+                        "to one device."
                     )
                 if c.shape != layout[0] or (function != "positions" and c.stride() != layout[1]):
                     raise RuntimeError(
@@ -145,9 +146,10 @@ class Kernels:
 
     def here(self):
         """A context in which the constants' device is the current one."""
-        if self.device is None or self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+        if self.device is None or self.device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.cuda.device(self.device)
+        self.library.set_device(self.device.index)
+        return contextlib.nullcontext() if self.device.index == torch.cuda.current_device() else torch.cuda.device(self.device)
 
     @property
     def stream(self) -> int:

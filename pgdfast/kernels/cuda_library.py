@@ -17,6 +17,7 @@ _SIGNATURES = {
     "error": (_TEXT,),
     "load_blas": (_TEXT, _TEXT),
     "built_for": (_TEXT,),
+    "set_device": (None, _INT),
     "new": (_POINTER, _INT, _POINTER, _NUMBER, _POINTER),
     "free": (_POINTER, _POINTER),
     "info": (_NUMBER, _POINTER, _INT),

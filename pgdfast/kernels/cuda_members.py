@@ -74,7 +74,7 @@ def _together(kernels, name, listed, r, mu, options, update):
         parameters = rates = None
         if update is not None:
             if not all(p.is_contiguous() and p.dtype == kernels.dtype and p.device == device for p in update[0]):
-                raise ValueError("pgdfast: an update in the ensemble's launch needs contiguous parameters of the program's dtype.")
+                raise ValueError("pgdfast: an update in the launch needs contiguous parameters of its dtype and device.")
             parameters = torch.tensor([p.data_ptr() for p in update[0]], dtype=torch.int64).to(device)
             rates = torch.as_tensor(update[1]).to(device, torch.float64).contiguous()
         pointers = lib.pointers([table, constants, r, mu, active, steps, report, parameters, rates, workspace])

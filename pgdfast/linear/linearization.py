@@ -114,8 +114,8 @@ class Linearizer:
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, torch.Tensor) and part.device != device:
                 raise ValueError(
-                    f"pgdfast.LM: the parameters are on {device} and the closure's result on {part.device}; move data and model "
-                    "to one device."
+                    f"pgdfast.LM: the parameters are on {device} and the closure's result on {part.device}; move data and "
+                    "model to one device."
                 )
 
     def _announce(self, operation: str) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA sources compiled as plain C++ against csrc/cuda/emulate.h, once per session, and put where pgdfast looks for kernels.
+"""The CUDA sources compiled as plain C++ against csrc/cuda/emulate.h, once per session, and put where pgdfast finds kernels.
 
 What that finds: wrong results, barriers that not all threads reach, results that depend on the order of threads or blocks, and
 memory read before it is written. What it does not: misaligned accesses, races within a phase that no order of whole threads

@@ -1,9 +1,8 @@
-"""The host's decisions, without a kernel: which instructions fuse, which products go where, which tile the Gram matrix takes."""
+"""The host's decisions, without a kernel: which instructions fuse, which products go where, which tile K takes."""
 
 import pytest
 import torch
 from helpers import gradient, mlp, rand
-from torch import nn
 
 import pgdfast
 from pgdfast.kernels import cuda
@@ -41,7 +40,7 @@ def test_a_network_runs_as_products_and_epilogues(emulated):
     assert program.instructions[bias[0]].constant < 0 and program.instructions[scale[0]].constant >= 0
     assert (bias[1], scale[1]) == (0, REGISTER)
     backward = launches(kernels, ADJOINT)
-    assert sorted(task for task, *_ in backward) == sorted([CHAIN] * 3 + [SMALL] * 5 + [REDUCE] * 3)
+    assert sorted(task for task, *_ in backward) == sorted([CHAIN] * 3 + [SMALL] * 5 + [REDUCE] * 3)   # no buffer is cleared
     assert all(task != REDUCE for task, *_ in launches(kernels, INNER))   # those write parameters
 
 
@@ -105,7 +104,7 @@ def test_the_sweep_of_small_products_can_be_forced_to_the_blas(emulated, monkeyp
 
 
 @pytest.mark.parametrize(("order", "wide", "processors", "tile"), [
-    (1, 0, 132, 2), (100, 0, 132, 2), (1920, 0, 132, 2), (2048, 0, 132, 8), (8192, 0, 132, 8), (960, 1, 132, 2), (1024, 1, 132, 4),
+    (100, 0, 132, 2), (1920, 0, 132, 2), (2048, 0, 132, 8), (8192, 0, 132, 8), (960, 1, 132, 2), (1024, 1, 132, 4),
 ])
 def test_tiles(emulated, order, wide, processors, tile):
     """The large tile where it gives every multiprocessor at least one."""
