@@ -80,6 +80,7 @@ class BuildExtension(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.as_posix()}",
             f"-DCMAKE_BUILD_TYPE={config}",
+            f"-DPGDFAST_CUDA={cuda_option()}",
             "-DCMAKE_SKIP_RPATH=ON",  # PyTorch is imported first: its libraries are found by name, wherever they lie
         ]
         # An earlier build's cache names tools in an isolated environment that is gone; its objects are kept.
@@ -88,6 +89,8 @@ class BuildExtension(build_ext):
         for command in (configure, [cmake, "--build", build, "--config", config]):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("pgdfast: the C++ core did not build; the messages of CMake above say why.")
+        if getattr(self, "editable_mode", False) and (output / "_cuda.so").exists():
+            shutil.copy2(output / "_cuda.so", ROOT / "pgdfast")   # setuptools knows of extension modules alone
 
 
 class BuildPackage(build_py):
@@ -103,6 +106,14 @@ class BuildPackage(build_py):
 def tool(name):
     """Find a program beside this Python, then on PATH; None if there is none."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def cuda_option():
+    """Return whether the CUDA kernels are built, from the environment: AUTO, ON or OFF."""
+    option = os.environ.get("PGDFAST_CUDA", "AUTO").upper()
+    if option not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"pgdfast: PGDFAST_CUDA is {option!r}; it must be AUTO, ON or OFF.")
+    return option
 
 
 def has_compiler():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import native
+from .kernels import cuda_library, native
 
 
 def check_build() -> None:
@@ -18,10 +18,10 @@ def check_build() -> None:
 
 
 def build_info() -> dict[str, str]:
-    """The parts of this build: PyTorch built against and running, BLAS, instruction set, threads."""
+    """The parts of this build: PyTorch built against and running, BLAS, instruction set, threads, CUDA kernels."""
     core = native._C
     if core is None:
-        return {"core": native.available() or "", "torch": torch.__version__}
+        return {"core": native.available() or "", "torch": torch.__version__, "cuda": cuda_library.built()}
     return {
         "core": "built",
         "torch built against": core.torch_version,
@@ -29,4 +29,5 @@ def build_info() -> dict[str, str]:
         "blas": core.blas(),
         "instruction set": core.instruction_set(),
         "threads": str(torch.get_num_threads()),
+        "cuda": cuda_library.built(),
     }

@@ -7,12 +7,13 @@ import warnings
 
 import torch
 
-from . import native, torch_kernels, triton_kernels
+from . import cuda, native, torch_kernels, triton_kernels
 
 NAMES = ("auto", "native", "triton", "torch", "reference")
 
-# Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program)`.
-IMPLEMENTATIONS = {"native": native, "triton": triton_kernels, "torch": torch_kernels}
+# Fastest first. Each has `available() -> reason or None`, `applies(device, dtype) -> bool` and `Kernels(program, dtype)`. A
+# word behind the name tells implementations apart that one name asks for.
+IMPLEMENTATIONS = {"native": native, "native (CUDA)": cuda, "triton": triton_kernels, "torch": torch_kernels}
 
 
 def backends() -> dict[str, str]:
@@ -33,7 +34,7 @@ def requested(backend: str) -> str:
     if name != "auto":
         state = backends()[name]
         if state != "available":
-            usable = [key for key, value in backends().items() if value == "available"]
+            usable = [key for key, value in backends().items() if value == "available" and key in NAMES]
             raise RuntimeError(f"pgdfast: backend {name!r} cannot be used: {state}; use one of {', '.join(usable)}.")
     return name
 
@@ -50,7 +51,7 @@ def _say_once(text: str) -> None:
 def serves_members(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
     """Whether the kernels of a program would solve for the members of an ensemble in one call."""
     for name, module in IMPLEMENTATIONS.items():
-        if backend in ("auto", name) and not module.available() and module.applies(device, dtype):
+        if backend in ("auto", name.split()[0]) and module.applies(device, dtype) and not module.available():
             return hasattr(module.Kernels, "members_solve")
     return False
 
@@ -61,20 +62,24 @@ def kernels_for(program, device: torch.device, backend: str, dtype: torch.dtype 
     dtype: of the products, the program's own unless a wider one is asked for.
     """
     dtype = dtype or program.dtype
+    limits = []
     for name, module in IMPLEMENTATIONS.items():
-        if backend not in ("auto", name):
+        if backend not in ("auto", name.split()[0]):
             continue
-        if module.available():
-            if name != "triton" or device.type == "cuda":   # on a CPU nobody misses Triton
-                _say_once(f"pgdfast: {module.available()}; the next backend is used, much slower.")
+        limits.append(module.LIMITS)
+        if not module.applies(device, dtype):
             continue
-        if module.applies(device, dtype):
+        reason = module.available()
+        if not reason:
             made = module.Kernels(program, dtype)
             made.device = device
             return made
-        if backend == name:
-            raise RuntimeError(
-                f"pgdfast: backend {name!r} was asked for but runs only {module.LIMITS}; the closure's tensors are "
-                f"{dtype} on {device}."
-            )
+        if backend != "auto":
+            raise RuntimeError(f"pgdfast: backend {backend!r} cannot be used for {dtype} on {device}: {reason}.")
+        _say_once(f"pgdfast: {reason}; the next backend is used, much slower.")
+    if backend != "auto":
+        raise RuntimeError(
+            f"pgdfast: backend {backend!r} was asked for but runs only {' and '.join(limits)}; the closure's tensors are "
+            f"{dtype} on {device}."
+        )
     raise RuntimeError(f"pgdfast: no implementation for {dtype} on {device}.")

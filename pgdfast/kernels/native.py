@@ -90,7 +90,7 @@ class Kernels:
 
     name = "native"
     fused = True
-    batches = False
+    batches = True   # products with J^T take (K, M)
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble

@@ -23,6 +23,7 @@ class EnsembleLinearizer(Linearizer):
 
     def read(self, result) -> EnsembleLinearization:
         """The linearisation of what the closure returned, B losses or residuals with the members first."""
+        self._check_device(result)
         losses, total = split_result(result, self.count)
         trace = self._tracer.trace(total)
         if trace.program is None:

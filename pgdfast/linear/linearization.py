@@ -82,6 +82,7 @@ class Linearizer:
 
     def read(self, result) -> Linearization:
         """The linearisation of a closure's result."""
+        self._check_device(result)
         trace = self._tracer.trace(result)
         if not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
@@ -118,6 +119,15 @@ class Linearizer:
 
             return Values(read, needs_tape=True)
         return Values(_values_of_residuals, needs_tape=False)
+
+    def _check_device(self, result) -> None:
+        device = self.params[0].device
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor) and part.device != device:
+                raise ValueError(
+                    f"pgdfast.LM: the parameters are on {device} and the closure's result on {part.device}; move data and "
+                    "model to one device."
+                )
 
     def _announce(self, operation: str) -> None:
         if operation not in _announced:

@@ -72,7 +72,7 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
 def _pulled(lin, Y: torch.Tensor) -> torch.Tensor:
     """The rows of Y through J^T, (K, P)."""
     operator = lin.operator
-    return operator.vjp(Y) if operator.fused or operator.batches else torch.stack([operator.vjp(y) for y in Y])
+    return operator.vjp(Y) if operator.batches else torch.stack([operator.vjp(y) for y in Y])
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

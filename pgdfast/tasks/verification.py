@@ -8,6 +8,7 @@ compared step by step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 
@@ -72,6 +73,38 @@ class Comparison:
                 if error > bound and name not in self.unbounded]
 
 
+def on_device(problem, device):
+    """Move a problem's model and the tensors that its closure holds to a device; return the problem."""
+    problem.model.to(device)
+    _move(problem.closure, device, {})
+    return problem
+
+
+def _move(function, device, moved):
+    """Put what a nested function's variables hold onto a device; moved: {id: (tensor, its copy)}, so that one stays one."""
+    if id(function) in moved:
+        return
+    moved[id(function)] = function, function
+    for cell in function.__closure__ or ():
+        cell.cell_contents = _moved(cell.cell_contents, device, moved)
+
+
+def _moved(value, device, moved):
+    if isinstance(value, torch.Tensor):
+        if id(value) not in moved:
+            copy = value if isinstance(value, torch.nn.Parameter) else value.detach().to(device)
+            moved[id(value)] = value, copy.requires_grad_(value.requires_grad)
+            moved[id(copy)] = copy, copy   # two functions may share a variable
+        return moved[id(value)][1]
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_moved(item, device, moved) for item in value)
+    if isinstance(value, torch.nn.Module):
+        return value.to(device)
+    if isinstance(value, FunctionType):
+        _move(value, device, moved)
+    return value
+
+
 def compare(make, dtype, backend, seed=0):
     """Compare a backend with the reference on a problem.
 
@@ -101,8 +134,8 @@ def _compare_here(problem, params, backend, seed, result):
     lin = pgdfast.linearize(problem.closure, params, backend=backend)
     ref = pgdfast.reference.linearize(problem.closure, params)
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(ref.num_parameters, generator=generator, dtype=torch.float64)
-    u = torch.randn(ref.num_residuals, generator=generator, dtype=torch.float64)
+    v = torch.randn(ref.num_parameters, generator=generator, dtype=torch.float64).to(lin.device)
+    u = torch.randn(ref.num_residuals, generator=generator, dtype=torch.float64).to(lin.device)
     result.note("residual", _relative(lin.residual, ref.residual))
     result.note("gradient", _relative(lin.gradient(), ref.vjp(ref.residual)))
     result.note("J v", _relative(lin.jvp(v), ref.jvp(v)))

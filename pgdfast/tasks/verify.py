@@ -10,6 +10,7 @@ from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.methods import check_backend
 from pgdfast.tasks.training import torch_threads
 
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 SUMMARY = """\
 Compare a fast backend with the plain float64 reference on a problem of every task: residual,
 gradient, J v, J^T u, Gram matrix and the step of each solver, at three points along training, in
@@ -23,6 +24,7 @@ def add_options(parser):
     add("tasks", nargs="*", metavar="TASK", help=f"which tasks (default: all of {', '.join(tasks.TASKS)})")
     add("--backend", choices=("auto", "native", "torch"), default="auto",
         help="which fast backend is compared (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where both run (default: %(default)s)")
     add("--threads", type=options.whole_number(1), default=1, metavar="N",
         help="CPU threads of PyTorch (default: %(default)s)")
 
@@ -32,8 +34,10 @@ def run(arguments):
     unknown = [name for name in arguments.tasks if name not in tasks.TASKS]
     if unknown:
         raise UsageError(f"unknown task {unknown[0]!r}; the tasks are: {', '.join(tasks.TASKS)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no GPU; leave it out to compare on the CPU")
     terminal.require_extras()
-    problems = [entry for name in arguments.tasks or tasks.TASKS for entry in _problems(name)]
+    problems = [entry for name in arguments.tasks or tasks.TASKS for entry in _problems(name, arguments.device)]
     start, rows, wrong, sizes = time.perf_counter(), [], [], []
     with torch_threads(arguments.threads), terminal.progress(2 * len(problems)) as (announce, advance):
         check_backend((_LM,), arguments.backend)
@@ -50,7 +54,7 @@ def run(arguments):
                 wrong += _wrong(name, found, distance)
                 advance(1)
     terminal.show_table(
-        f"{arguments.backend} against the reference: largest relative error at steps "
+        f"{arguments.backend} against the reference on the {_DEVICES[arguments.device]}: largest relative error at steps "
         f"{', '.join(map(str, verification.POINTS))} of training",
         ["task", "dtype", "r", "J^T r", "J v", "J^T u", "Gram", "steps by solver", "condition", "20 losses"], rows,
         [f"bounds: {verification.BOUNDS[torch.float64]:g} in float64; {verification.BOUNDS[torch.float32]:g} in float32, "
@@ -64,12 +68,16 @@ def run(arguments):
     return 1 if wrong else 0
 
 
-def _problems(name):
+def _problems(name, device):
     task = tasks.load(name)
     found = [(name, task.problem)]
     if hasattr(task, "problem_cross_entropy"):
         found.append((f"{name} (cross-entropy)", task.problem_cross_entropy))
-    return found
+    return found if device == "cpu" else [(title, _on(device, make)) for title, make in found]
+
+
+def _on(device, make):
+    return lambda dtype, seed=0: verification.on_device(make(dtype, seed), device)
 
 
 def _short(dtype):
