@@ -202,6 +202,11 @@ def _parameters(optimizer) -> list[torch.Tensor]:
 def _check(lm, first_order) -> None:
     if not isinstance(lm, LM):
         raise TypeError(f"pgdfast.Hybrid: lm is {_kind(lm)}; it must be a pgdfast.LM.")
+    if lm.ensemble is not None:
+        raise ValueError(
+            f"pgdfast.Hybrid: lm trains an ensemble of {lm.ensemble}, whose members would switch apart; build one Hybrid per "
+            "network, or an LM without ensemble."
+        )
     if not isinstance(first_order, torch.optim.Optimizer):
         raise TypeError(
             f"pgdfast.Hybrid: first_order is {_kind(first_order)}; it must be a torch.optim.Optimizer over LM's parameters."

@@ -113,6 +113,11 @@ class LM(torch.optim.Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @property
+    def ensemble(self) -> int | None:
+        """The number of members, None for one network."""
+        return self._lockstep and self._lockstep.count
+
+    @property
     def predicts(self) -> bool:
         """Whether steps are tried before they are kept, and the report predicts their reduction."""
         return self._rule.tries or self._search is not None

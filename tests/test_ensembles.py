@@ -386,3 +386,10 @@ def test_a_bad_closure_changes_nothing():
     with pytest.raises(ValueError, match=r"ensemble of 4 returned \(\); it must return 4 losses, shape \(4,\)"):
         optimizer.step(lambda: losses(networks)().mean())
     assert all(torch.equal(p.detach(), q) for p, q in zip(networks.parameters(), before, strict=True))
+
+
+def test_a_hybrid_is_for_one_network():
+    networks = stack()
+    parameters = list(networks.parameters())
+    with pytest.raises(ValueError, match="lm trains an ensemble of 4, whose members would switch apart"):
+        pgdfast.Hybrid(pgdfast.LM(parameters, ensemble=B), torch.optim.SGD(parameters, lr=0.1))
