@@ -23,6 +23,9 @@ from hypothesis import strategies as st
 
 import pgdfast
 from pgdfast import reference
+from pgdfast.solve.cg import cg
+from pgdfast.solve.lsmr import lsmr
+from pgdfast.solve.problem import Problem
 
 PRECONDITIONERS = (None, "jacobi", "nystrom", pgdfast.Nystrom(rank=3), pgdfast.Nystrom(rank=500))
 
@@ -41,8 +44,7 @@ def test_lsmr_keeps_float32_digits_where_the_normal_equations_lose_them(M, P, ba
     expected = reference.solve(ref, 1e-8, solver="lsmr").step
     assert relative(expected, reference.solve(ref, 1e-8).step) < 1e-6
     lin = pgdfast.linearize(closure, params, backend=backend)
-    problem = pgdfast.solve.__globals__["Problem"].of(lin, 1e-8, None)
-    lsmr, cg = (pgdfast.solve.__globals__[name] for name in ("lsmr", "run_cg"))
+    problem = Problem.of(lin, 1e-8, None)
     ours = relative(lsmr(problem, pgdfast.CG(3000, 1e-12)).step, expected)
     theirs = relative(cg(problem, pgdfast.CG(3000, 1e-12))[0].step, expected)
     assert ours < 3e-3 and ours < 0.3 * theirs

@@ -10,13 +10,16 @@ import pytest
 from helpers import mlp, rand
 
 import pgdfast
+from pgdfast.solve.choice import choose
+
+CHOICE = choose.__globals__
 
 
 def test_reason_names_what_was_left_out_for_memory(monkeypatch):
     model = mlp(2, 3, 1)
     x = rand(400, 2, seed=1)
     lin = pgdfast.linearize(lambda: model(x), model.parameters())
-    names = pgdfast.solve.__globals__   # the name `solve` is the function's, not its package's
+    names = CHOICE
     needed = names["predicted_bytes"](names["Problem"].of(lin, 0.1, None), pgdfast.CG())
     assert needed["cg"] < needed["dual"]
     monkeypatch.setitem(names, "memory_limit", lambda: 0.5 * (needed["dual"] + needed["primal"]))
@@ -45,7 +48,7 @@ def test_predicted_memory_is_within_a_factor_of_two(case, tmp_path):
 def test_predicted_operations_count_the_sketch():
     model = mlp(2, 30, 30, 1)
     x = rand(400, 2, seed=1)
-    names = pgdfast.solve.__globals__
+    names = CHOICE
     problem = names["Problem"].of(pgdfast.linearize(lambda: model(x), model.parameters()), 0.1, None)
     rank, P = 30, problem.linearization.num_parameters
 
@@ -60,7 +63,7 @@ def test_predicted_operations_count_the_sketch():
 
 @pytest.mark.parametrize("M, P, taken", [(8000, 90000, "dual"), (9000, 8000, "dual"), (20000, 50000, "cg")])
 def test_cg_need_not_be_three_times_cheaper_where_neither_size_is_small(M, P, taken, monkeypatch):
-    names = pgdfast.solve.__globals__
+    names = CHOICE
     costs = {"dual": (2e12, 1e9), "primal": (9e12, 1e9), "cg": (1e12, 1e6), "eigh": (9e13, 1e9)}
     monkeypatch.setitem(names, "predicted_costs", lambda *_: costs)
     monkeypatch.setitem(names, "memory_limit", lambda: 8e9)
