@@ -80,7 +80,7 @@ def cases(settings):
     return [
         Case(method.name, f"alpha={alpha:g}", seed, settings.steps_of(method),
              lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings),
-             together=method.kind == "lm")
+             together=method.together)
         for seed in range(settings.seeds) for alpha in settings.alphas for method in settings.optimizers
     ]
 

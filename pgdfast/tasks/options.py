@@ -121,7 +121,7 @@ def add_common(parser, task):
     if ensembles:
         add("--sequential", action="store_true",
             help="train every network by itself; without it the LM runs of one damping that differ only in seed or alpha are "
-                 "one ensemble (first-order methods and hybrids always run one after another)")
+                 "one ensemble (first-order methods, Gauss-Newton and hybrids always run one after another)")
 
 
 def _shown(value):

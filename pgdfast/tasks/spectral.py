@@ -65,7 +65,7 @@ class Spectrum:
         """Return every run to be made, seed by seed."""
         return [
             Case(method.name, "", seed, settings.steps, lambda method=method, seed=seed: self._start(method, seed, settings),
-                 together=method.kind == "lm")
+                 together=method.together)
             for seed in range(settings.seeds) for method in settings.optimizers
         ]
 
