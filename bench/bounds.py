@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, NESTED, NESTED_STEP, TAYLOR, WALK
+from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, NESTED, NESTED_STEP, SINGLES, TAYLOR, WALK
 from .peers import LM, Adam, TorchFunc, TorchLevenbergMarquardt
 from .peers_jax import Jax
 from .products import CompiledCurvlinops, Curvlinops, TorchFuncProduct
@@ -118,6 +118,10 @@ def pde_bounds(section):
     """What must hold of pgdfast.pde on one network."""
     return [Bound(section, f"{NESTED} over {TAYLOR}", (_over(NESTED, TAYLOR, limit=3, at_least=True),)),
             _at_most(section, LM.name, [NESTED_STEP], 0.6)]
+
+
+# All steps of an ensemble over those of its members one by one, each side at its best thread count.
+ENSEMBLE_BOUNDS = [_at_most("64 of A", LM.name, [SINGLES], 0.35), _at_most("D's sweep", LM.name, [SINGLES], 0.6)]
 
 
 def _exponent(sweep, what, limit):

@@ -87,6 +87,8 @@ class _Together:
     def run(self, group: list[int], is_wide: bool) -> dict[int, Solution]:
         """{member: Solution} of those that are settled."""
         if self.name == "cg":
+            # The longest first, so that the cores end together: as many iterations as last time, or nearly.
+            group = sorted(group, key=lambda b: -self.keep[b].get("iterations", 0))
             doubled = self.small and self.options.tolerance < NARROW_TOLERANCE and self.lin.separates
             return self._solutions(group, *self._call(group, doubled), wide=lambda trace: False)
         if self.lin.dtype != torch.float32:
@@ -159,7 +161,9 @@ class _Together:
             if not abs(gain) + square < float("inf"):
                 step.zero_()
                 status, gain, damped, slack = "not_finite", 0.0, 0.0, 0.0
-            keep = {"start": step} if name == "cg" and self.options.warm_start and status != "not_finite" else {}
+            keep = {"iterations": iterations} if name == "cg" else {}
+            if name == "cg" and self.options.warm_start and status != "not_finite":
+                keep["start"] = step
             found[b] = Solution(
                 step, status, iterations, name, self.reason, gain, damped, functools.partial(lin.member, b), diagonal,
                 norm if name == "cg" else None, wide(trace), slack, (), keep,
