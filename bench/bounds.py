@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, NESTED, NESTED_STEP, TAYLOR, WALK
+from .parts import CHOLESKY, GEMMS, GGN, GRADIENT, GRAM_GEMM, NESTED, NESTED_STEP, SINGLES, TAYLOR, WALK
 from .peers import LM, Adam, TorchFunc, TorchLevenbergMarquardt
 from .peers_jax import Jax
 from .products import CompiledCurvlinops, Curvlinops, TorchFuncProduct
@@ -123,6 +123,10 @@ def pde_bounds(section):
 def dampings_bounds(section):
     """What must hold of many dampings from one linearisation."""
     return [_at_most(section, "16 dampings", ["the smallest damping"], 1.5)]
+
+
+# All steps of an ensemble over those of its members one by one, each side at its best thread count.
+ENSEMBLE_BOUNDS = [_at_most("64 of A", LM.name, [SINGLES], 0.35), _at_most("D's sweep", LM.name, [SINGLES], 0.6)]
 
 
 def _exponent(sweep, what, limit):

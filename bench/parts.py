@@ -16,6 +16,7 @@ CLOSURE, GRADIENT, READ, WALK, SOLVE = "closure", "gradient", "closure, tape rea
 JVP, VJP, GGN, GRAM, CG = "J v", "J^T u", "J^T J v", "J J^T", "CG iteration"
 CHOLESKY, GEMMS, GRAM_GEMM, GEMM = "Cholesky", "GEMMs of J^T J v", "GEMM of J J^T", "GEMM 512"
 TAYLOR, NESTED, NESTED_STEP = "laplacian", "nested autograd", "LM step, nested autograd"
+SINGLES = "LM step, one by one"
 _LESS, _MORE = f"CG, {FEW} iterations", f"CG, {MANY} iterations"
 
 

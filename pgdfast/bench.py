@@ -12,7 +12,7 @@ from pathlib import Path
 from pgdfast.tasks import records
 from pgdfast.tasks.errors import UsageError
 
-SECTIONS = ("A", "B", "C", "D", "E", "F", "G", "pde", "dampings", "sweeps", "memory")
+SECTIONS = ("A", "B", "C", "D", "E", "F", "G", "pde", "dampings", "ensembles", "sweeps", "memory")
 SUMMARY = """\
 Time steps, products with J and their parts beside other packages and PyTorch's own matrix products, and judge the
 bounds that the project holds itself to. Runs pytest on the bench folder of the source tree, which has to be the current
@@ -20,8 +20,8 @@ folder or above it; prints a table per problem; writes results.json and pictures
 a result is wrong.
 
 A: 1-80-80-1, 100 rows. B: 2-80-80-1, 400 rows. C: PINN. D: modular addition. E: polynomial. F: transformer.
-G: 784-250-10. pde: Laplacians of networks. dampings: 16 against one. sweeps: width, depth, rows.
-memory: peak memory of exact steps.
+G: 784-250-10. pde: Laplacians of networks. dampings: 16 against one. ensembles: many networks at once. sweeps: width,
+depth, rows. memory: peak memory of exact steps.
 bench/README.md says more."""
 QUICK_ROUNDS = 6
 

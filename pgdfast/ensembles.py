@@ -67,7 +67,10 @@ class Ensemble(nn.Module):
             raise IndexError(f"pgdfast.Ensemble.member: there is no member {b}; they are numbered 0 to {self.count - 1}.")
         first = next(iter(self.stacked().values()))
         module = copy.deepcopy(self._member).to_empty(device=first.device)
-        module.load_state_dict({name: value[b].detach() for name, value in self.stacked().items()}, strict=False)
+        own = dict((*module.named_parameters(), *module.named_buffers()))   # also those that no state_dict has
+        with torch.no_grad():
+            for name, value in self.stacked().items():
+                own[name].copy_(value[b])
         return module
 
     def __deepcopy__(self, memo):

@@ -13,7 +13,7 @@ from . import globalize
 from .backend import backend as choose_backend
 from .kernels import requested
 from .linear import check_stacked
-from .lockstep import Lockstep, each_of
+from .lockstep import Lockstep, each_of, joined, share_of
 from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
@@ -273,6 +273,27 @@ class LM(torch.optim.Optimizer):
             return trials.along(solution.step)
         trials.move.to(solution.step)
         return None
+
+    def member_state_dicts(self) -> list[dict]:
+        """A state_dict for each member of the ensemble, as an LM has that trains the member alone: to go on alone with it.
+
+        Raises ValueError without an ensemble.
+        """
+        if self._lockstep is None:
+            raise ValueError("pgdfast.LM.member_state_dicts: this LM trains one network; use state_dict().")
+        state = self.state_dict()
+        return [share_of(state, b) for b in range(self._lockstep.count)]
+
+    def load_member_state_dicts(self, states: list[dict]) -> None:
+        """Go on as an ensemble with members that were trained alone, or in other company, for equally many steps.
+
+        states: B state_dicts, of LMs that each trained one member, or out of `member_state_dicts`.
+        Raises ValueError without an ensemble, for another number of states, and for members of different step counts.
+        """
+        if self._lockstep is None or len(states) != self._lockstep.count:
+            wanted = "one network; use load_state_dict()" if self._lockstep is None else f"{self._lockstep.count} members"
+            raise ValueError(f"pgdfast.LM.load_member_state_dicts: got {len(states)} states, and this LM trains {wanted}.")
+        self.load_state_dict(joined(states))
 
     def _trainable(self):
         """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""

@@ -235,6 +235,55 @@ class _Run:
         return found
 
 
+_OF_MEMBERS = {"damping": "damping", "rules": "rule", "wide": "wide", "keep": "keep", "rejected": "rejected"}
+"""What the optimizer remembers of every member, and what LM calls it that trains one network alone."""
+
+
+def share_of(state: dict, b: int) -> dict:
+    """Member b's share of an ensemble's state_dict: the state_dict of an LM that trains it alone."""
+    shares = {}
+    for k, values in state["state"].items():
+        shares[k] = {
+            _OF_MEMBERS.get(name, name): value if name == "step" or value is None else copy.copy(value[b])
+            for name, value in values.items()
+        }
+    groups = [group | {"lr": group["lr"] if _one(group["lr"]) else float(group["lr"][b])} for group in state["param_groups"]]
+    return {"state": shares, "param_groups": groups}
+
+
+def joined(states: list[dict]) -> dict:
+    """The inverse of `share_of`: one state_dict for an ensemble of these members.
+
+    Raises ValueError for members that have taken different numbers of steps.
+    """
+    first = states[0]["state"]
+    steps = [[values.get("step") for values in state["state"].values()] for state in states]
+    if any(taken != steps[0] for taken in steps):
+        told = ", ".join(str(max(filter(None, taken), default=0)) for taken in steps)
+        raise ValueError(
+            f"pgdfast.LM: members that have taken {told} steps cannot go on as one ensemble; join those with equally many."
+        )
+    alone = {own: of_all for of_all, own in _OF_MEMBERS.items()}
+    memory: dict = {}
+    for k, values in first.items():
+        memory[k] = {}
+        for name in (*values, "rejected") if "step" in values and "rejected" not in values else values:
+            each = [state["state"][k].get(name, 0 if name == "rejected" else None) for state in states]
+            alike = name == "step" or all(value is None for value in each)
+            memory[k][alone.get(name, name)] = (
+                each[0] if alike else torch.stack(each) if isinstance(each[0], torch.Tensor) else each)
+    groups = []
+    for k, group in enumerate(states[0]["param_groups"]):
+        rates = [state["param_groups"][k]["lr"] for state in states]
+        groups.append(group | {"lr": rates[0] if all(rate == rates[0] for rate in rates) else rates})
+    return {"state": memory, "param_groups": groups}
+
+
+def _one(rate) -> bool:
+    """Whether all members have this learning rate."""
+    return rate.dim() == 0 if isinstance(rate, torch.Tensor) else not isinstance(rate, (list, tuple))
+
+
 def _usable(solutions: MemberSolutions) -> MemberSolutions:
     if all(s.usable for s in solutions.values()):
         return solutions

@@ -18,6 +18,7 @@ namespace {
 // Multiply-adds from which a second thread saves much more than the microseconds it takes to start, or the milliseconds
 // that it may take on a busy machine.
 constexpr index kParallelWork = 1 << 18;
+constexpr index kSparseRows = 16, kSparseSize = 1 << 12;   // products worth a look whether most of the constant is zero
 constexpr index kSmallProduct = 1 << 13;       // multiply-adds below which a call of the BLAS costs more than it saves
 
 // Runs body(begin, end) over [0, n), split over the threads where the work is worth it. Every part writes elements of its
@@ -106,17 +107,76 @@ struct Stack {
   T* at(index i, index batches) const { return data + i / batches * outer + i % batches * batch; }
 };
 
-// out[b] (+)= alpha * left[b] @ right[b], (m, k) @ (k, n).
+// Whether at most a tenth of a matrix is not zero, by a sample: one-hot inputs.
+template <class T>
+bool mostly_zero(index rows, index columns, const T* b, index row, index column) {
+  constexpr index kSample = 256;
+  const index size = rows * columns;
+  index found = 0;
+  for (index s = 0; s < kSample; ++s) {
+    const index i = s * size / kSample;
+    found += b[i / columns * row + i % columns * column] != T(0);
+  }
+  return found <= kSample / 10;
+}
+
+// The same as gemm by the elements of b that are not zero: c[:, j] += alpha b[p, j] a[:, p].
+template <class T>
+void gemm_nonzero(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
+                  index b_col, T* c, index c_row, index c_col, bool overwrite) {
+  static thread_local std::vector<T> packed, sums;
+  const Simd<T>& body = simd<T>();
+  const T* from = a;
+  index from_col = a_col, to_col = c_col;
+  if (a_row != 1) {
+    packed.resize(std::size_t(m * k));
+    for (index p = 0; p < k; ++p)
+      for (index i = 0; i < m; ++i) packed[std::size_t(p * m + i)] = a[i * a_row + p * a_col];
+    from = packed.data();
+    from_col = m;
+  }
+  T* to = c;
+  if (c_row != 1) {
+    sums.assign(std::size_t(m * n), T(0));
+    to = sums.data();
+    to_col = m;
+  } else if (overwrite) {
+    for (index j = 0; j < n; ++j) std::fill(c + j * c_col, c + j * c_col + m, T(0));
+  }
+  const auto add = [&](index p, index j) {
+    const T value = b[p * b_row + j * b_col];
+    if (value != T(0)) body.muladd(m, alpha * value, nullptr, 0, from + p * from_col, 1, to + j * to_col, 1, false);
+  };
+  if (b_row <= b_col) {   // along the memory of b
+    for (index j = 0; j < n; ++j)
+      for (index p = 0; p < k; ++p) add(p, j);
+  } else {
+    for (index p = 0; p < k; ++p)
+      for (index j = 0; j < n; ++j) add(p, j);
+  }
+  if (to == c) return;
+  for (index i = 0; i < m; ++i)
+    for (index j = 0; j < n; ++j) {
+      T& out = c[i * c_row + j * c_col];
+      out = (overwrite ? T(0) : out) + to[j * m + i];
+    }
+}
+
+// out[b] (+)= alpha * left[b] @ right[b], (m, k) @ (k, n); right is constant.
 template <class T>
 void multiply(index outer, index batches, index m, index n, index k, T alpha, const Stack<const T>& left,
               const Stack<const T>& right, const Stack<T>& out, bool overwrite) {
   const bool small = m * n * k <= kSmallProduct && outer * batches > 1;
+  const bool sparse = !small && m >= kSparseRows && n * k >= kSparseSize && outer * batches == 1 &&
+                      mostly_zero(k, n, right.at(0, batches), right.row, right.column);
   const auto one = [&](index i) {
     const T *a = left.at(i, batches), *b = right.at(i, batches);
     T* c = out.at(i, batches);
     if (small)
       simd<T>().small_gemm(m, n, k, alpha, a, left.row, left.column, b, right.row, right.column, c, out.row, out.column,
                            overwrite);
+    else if (sparse)
+      gemm_nonzero<T>(m, n, k, alpha, a, left.row, left.column, b, right.row, right.column, c, out.row, out.column, overwrite);
     else
       gemm<T>(m, n, k, alpha, a, left.row, left.column, b, right.row, right.column, T(overwrite ? 0 : 1), c, out.row,
               out.column);

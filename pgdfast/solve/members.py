@@ -12,6 +12,8 @@ from .options import CG
 from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
 from .solution import Solution
 
+_TRY_AGAIN = 20   # steps after which members that were refined one by one are tried in one call again
+
 
 def solve_members(
     lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
@@ -34,7 +36,7 @@ def solve_members(
         b = group[0]
         problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
         name, reason = choose(problem, solver, options, is_wide)
-        together = _Together(lin, dampings, scale, options, name, reason, keep)
+        together = _Together(lin, dampings, scale, options, name, reason, keep, time)
         if together.possible:
             found.update(together.run(group, is_wide))
             if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
@@ -45,6 +47,8 @@ def solve_members(
                     lin.member(b), dampings[b], scale=None if scale is None else scale[b], solver=solver, cg=cg, rcond=rcond,
                     wide=is_wide, keep=keep[b], time=time,
                 )
+                if together.refines:   # the call would have been in vain: not every time
+                    found[b].keep = found[b].keep | {"alone": True}
     return found
 
 
@@ -57,11 +61,18 @@ class MemberSolutions(dict):
 class _Together:
     """Solves of several members in one call; what a call could not settle is left to the solve of one."""
 
-    def __init__(self, lin, dampings, scale, options: CG, name: str, reason: str, keep):
+    def __init__(self, lin, dampings, scale, options: CG, name: str, reason: str, keep, time: int):
         self.lin, self.scale, self.options, self.name, self.reason, self.keep = lin, scale, options, name, reason, keep
+        self.time = time
         self.mu = torch.tensor([dampings.get(b, 0.0) for b in range(lin.count)], dtype=torch.float64)
         self.calls, self.steps = 0, None
         self.small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
+
+    @property
+    def refines(self) -> bool:
+        """Whether a float32 factor that is not enough is refined, which is done for one member at a time."""
+        order = self.lin.num_residuals if self.name == "dual" else self.lin.num_parameters
+        return self.lin.dtype == torch.float32 and self.name in ("dual", "primal") and order > DOUBLE_FACTOR
 
     @property
     def possible(self) -> bool:
@@ -76,19 +87,23 @@ class _Together:
     def run(self, group: list[int], is_wide: bool) -> dict[int, Solution]:
         """{member: Solution} of those that are settled."""
         if self.name == "cg":
+            # The longest first, so that the cores end together: as many iterations as last time, or nearly.
+            group = sorted(group, key=lambda b: -self.keep[b].get("iterations", 0))
             doubled = too_narrow(self.lin, self.options) and self.lin.separates
             return self._solutions(group, *self._call(group, doubled), wide=lambda trace: False)
         if self.lin.dtype != torch.float32:
             return self._solutions(group, *self._call(group, False), wide=lambda trace: False)
         settled: dict[int, Solution] = {}
         if not (is_wide and self.small):
-            steps, outcomes = self._call(group, False)
-            done = [
-                (b, o) for b, o in zip(group, outcomes, strict=True) if o[0] == "solved" and o[5] <= NARROW_CONDITION
-            ]
-            settled = self._solutions([b for b, _ in done], steps, [o for _, o in done], wide=lambda trace: False)
-            order = self.lin.num_residuals if self.name == "dual" else self.lin.num_parameters
-            if not self.small or order > DOUBLE_FACTOR:   # to be refined, or as far as this precision goes: one by one
+            again = self.time % _TRY_AGAIN == 0
+            trying = [b for b in group if again or not (self.refines and self.keep[b].get("alone"))]
+            if trying:
+                steps, outcomes = self._call(trying, False)
+                done = [
+                    (b, o) for b, o in zip(trying, outcomes, strict=True) if o[0] == "solved" and o[5] <= NARROW_CONDITION
+                ]
+                settled = self._solutions([b for b, _ in done], steps, [o for _, o in done], wide=lambda trace: False)
+            if not self.small or self.refines:   # to be refined, or as far as this precision goes: one by one
                 return settled
             group = [b for b in group if b not in settled]
         if group:
@@ -146,7 +161,9 @@ class _Together:
             if not abs(gain) + square < float("inf"):
                 step.zero_()
                 status, gain, damped, slack = "not_finite", 0.0, 0.0, 0.0
-            keep = {"start": step} if name == "cg" and self.options.warm_start and status != "not_finite" else {}
+            keep = {"iterations": iterations} if name == "cg" else {}
+            if name == "cg" and self.options.warm_start and status != "not_finite":
+                keep["start"] = step
             found[b] = Solution(
                 step, status, iterations, name, self.reason, gain, damped, functools.partial(lin.member, b), diagonal,
                 norm if name == "cg" else None, wide(trace), slack, (), keep,

@@ -13,9 +13,11 @@ Its module has these names:
     table(summary, settings), pictures(runs, summary, settings), describe(settings)      what is shown and recorded
     problem(dtype, seed)   what `pgdfast verify` compares the backends on
 
-and optionally extra(settings): figures measured beside the runs. `experiment` puts them together.
+and optionally extra(settings): figures measured beside the runs; and ENSEMBLES = True where cases may be trained `together`.
+`experiment` puts them together.
 What the tasks share lies beside them: `options` (command-line values), `methods` (optimizers by
-name), `models`, `training` (the loop, its clock, minibatches), `checkpoints`, `measures` (Fourier modes, decay fits,
+name), `models`, `training` (the loop, its clock, minibatches),
+`together` (the loop of an ensemble), `checkpoints`, `measures` (Fourier modes, decay fits,
 checks), `records` (CSV, JSON, all-or-nothing writing), `plotting` and `terminal`.
 Tasks use the public names of pgdfast alone, as any user would.
 """

@@ -1,4 +1,4 @@
-"""What survives an interruption: finished runs and the state of the one under way, in one file."""
+"""What survives an interruption: finished runs and the states of those under way, in one file."""
 
 import os
 import time
@@ -20,7 +20,7 @@ class Checkpoint:
 
     def __init__(self, path, settings, interval=30.0):
         self.path, self.settings, self.interval = path, settings, interval
-        self.runs, self.current = [], None
+        self.runs, self.current = [], {}   # current: states of runs under way, by key
         self._written = time.monotonic()
 
     @property
@@ -47,7 +47,7 @@ class Checkpoint:
                 f"--resume: {str(self.path)!r} was made with other settings ({told}); give the same ones, or delete it"
             )
         self.runs = [_run(values) for values in found["runs"]]
-        self.current = found["current"]
+        self.current = {tuple(state["key"]): state for state in found["current"]}
 
     def done(self, key):
         """Return the finished run of this key, or None."""
@@ -55,22 +55,29 @@ class Checkpoint:
 
     def saved(self, key):
         """Return the state that the interrupted run of this key had, or None."""
-        return self.current if self.current is not None and tuple(self.current["key"]) == key else None
+        return self.current.get(key)
 
     def finish(self, run):
         """Note a finished run; it is on disk after at most `interval` seconds more of work."""
         self.runs.append(run)
-        self.current = None
-        self.keep(lambda: None)
+        self.current.pop(run.key, None)
+        self.keep(list)
 
-    def keep(self, state):
-        """Write, if the last write is `interval` seconds past; `state()` gives the run under way."""
+    def note(self, states):
+        """Note the states of runs under way, each in place of its earlier one."""
+        self.current |= {tuple(state["key"]): state for state in states}
+
+    def keep(self, states):
+        """Write, if the last write is `interval` seconds past; `states()` gives those of runs under way that have changed."""
         if time.monotonic() - self._written >= self.interval:
-            self.write(state())
+            self.write(states())
 
-    def write(self, state):
+    def write(self, states=()):
         """Write the file now."""
-        values = {"settings": self.settings, "runs": [_values(run) for run in self.runs], "current": state}
+        self.note(states)
+        values = {
+            "settings": self.settings, "runs": [_values(run) for run in self.runs], "current": list(self.current.values()),
+        }
         scratch = self.path.with_name(self.path.name + ".part")
         torch.save(values, scratch)
         os.replace(scratch, self.path)

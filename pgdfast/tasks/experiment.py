@@ -4,14 +4,18 @@ What a task module gives (see `pgdfast.tasks`) is put together here, so that tas
 and nothing else.
 """
 
+import os
 import time
 from dataclasses import dataclass
+
+import numpy as np
 
 from pgdfast.tasks import options, plotting, records, terminal
 from pgdfast.tasks.checkpoints import Checkpoint
 from pgdfast.tasks.errors import UsageError
 from pgdfast.tasks.measures import FAIL, OPEN, PASS, Check
 from pgdfast.tasks.methods import check_backend
+from pgdfast.tasks.together import TIMING, train_together
 from pgdfast.tasks.training import torch_threads, train
 
 
@@ -39,12 +43,15 @@ def run(task, arguments):
         check_backend(settings.optimizers, settings.backend)
         cases = task.cases(settings)
         resumed = bool(checkpoint.runs or checkpoint.current)
-        runs = _train(cases, checkpoint)
-        checkpoint.write(None)  # whatever goes wrong below loses no training
+        runs, ensembles = _train(cases, checkpoint, settings)
+        checkpoint.write()  # whatever goes wrong below loses no training
         extra = task.extra(settings) if hasattr(task, "extra") else {}
     summary = task.summarise(runs, settings) | extra
     checks = task.judge(summary, settings)
     table = task.table(summary, settings)
+    table.notes.extend(
+        f"{name}: {count} networks in one ensemble; ms/step is the time of its step over the networks that took it"
+        for name, count in ensembles.items())
     pictures = task.pictures(runs, summary, settings)
 
     names = {suffix: f"{called}{suffix}.png" for suffix in pictures}
@@ -58,6 +65,7 @@ def run(task, arguments):
         "seeds": list(range(settings.seeds)),
         "summary": summary,
         "step_ms": _step_times(runs),
+        "ensembles": {"networks": ensembles, "times": TIMING} if ensembles else None,
         "table": vars(table),
         "checks": [vars(check) for check in checks],
         "versions": records.versions(),
@@ -95,28 +103,54 @@ def _continue_or_start(task, checkpoint, resume):
         )
 
 
-def _train(cases, checkpoint):
-    runs = []
-    unit = "steps" if cases[0].seconds is None else "seconds"
+def _train(cases, checkpoint, settings):
+    """Train what is not finished; returns the runs, in the order of `cases`, and by optimizer the size of its ensemble."""
+    together = ensembles_wanted(settings)
+    unit, sizes = "steps" if cases[0].seconds is None else "seconds", {}
     with terminal.progress(sum(case.work for case in cases), unit) as (announce, advance):
         for case in cases:
-            announce(" ".join(filter(None, (case.optimizer, case.variant, f"seed {case.seed}"))))
-            run = checkpoint.done(case.key)
-            if run is None:
-                seen = 0
-
-                def step_on(count):
-                    nonlocal seen
-                    seen += count
-                    advance(count)
-
-                run = train(case, case.start(), checkpoint.saved(case.key), step_on, checkpoint.keep)
-                checkpoint.finish(run)
-                advance(case.work - seen)  # a run that ended early
+            run, saved = checkpoint.done(case.key), checkpoint.saved(case.key)
+            advance(case.work if run else 0 if saved is None else _spent(case, saved["seconds"].numpy()))
+        while pending := [case for case in cases if checkpoint.done(case.key) is None]:
+            group = _company(pending, checkpoint) if together else pending[:1]
+            saved = [checkpoint.saved(case.key) for case in group]
+            if len(group) == 1:
+                case = group[0]
+                announce(" ".join(filter(None, (case.optimizer, case.variant, f"seed {case.seed}"))))
+                ended = [train(case, case.start(), saved[0], advance, lambda state: checkpoint.keep(lambda: [state()]))]
             else:
-                advance(case.work)
-            runs.append(run)
-    return runs
+                announce(f"{group[0].optimizer}, {len(group)} networks")
+                sizes.setdefault(group[0].optimizer, len(group))
+                with torch_threads(min(settings.ensemble_threads, len(group))):
+                    ended, states = train_together(group, saved, advance, checkpoint.keep)
+                checkpoint.note(states)
+            work = {case.key: case for case in group}
+            for run in ended:
+                checkpoint.finish(run)
+                advance(work[run.key].work - _spent(work[run.key], run.step_seconds))   # of a run that ended early
+    return [checkpoint.done(case.key) for case in cases], sizes
+
+
+def ensembles_wanted(settings):
+    """Whether cases that allow it are trained as ensembles: not with --sequential, nor by the reference, which has none."""
+    backend = os.environ.get("PGDFAST_BACKEND") if settings.backend == "auto" else settings.backend
+    return not (getattr(settings, "sequential", True) or backend == "reference")
+
+
+def _company(pending, checkpoint):
+    """The first of the pending cases with those that can be trained in one ensemble with it."""
+    def kind(case):
+        saved = checkpoint.saved(case.key)
+        return case.optimizer, case.steps, case.together, 0 if saved is None else len(saved["seconds"])
+
+    first = pending[0]
+    return [case for case in pending if kind(case) == kind(first)] if first.together else [first]
+
+
+def _spent(case, step_seconds):
+    """How much of a case's work is done, in the unit of `Case.work`."""
+    taken = step_seconds[np.isfinite(step_seconds)]
+    return len(taken) if case.seconds is None else float(taken.sum())
 
 
 def _step_times(runs):

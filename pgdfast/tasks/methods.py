@@ -32,6 +32,15 @@ class Method:
         """Whether the closure is LM's: a loss or residuals without backward()."""
         return self.kind in ("lm", "hybrid")
 
+    @property
+    def together(self):
+        """Whether networks trained by it may share an ensemble: LM alone.
+
+        Not Gauss-Newton: the cut of its pseudo-inverse magnifies rounding until a member no longer follows the run that it
+        would be by itself, and its eigendecompositions gain nothing from company.
+        """
+        return self.kind == "lm" and self.damping != 0
+
     def build(self, params, lr, backend="auto", **options):
         """Return the optimizer over `params`; `options` go to it, and for LM go before the paper's plain LM."""
         if self.kind == "lm":

@@ -14,7 +14,7 @@ import pgdfast
 from pgdfast.tasks import grokking, mnist_data, options, plotting
 from pgdfast.tasks.experiment import Table, check
 from pgdfast.tasks.models import relu_mlp
-from pgdfast.tasks.training import Batches, Case, Session, backward_closure, geometric
+from pgdfast.tasks.training import Batches, Case, Member, Session, backward_closure, geometric
 from pgdfast.tasks.verification import Problem
 
 NAME = "mnist"
@@ -35,7 +35,7 @@ PAPER = (
 )
 PAPER_CE = "With cross-entropy (GGN steps, mu = 1) the test accuracy rests on a plateau near 55 %, then near 75 %."
 
-KNOWN = ("sgd", "adam", "adamw", "lm", "lm-MU", "hybrid", "hybrid-plateau")
+KNOWN, ENSEMBLES = ("sgd", "adam", "adamw", "lm", "lm-MU", "hybrid", "hybrid-plateau"), True
 RATES = {"sgd": 1e-4, "adam": 1e-3, "adamw": 1e-3, "lm": 0.1, "hybrid": 0.1}
 RATES_CE = {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3, "lm": 1e-2, "hybrid": 1e-2}
 DEFAULTS = {
@@ -111,11 +111,12 @@ def _decay(settings, kind):
     return {"adamw": 0.1, "lm": 0.3}.get(kind, 0.0)
 
 
-def _optimizer(method, params, settings):
+def _optimizer(method, params, settings, **options):
     def lm():
         fixed = {"damping": damping if settings.loss == "mse" else 1.0} if method.damping is None else {}
         plain = method if method.kind == "lm" else _LM
-        return plain.build(params, _rate(settings, method), settings.backend, weight_decay=_decay(settings, "lm"), **fixed)
+        return plain.build(params, _rate(settings, method), settings.backend, weight_decay=_decay(settings, "lm"), **fixed,
+                           **options)
 
     if method.kind == "lm":
         return lm()
@@ -133,7 +134,8 @@ def cases(settings):
     sets = {seed: mnist_data.train_and_test(settings.data, size, seed) for seed in range(settings.seeds)}
     return [
         Case(method.name, f"alpha={alpha:g}", seed, settings.steps_of(method),
-             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings, sets[seed]))
+             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings, sets[seed]),
+             together=method.together)
         for seed in range(settings.seeds) for alpha in settings.alphas for method in settings.optimizers
     ]
 
@@ -149,20 +151,25 @@ def _start(method, seed, alpha, settings, data):
     x, labels = data.train_images, data.train_labels
     targets = F.one_hot(labels, 10).to(x.dtype)
     batches = Batches(len(x), BATCH, seed)
-    optimizer = _optimizer(method, list(model.parameters()), settings)
 
-    def loss(index):
+    def loss(network, images, wanted):
         if settings.loss == "cross-entropy":
-            return F.cross_entropy(model(x[index]), labels[index])
+            return F.cross_entropy(network(images), wanted)
         if method.second_order and settings.normalization == "sum":
-            return 0.5 * (model(x[index]) - targets[index]).square().sum()
-        return F.mse_loss(model(x[index]), targets[index])
+            return 0.5 * (network(images) - wanted).square().sum()
+        return F.mse_loss(network(images), wanted)
 
-    def closure(step):
+    def batch(step):
         index = batches(step)
-        if method.second_order:
-            return lambda: loss(index)
-        return backward_closure(optimizer, lambda: loss(index))
+        return x[index], (labels if settings.loss == "cross-entropy" else targets)[index]
+
+    member = Member(loss, batch, lambda params, **options: _optimizer(method, list(params), settings, **options))
+    if method.second_order:
+        optimizer, closure = member.alone(model)
+    else:
+        optimizer = member.build(model.parameters())
+        def closure(step):
+            return backward_closure(optimizer, lambda: loss(model, *batch(step)))
 
     def measure():
         with torch.no_grad():
@@ -174,7 +181,7 @@ def _start(method, seed, alpha, settings, data):
                 float(getattr(optimizer, "phase", "lm" if method.second_order else "first_order") == "first_order"))
 
     steps = settings.steps_of(method)
-    return Session(model, optimizer, closure, measure, COLUMNS, geometric(steps))
+    return Session(model, optimizer, closure, measure, COLUMNS, geometric(steps), member=member)
 
 
 def summarise(runs, settings):

@@ -4,6 +4,8 @@ f(x) = (M/100) W2 (W1 x)^2 with output multiplier M = alpha^2, one-hot inputs an
 on. Under gradient descent the delay from fitting to generalising grows with alpha; under LM the curves nearly coincide.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 import pgdfast
 from pgdfast.tasks import grokking, options, plotting
 from pgdfast.tasks.experiment import Table, check
-from pgdfast.tasks.training import Case, Session, backward_closure, every
+from pgdfast.tasks.training import Case, Member, Session, backward_closure, every
 from pgdfast.tasks.verification import Problem
 
 NAME = "modular-mlp"
@@ -31,7 +33,7 @@ PAPER = (
 MODULUS, WIDTH, TRAIN_SHARE = 23, 100, 0.9
 LEVEL = 0.95
 """Accuracy that counts as learnt."""
-KNOWN = ("sgd", "adam", "lm-MU")
+KNOWN, ENSEMBLES = ("sgd", "adam", "lm-MU"), True
 RATES = {"sgd": 100.0, "adam": 1e-2, "lm": 1.0}
 """For SGD divided by M^2, as in Gromov (2023)."""
 DEFAULTS = {"optimizers": "sgd,lm-0.1", "steps": {"sgd": 24000, "adam": 4000, "lm": 60}, "seeds": 5, "threads": 1,
@@ -54,7 +56,8 @@ class QuadraticNetwork(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.first = torch.nn.Parameter(torch.randn(width, 2 * modulus, generator=generator, dtype=torch.float64).to(dtype))
         self.second = torch.nn.Parameter(torch.randn(modulus, width, generator=generator, dtype=torch.float64).to(dtype))
-        self.scale = multiplier / width
+        # A buffer, so that networks of one ensemble can have different ones.
+        self.register_buffer("scale", torch.tensor(multiplier / width, dtype=dtype), persistent=False)
 
     def forward(self, x):
         """(N, 2 p) -> (N, p)."""
@@ -76,7 +79,8 @@ def cases(settings):
     """Return every run to be made."""
     return [
         Case(method.name, f"alpha={alpha:g}", seed, settings.steps_of(method),
-             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings))
+             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings),
+             together=method.together)
         for seed in range(settings.seeds) for alpha in settings.alphas for method in settings.optimizers
     ]
 
@@ -93,10 +97,11 @@ def _start(method, seed, alpha, settings):
                           for f, (_, y) in zip(outputs, (train, test), strict=True))
 
     rate = settings.rate(method)
+    member = None
     if method.second_order:
-        optimizer = method.build(model.parameters(), rate, settings.backend, cg=pgdfast.CG(2000, 1e-8))
-        def closure(step):
-            return lambda: model(train[0]) - train[1]
+        build = partial(method.build, lr=rate, backend=settings.backend, cg=pgdfast.CG(2000, 1e-8))
+        member = Member(lambda network, x, y: network(x) - y, lambda step: train, build)
+        optimizer, closure = member.alone(model)
     else:
         rate = rate / alpha**4 if method.kind == "sgd" else rate
         optimizer = method.build(model.parameters(), rate)
@@ -105,7 +110,8 @@ def _start(method, seed, alpha, settings):
             return backward
     steps = settings.steps_of(method)
     rows = every(steps, 1 if method.second_order else 20)
-    return Session(model, optimizer, closure, measure, COLUMNS, rows, lambda row: row["test_accuracy"] == 1.0)
+    return Session(model, optimizer, closure, measure, COLUMNS, rows, lambda row: row["test_accuracy"] == 1.0,
+                   member=member)
 
 
 def summarise(runs, settings):

@@ -5,6 +5,7 @@ import math
 import types
 
 from pgdfast.tasks.errors import UsageError
+from pgdfast.tasks.training import cores
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -95,7 +96,7 @@ def add_common(parser, task):
     task: its module, with NAME, KNOWN (optimizer names), RATES (learning rate by kind), DEFAULTS and QUICK (values that
     `--quick` puts in place of the defaults), dicts by option: optimizers, steps, seeds, threads.
     """
-    defaults = task.DEFAULTS
+    defaults, ensembles = task.DEFAULTS, getattr(task, "ENSEMBLES", False)
     faster = ", ".join(f"--{name.replace('_', '-')} {_shown(value)}" for name, value in task.QUICK.items())
     rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in task.RATES.items())
     add = parser.add_argument
@@ -116,7 +117,11 @@ def add_common(parser, task):
     add("--backend", choices=("auto", "native", "torch", "reference"), default="auto",
         help="which implementation of LM runs (default: %(default)s)")
     add("--threads", type=whole_number(1), metavar="N",
-        help=f"CPU threads of PyTorch (default: {defaults['threads']})")
+        help=f"CPU threads of PyTorch (default: {defaults['threads']}{'; of ensembles all cores' if ensembles else ''})")
+    if ensembles:
+        add("--sequential", action="store_true",
+            help="train every network by itself; without it the LM runs of one damping that differ only in seed or alpha are "
+                 "one ensemble (first-order methods, Gauss-Newton and hybrids always run one after another)")
 
 
 def _shown(value):
@@ -133,7 +138,7 @@ def fill(task, arguments):
     filled = {name: fallback[name] if value is None and name in fallback else value for name, value in values.items()}
     if isinstance(filled["optimizers"], str):
         filled["optimizers"] = methods(task.KNOWN)(filled["optimizers"])
-    return Settings(task.RATES, **filled)
+    return Settings(task.RATES, ensemble_threads=values["threads"] or cores(), **filled)
 
 
 class Settings(types.SimpleNamespace):
@@ -155,7 +160,7 @@ class Settings(types.SimpleNamespace):
 
     def plain(self):
         """Return everything that decides what is computed, as plain values for records and checkpoints."""
-        silent = ("out", "resume", "quick", "_rates")
+        silent = ("out", "resume", "quick", "sequential", "ensemble_threads", "_rates")
         values = {name: value for name, value in vars(self).items() if name not in silent}
         values["optimizers"] = [method.name for method in self.optimizers]
         values["lr"] = {method.name: self.rate(method) for method in self.optimizers}

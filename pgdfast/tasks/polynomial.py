@@ -5,12 +5,14 @@ sets how lazy training is (Kumar et al. 2024, sec. 5). Gradient descent generali
 Also followed: the error along the segments {c x, 0 <= c <= 1} for a training point x and for x = (1, ..., 1).
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from pgdfast.tasks import grokking, options, plotting
 from pgdfast.tasks.experiment import Table, check
-from pgdfast.tasks.training import Case, Session, backward_closure, every, geometric
+from pgdfast.tasks.training import Case, Member, Session, backward_closure, every, geometric
 from pgdfast.tasks.verification import Problem
 
 NAME = "polynomial"
@@ -31,7 +33,7 @@ PAPER = (
 DIMENSIONS, UNITS, TRAIN, TEST, SAMPLES = 100, 500, 550, 1000, 64
 TRAIN_LEVEL, TEST_LEVEL = 0.05, 0.20
 """Shares of the initial training and test loss that count as learnt."""
-KNOWN = ("sgd", "adam", "lm-MU", "gn")
+KNOWN, ENSEMBLES = ("sgd", "adam", "lm-MU", "gn"), True
 RATES = {"sgd": 1.0, "adam": 1e-2, "lm": 0.1}
 """For SGD times N / alpha^2, as in Kumar et al. (2024)."""
 DEFAULTS = {"optimizers": "sgd,lm-1e-5", "steps": {"sgd": 8000, "adam": 8000, "lm": 80}, "seeds": 2, "threads": 1,
@@ -59,7 +61,9 @@ class PolynomialNetwork(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(units, dimensions, generator=generator, dtype=torch.float64).to(dtype))
-        self.alpha, self.eps = alpha, eps
+        # A buffer, so that networks of one ensemble can have different ones.
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=dtype), persistent=False)
+        self.eps = eps
 
     def forward(self, x):
         """(N, D) -> (N,)."""
@@ -83,7 +87,8 @@ def cases(settings):
     """Return every run to be made."""
     return [
         Case(method.name, f"alpha={alpha:g}", seed, settings.steps_of(method),
-             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings))
+             lambda method=method, seed=seed, alpha=alpha: _start(method, seed, alpha, settings),
+             together=method.together)
         for seed in range(settings.seeds) for alpha in settings.alphas for method in settings.optimizers
     ]
 
@@ -106,10 +111,11 @@ def _start(method, seed, alpha, settings):
         return *losses, *(float(spectrum[k, largest[k]]) for k in range(2)), *(float(spectrum[k, -1]) for k in range(2))
 
     rate = settings.rate(method)
+    member = None
     if method.second_order:
-        optimizer = method.build(model.parameters(), rate, settings.backend)
-        def closure(step):
-            return lambda: model(x) - y
+        build = partial(method.build, lr=rate, backend=settings.backend)
+        member = Member(lambda network, x, y: network(x) - y, lambda step: (x, y), build)
+        optimizer, closure = member.alone(model)
     else:
         rate = rate * UNITS / alpha**2 if method.kind == "sgd" else rate
         optimizer = method.build(model.parameters(), rate)
@@ -117,7 +123,8 @@ def _start(method, seed, alpha, settings):
         def closure(step):
             return backward
     steps = settings.steps_of(method)
-    return Session(model, optimizer, closure, measure, COLUMNS, every(steps, 1) if method.second_order else geometric(steps))
+    rows = every(steps, 1) if method.second_order else geometric(steps)
+    return Session(model, optimizer, closure, measure, COLUMNS, rows, member=member)
 
 
 def _relative(run, column):

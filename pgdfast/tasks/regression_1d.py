@@ -26,7 +26,7 @@ PAPER = (
 
 POINTS = 100
 MODES = tuple(range(1, 11))
-KNOWN, RATES = spectral.KNOWN, spectral.RATES
+KNOWN, RATES, ENSEMBLES = spectral.KNOWN, spectral.RATES, True
 DEFAULTS = {"optimizers": "sgd,lm-0.5,lm-0.1,gn", "steps": 800, "seeds": 5, "threads": 1}
 QUICK = {"steps": 800, "seeds": 3}   # shorter runs end within the transients
 

@@ -27,7 +27,7 @@ PAPER = (
 
 SIDE = 20
 MODES = tuple((k, m) for k in (1, 2, 3, 6) for m in (1, 2, 3, 6) if k <= m)
-KNOWN, RATES = spectral.KNOWN, spectral.RATES
+KNOWN, RATES, ENSEMBLES = spectral.KNOWN, spectral.RATES, True
 DEFAULTS = {"optimizers": "sgd,lm-0.5,lm-0.1,gn", "steps": 800, "seeds": 5, "threads": 1}
 QUICK = {"steps": 300, "seeds": 1}
 

@@ -12,6 +12,7 @@ Index legend: N points, K modes shown, T steps, S seeds.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -21,7 +22,7 @@ from pgdfast.tasks import options, plotting
 from pgdfast.tasks.experiment import Table, check
 from pgdfast.tasks.measures import FAIL, FLOOR, Check, decay_per_100, median_of_resolved
 from pgdfast.tasks.models import tanh_mlp
-from pgdfast.tasks.training import Case, Session, adam_step_ms, every, least_squares_closure
+from pgdfast.tasks.training import Case, Member, Session, adam_step_ms, backward_closure, every
 
 KNOWN = ("sgd", "adam", "gn", "lm-MU")
 RATES = {"sgd": 1e-2, "adam": 1e-2, "lm": 1e-2}
@@ -63,7 +64,8 @@ class Spectrum:
     def cases(self, settings):
         """Return every run to be made, seed by seed."""
         return [
-            Case(method.name, "", seed, settings.steps, lambda method=method, seed=seed: self._start(method, seed, settings))
+            Case(method.name, "", seed, settings.steps, lambda method=method, seed=seed: self._start(method, seed, settings),
+                 together=method.together)
             for seed in range(settings.seeds) for method in settings.optimizers
         ]
 
@@ -79,9 +81,14 @@ class Spectrum:
                 error = residual()[:, 0].numpy()
             return 0.5 * error @ error, *self.amplitudes(error)
 
-        optimizer = method.build(model.parameters(), settings.rate(method), settings.backend)
-        closure = least_squares_closure(optimizer, residual, method.second_order)
-        return Session(model, optimizer, lambda step: closure, measure, self.columns, every(settings.steps, 1))
+        rows = every(settings.steps, 1)
+        build = partial(method.build, lr=settings.rate(method), backend=settings.backend)
+        if method.second_order:
+            member = Member(lambda network, x, u: network(x) - u, lambda step: (x, u), build)
+            return Session(model, *member.alone(model), measure, self.columns, rows, member=member)
+        optimizer = build(model.parameters())
+        closure = backward_closure(optimizer, lambda: residual().square().mean() / 2)
+        return Session(model, optimizer, lambda step: closure, measure, self.columns, rows)
 
     def extra(self, settings):
         """Return the time of an Adam step on the same network, for the table."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ class Case:
     """One training run to be made: an optimizer, a variant of the problem ("" where there is one), a seed.
 
     start: makes the `Session`, from the seed alone; called when the run begins. seconds: where given, the run ends with
-    the first step past so much time in steps; `steps` is then a limit.
+    the first step past so much time in steps; `steps` is then a limit. together: whether it may be trained in one ensemble
+    with the other such cases of its optimizer that take as many steps (`together`); its session then has a `Member`.
     """
 
     optimizer: str
@@ -28,6 +30,7 @@ class Case:
     steps: int
     start: Callable
     seconds: float | None = None
+    together: bool = False
 
     @property
     def key(self):
@@ -38,6 +41,27 @@ class Case:
     def work(self):
         """How long the run may be, in the unit that `train` counts to `advance`: seconds, or steps."""
         return self.steps if self.seconds is None else self.seconds
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is trained, in a form that serves one network and, with others of its shape, an ensemble of them.
+
+    Attributes:
+        objective: function (network, *data) -> what LM's closure returns of one network.
+        data: function of the step's number 1..T, returning the tensors `data`; equally many, of equal shapes, for every
+            member. What else sets members apart (an output scale, say) is a buffer of their modules.
+        build: function (params, **options) -> LM; `options` may have `ensemble`.
+
+    """
+
+    objective: Callable
+    data: Callable
+    build: Callable
+
+    def alone(self, model):
+        """Return (optimizer, closure) as a `Session` of this network alone has them."""
+        return self.build(model.parameters()), lambda step: lambda: self.objective(model, *self.data(step))
 
 
 @dataclass
@@ -56,6 +80,7 @@ class Session:
         done: function of a row (a dict by column); True ends the run early.
         schedule: called before each step of a run by seconds with the share of them that has passed.
         outcome: returns tensors by name, of the trained model, that the `Run` keeps (for pictures).
+        member: what an ensemble trains in place of `optimizer` and `closure`, where the case is `together`.
 
     """
 
@@ -68,6 +93,7 @@ class Session:
     done: Callable = lambda row: False
     schedule: Callable = lambda share: None
     outcome: Callable = dict
+    member: Member | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,8 @@ class Run:
         optimizer, variant, seed: those of the `Case`.
         at: step numbers of the rows, shape (R,).
         columns: measured quantities by name, each of shape (R,); NaN after the end of a run that ended early.
-        step_seconds: wall time of each step, shape (T,); NaN where no step was taken.
+        step_seconds: wall time of each step, shape (T,); NaN where no step was taken. Of a member of an ensemble: that of
+            the ensemble's step over the number of members that took it.
         last: number of the last step taken.
         stopped_at: the step after which the measured values were no longer finite, or None.
         outcome: tensors by name, of the trained model.
@@ -139,71 +166,106 @@ def train(case, session, saved=None, advance=lambda count: None, keep=lambda sta
         case: what to run.
         session: what `case.start()` made.
         saved: state that an earlier, interrupted call handed to `keep`; training goes on from it.
-        advance: called with the number of steps done, or of seconds spent in them (`Case.work`), for a progress bar.
+        advance: called with the number of steps done, or of seconds spent in them (`Case.work`), for a progress bar;
+            not with those of before `saved`.
         keep: called after each step with a function that returns the state to be saved.
 
     """
     timed = case.seconds is not None
-    at, table, seconds = [], [], []
-    elapsed = mark = 0.0   # of a run by seconds: spent in steps, and when to measure next
-    stopped_at = None
+    course = Course(case, session, saved)
+    while course.running:
+        if timed:
+            session.schedule(course.elapsed / case.seconds)
+        try:
+            seconds = _timed_step(session.optimizer, session.closure(course.steps + 1))
+        except ValueError as error:
+            # LM refuses to step from a loss that is not finite; between two rows this is where it shows.
+            if "loss before the step is" not in str(error):
+                raise
+            course.refused()
+            break
+        advance(seconds if timed else 1)
+        course.stepped(seconds)
+        keep(lambda: course.state(session.optimizer.state_dict()))
+    return course.run()
 
-    def state():
+
+class Course:
+    """A case under way: what was measured and how long its steps took, from the start or from a saved state.
+
+    running: whether there are steps to take. steps: those taken. elapsed: seconds spent in them.
+    """
+
+    def __init__(self, case, session, saved=None):
+        self.case, self.session = case, session
+        self._at, self._table, self._seconds = [], [], []
+        self.elapsed = self._mark = 0.0   # _mark: of a run by seconds, when to measure next
+        self._stopped_at, self._over = None, False
+        if saved is None:
+            self._measure()
+            return
+        self._at, self._table, self._seconds = list(saved["at"]), saved["table"].tolist(), saved["seconds"].tolist()
+        self.elapsed = self._mark = sum(self._seconds)
+        session.model.load_state_dict(saved["model"])
+        session.optimizer.load_state_dict(saved["optimizer"])
+        self._judge()
+
+    @property
+    def steps(self):
+        """The number of steps taken."""
+        return len(self._seconds)
+
+    @property
+    def running(self):
+        """Whether the run goes on."""
+        return not (self._over or self.steps >= self.case.steps or self.elapsed >= (self.case.seconds or math.inf))
+
+    def stepped(self, seconds):
+        """Note a step that took so long, and measure where that is due."""
+        self._seconds.append(seconds)
+        self.elapsed += seconds
+        timed = self.case.seconds is not None
+        due = self.elapsed >= self._mark or not self.running if timed else self.steps == self.session.rows[len(self._at)]
+        if due:
+            self._measure()
+
+    def refused(self):
+        """Note that the next step could not be taken, since the loss is not finite."""
+        self._stopped_at, self._over = self.steps, True
+
+    def state(self, optimizer):
+        """Return what a later call goes on from; `optimizer` is the state_dict of one that trains this case alone."""
         return {
-            "key": list(case.key), "at": list(at), "table": torch.tensor(table, dtype=torch.float64),
-            "seconds": torch.tensor(seconds, dtype=torch.float64),
-            "model": session.model.state_dict(), "optimizer": session.optimizer.state_dict(),
+            "key": list(self.case.key), "at": list(self._at), "table": torch.tensor(self._table, dtype=torch.float64),
+            "seconds": torch.tensor(self._seconds, dtype=torch.float64),
+            "model": self.session.model.state_dict(), "optimizer": optimizer,
         }
 
-    def measured():
-        nonlocal stopped_at, mark
-        at.append(len(seconds))
-        table.append([float(value) for value in session.measure()])
-        mark = max(_GROWTH * elapsed, elapsed + _FINEST)
-        return judged(table[-1])
+    def run(self):
+        """Return the `Run`, with NaN for the rows and steps that were not reached."""
+        at, table, seconds = np.asarray(self._at), list(self._table), list(self._seconds)
+        if self.case.seconds is None:
+            at = self.session.rows.copy()
+            table += [[math.nan] * len(self.session.columns)] * (len(at) - len(table))
+            seconds += [math.nan] * (self.case.steps - len(seconds))
+        table = np.asarray(table, dtype=float)
+        columns = {name: table[:, index].copy() for index, name in enumerate(self.session.columns)}
+        return Run(*self.case.key, at, columns, np.asarray(seconds), self.steps, self._stopped_at, self.session.outcome())
 
-    def judged(row):
-        """Whether the run ends with this row."""
-        nonlocal stopped_at
+    def _measure(self):
+        with np.errstate(over="ignore", invalid="ignore"):   # what is not finite is looked for
+            self._at.append(self.steps)
+            self._table.append([float(value) for value in self.session.measure()])
+        self._mark = max(_GROWTH * self.elapsed, self.elapsed + _FINEST)
+        self._judge()
+
+    def _judge(self):
+        """See whether the run ends with its last row."""
+        row = self._table[-1]
         if not np.isfinite(row).all():
-            stopped_at = at[-1]
-        return stopped_at is not None or session.done(dict(zip(session.columns, row, strict=True)))
-
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for above
-        if saved is None:
-            over = measured()
-        else:
-            at, table, seconds = list(saved["at"]), saved["table"].tolist(), saved["seconds"].tolist()
-            elapsed = mark = sum(seconds)
-            session.model.load_state_dict(saved["model"])
-            session.optimizer.load_state_dict(saved["optimizer"])
-            over = judged(table[-1])
-            advance(elapsed if timed else len(seconds))
-        while len(seconds) < case.steps and not over and not (timed and elapsed >= case.seconds):
-            if timed:
-                session.schedule(elapsed / case.seconds)
-            try:
-                seconds.append(_timed_step(session.optimizer, session.closure(len(seconds) + 1)))
-            except ValueError as error:
-                # LM refuses to step from a loss that is not finite; between two rows this is where it shows.
-                if "loss before the step is" not in str(error):
-                    raise
-                stopped_at = len(seconds)
-                break
-            elapsed += seconds[-1]
-            advance(seconds[-1] if timed else 1)
-            ends = len(seconds) == case.steps or elapsed >= (case.seconds or math.inf)
-            if (ends or elapsed >= mark) if timed else len(seconds) == session.rows[len(at)]:
-                over = measured()
-            keep(state)
-    taken = len(seconds)
-    if not timed:   # rows and steps that were not reached
-        at = session.rows.copy()
-        table += [[math.nan] * len(session.columns)] * (len(at) - len(table))
-        seconds += [math.nan] * (case.steps - taken)
-    table = np.asarray(table, dtype=float)
-    columns = {name: table[:, index].copy() for index, name in enumerate(session.columns)}
-    return Run(*case.key, np.asarray(at), columns, np.asarray(seconds), taken, stopped_at, session.outcome())
+            self._stopped_at = self._at[-1]
+        done = self._stopped_at is not None or self.session.done(dict(zip(self.session.columns, row, strict=True)))
+        self._over = bool(done)
 
 
 def least_squares_closure(optimizer, residual, second_order):
@@ -276,6 +338,11 @@ def torch_threads(count):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def cores():
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _timed_step(optimizer, closure):
