@@ -159,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
   m.def("instruction_set", [] { return std::string(simd_name()); });
+  m.def("blas_threads", [](int count) { return set_blas_threads ? set_blas_threads(count) : 0; },
+        "Sets the threads of BLAS and LAPACK calls made by this thread, 0 for the default; returns what was set before.");
   m.def("blas", [] { return std::string(blas_name); });
   m.def("select_blas", [](const std::string& name) { return std::string(blas_name = fill_blas(name.c_str())); });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 import torch
@@ -46,6 +47,19 @@ def replay(dtype: torch.dtype):
 def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Tensor) -> bool:
     """theta_l -= rate_l * direction_l in one call; False, with nothing done, where the core cannot."""
     return _C is not None and _C.subtract(params, rates, direction)
+
+
+@contextlib.contextmanager
+def lapack_threads(order: int):
+    """For a scope, LAPACK on one thread for matrices of a small order, which a second one slows down (bench/NOTES.md)."""
+    if _C is None or order > 256:
+        yield
+        return
+    before = _C.blas_threads(1)
+    try:
+        yield
+    finally:
+        _C.blas_threads(before)
 
 
 def applies_to_jets(*tensors: torch.Tensor | None) -> bool:

@@ -47,8 +47,7 @@ def solve(
     else:
         problem = Problem.of(linearization, levels[0], scale, prior)
         found = _solve_all(problem, levels, solver, cg or CG(), rcond, wide, keep, time)
-    by_level = dict(zip(levels, found, strict=True))
-    return Solutions(tuple(mus), tuple(by_level[mu] for mu in mus))
+    return Solutions(tuple(mus), found if mus == levels else [found[levels.index(mu)] for mu in mus])
 
 
 def _checked(damping) -> list[float]:
@@ -66,9 +65,9 @@ def _checked(damping) -> list[float]:
     return mus
 
 
-def _solve_all(problem: Problem, mus, solver, options: CG, rcond, wide, keep, time) -> list[Solution]:
+def _solve_all(problem: Problem, mus, solver, options: CG, rcond, wide, keep, time) -> Sequence[Solution]:
     """The Solutions for ascending, different mus."""
-    first = []
+    first: list[Solution] = []
     if mus[0] == 0 and len(mus) > 1 and solver not in ("auto", "eigh"):
         name, reason = choice.choose(problem, solver, options, wide)
         if name != solver:   # mu = 0 needs the pseudo-inverse; the others what was asked for
@@ -78,12 +77,12 @@ def _solve_all(problem: Problem, mus, solver, options: CG, rcond, wide, keep, ti
     if name == "eigh":
         small = problem.linearization.dtype == torch.float32 and _order(problem) <= WIDE_FACTOR
         found = eigh(problem.widened() if small else problem, mus, rcond, problem.linearization.dtype)
-        return first + _solutions(name, reason, problem, mus, [(f, False, {}) for f in found])
+        return _Made(name, reason, problem, mus, found, {}, first)
     if name == "cg" and options.shifts and len(mus) > 1:
         found = multishift(problem.widened() if choice.too_narrow(problem.linearization, options) else problem, mus, options)
         kept = {"start": found[0].step.to(problem.linearization.params[0].dtype)} if options.warm_start else {}
         why = f"{reason}; one Krylov space for {len(mus)} dampings"
-        return first + _solutions(name, why, problem, mus, [(f, False, kept) for f in found])
+        return _Made(name, why, problem, mus, found, kept, first)
     return first + _in_turn(name, reason, problem, mus, options, rcond, wide, keep, time)
 
 
@@ -91,8 +90,25 @@ def _order(problem: Problem) -> int:
     return min(problem.linearization.num_residuals, problem.linearization.num_parameters)
 
 
-def _solutions(name, reason, problem, mus, found) -> list[Solution]:
-    return [choice.solution(name, reason, problem.at(mu), *f) for mu, f in zip(mus, found, strict=True)]
+class _Made(Sequence):
+    """What one call of a solver found for all dampings, each made a Solution when it is asked for: some 10 microseconds."""
+
+    def __init__(self, name, reason, problem, mus, found, keep, first):
+        self._common, self._problem, self._mus, self._found, self._keep = (name, reason), problem, mus, found, keep
+        self._made: list[Solution | None] = [*first, *[None] * len(found)]
+        if problem.prior is not None:   # then products with J are still to be made, at the present parameters
+            for k in range(len(self)):
+                self[k]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, k: int) -> Solution:
+        if self._made[k] is None:
+            i = range(len(self))[k] - len(self) + len(self._found)
+            problem = self._problem.at(self._mus[i])
+            self._made[k] = choice.solution(*self._common, problem, self._found[i], False, self._keep)
+        return self._made[k]
 
 
 def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -> list[Solution]:

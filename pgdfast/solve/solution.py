@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -129,7 +129,7 @@ class Solutions:
     """
 
     damping: tuple[float, ...]
-    solutions: tuple[Solution, ...] = field(repr=False)
+    solutions: Sequence[Solution] = field(repr=False)
     _step: torch.Tensor | None = field(repr=False, default=None)
 
     def __len__(self) -> int:

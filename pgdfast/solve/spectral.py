@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
+from ..kernels import native
 from .problem import Found, Problem
 
 
@@ -28,7 +30,8 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     K, dual = K.double(), J is None or len(J) <= J.shape[1]
     if not math.isfinite(float(K.sum())) and not bool(torch.isfinite(K).all()):
         return [Found.failed(lin) for _ in mus]
-    values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
+    with native.lapack_threads(len(K)):
+        values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
     largest = float(values[-1]) if len(values) else 0.0
     cut = max(rcond, 16 * torch.finfo(lin.loss.dtype).eps) * largest
 
@@ -42,10 +45,8 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
         return (u if dual else J.T @ u).double() @ vectors
 
     weights = (values.clamp_min(0) + torch.tensor(mus, dtype=values.dtype, device=values.device)[:, None]).reciprocal()
-    for weight, mu in zip(weights, mus, strict=True):
-        if mu > 0:
-            break   # they ascend
-        weight.copy_(torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0))
+    if mus[0] == 0:
+        weights[0] = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
     coordinates = weights * along(r)
     if dual and mus[0] == 0 and not lin.has_squares_only:
         # GGN residuals grow without bound at confident samples; J J^T r does not.
@@ -58,15 +59,15 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
         squares, gains = wide.square().sum(1), wide @ g
     steps = steps if dtype is None else steps.to(dtype)
 
-    def again(weights):
-        def solve(u):
-            rows = len(r) - len(u)   # those of the penalties
-            return parameters((weights * along(u if rows == 0 else torch.cat([u, u.new_zeros(rows)])))[None])[0]
+    def again(k, u):
+        rows = len(r) - len(u)   # those of the penalties
+        return parameters((weights[k] * along(u if rows == 0 else torch.cat([u, u.new_zeros(rows)])))[None])[0]
 
-        return solve
-
-    rows = zip(steps, gains.tolist(), squares.tolist(), weights, strict=True)
-    return [Found(step, "solved", gain=gain, square=square, again=again(weight)) for step, gain, square, weight in rows]
+    numbers = zip(steps.unbind(), gains.tolist(), squares.tolist(), strict=True)
+    return [
+        Found(step, "solved", 0, None, gain, square, 0.0, 0.0, (), partial(again, k))
+        for k, (step, gain, square) in enumerate(numbers)
+    ]
 
 
 def _pulled(lin, Y: torch.Tensor) -> torch.Tensor:
