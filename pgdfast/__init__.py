@@ -6,6 +6,7 @@ loss = opt.step(lambda: F.mse_loss(model(x), y))
 
 from . import pde, reference
 from .build import build_info, check_build
+from .captured import CapturedStep
 from .ensembles import Ensemble, functional_ensemble
 from .hybrid import Hybrid
 from .kernels import backends
@@ -20,7 +21,7 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Alignment", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization", "Nystrom", "Plateau",
-    "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info", "functional_ensemble",
-    "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
+    "CG", "LM", "Alignment", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization",
+    "Nystrom", "Plateau", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
+    "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

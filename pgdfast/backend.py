@@ -16,18 +16,18 @@ class Fast:
     """Tape, plans and kernels."""
 
     def __init__(self, backend: str):
-        self._name = backend
+        self.name = backend
         self._linearizer = None
 
     def __reduce__(self):
         """Copies start without plans, which belong to the original's parameters."""
-        return Fast, (self._name,)
+        return Fast, (self.name,)
 
     def linearize(self, closure, params: list[torch.Tensor]):
         """Linearise, keeping plans while the parameters stay the same tensors."""
         current = self._linearizer
         if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
-            self._linearizer = current = Linearizer(params, self._name)
+            self._linearizer = current = Linearizer(params, self.name)
         return current(closure)
 
     def solve(self, linearization, damping, **options) -> Solution | Solutions:

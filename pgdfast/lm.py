@@ -17,7 +17,7 @@ from .lockstep import Lockstep, each_of, joined, share_of
 from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
-_ATTEMPTS = 12   # dampings tried in one step before it is given up
+ATTEMPTS = 12   # dampings tried in one step before it is given up
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
     "changed. Use acceleration=None for it."
@@ -72,6 +72,8 @@ class LM(torch.optim.Optimizer):
     Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
+    _captured = None   # the CapturedStep whose steps the memory may not know of yet
+
     def __init__(
         self, params, lr: float = 1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None,
         scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
@@ -106,11 +108,17 @@ class LM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
+        self._settle()
         own = (
             "_rule", "_search", "_acceleration", "_sweeps", "_momentum", "_constraint", "_backend", "_generators", "_damping",
             "_scaling", "_solver", "_cg", "_rcond", "_lockstep", "report",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs."""
+        self._settle()
+        return super().state_dict()
 
     @property
     def ensemble(self) -> int | None:
@@ -180,7 +188,7 @@ class LM(torch.optim.Optimizer):
             move.save()
         failures, promised, solution = 0, None, None
         try:
-            for report.attempts in range(1, _ATTEMPTS + 1):
+            for report.attempts in range(1, ATTEMPTS + 1):
                 at, solution = self._shorter(mu, solution, report) or self._solve(trials, mu, scale, prior, memory, report)
                 report.damping, report.momentum = at, 0.0 if prior is None else self._momentum.beta
                 move.constrain(solution.step, self._constraint)
@@ -311,6 +319,7 @@ class LM(torch.optim.Optimizer):
 
     def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
+        self._settle()
         memory = self.state[next(group["params"][0] for group in self.param_groups if group["params"])]
         if self._lockstep is not None:
             self._lockstep.begin(memory, self._damping)
@@ -321,6 +330,11 @@ class LM(torch.optim.Optimizer):
         memory.setdefault("keep", {})   # CG's last solution and its preconditioner, where it wants them
         self._rule.load_state_dict(memory["rule"])
         return memory
+
+    def _settle(self) -> None:
+        """Bring what a captured step keeps on the device into the memory."""
+        if self._captured is not None:
+            self._captured.settle()
 
     def _scheduled(self, step: int):
         mu = self._damping(step) if callable(self._damping) else self._damping

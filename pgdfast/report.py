@@ -67,6 +67,32 @@ class Report:
         return text + (f"\n{self.advice}" if self.advice else "")
 
 
+class LateReport:
+    """A Report whose numbers stay on the device until one of its fields is read: then they come in one transfer.
+
+    find: makes the Report.
+    """
+
+    def __init__(self, find):
+        self._find, self._found = find, None
+
+    @property
+    def _report(self) -> Report:
+        if self._found is None:
+            self._found, self._find = self._find(), None
+        return self._found
+
+    def __getattr__(self, name: str):
+        """A field of the Report."""
+        if name not in Report.__slots__:
+            raise AttributeError(f"a report has no {name!r}")
+        return getattr(self._report, name)
+
+    def __str__(self) -> str:
+        """As the Report has it."""
+        return str(self._report)
+
+
 class EnsembleReport(Sequence):
     """The last step of an ensemble: `report[b]` is member b's Report, and any of its fields read off the whole is a list of B.
 

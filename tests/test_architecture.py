@@ -34,11 +34,13 @@ BELOW = {
     "spectra": {"backend", "linear"},
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
+    "captured": {"lm", "report", "solve", "globalize", "linear", "tape", "kernels"},
     "tasks": {"pgdfast"},
     "bench": {"tasks"},
     "cli": {"bench", "tasks", "pgdfast"},
     "__main__": {"cli"},
     "__init__": {
+        "captured",
         "ensembles",
         "hybrid",
         "switches",

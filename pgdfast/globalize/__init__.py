@@ -9,11 +9,12 @@ from .members import MembersMove
 from .model import curvature, predictions
 from .momentum import Momentum, checked_constraint
 from .move import Move
+from .on_device import judged_on_device, on_device
 from .sweep import best
 from .trial import Trials, run_trial, trial_loss
 
 __all__ = [
     "ACCELERATIONS", "LARGEST", "RULES", "Armijo", "Chord", "Constant", "Delayed", "GainRatio", "Generators", "Geodesic",
     "MembersMove", "Momentum", "Move", "Sweep", "Trials", "acceleration", "best", "checked_constraint", "curvature",
-    "damping_rule", "judged", "line_search", "predictions", "run_trial", "trial_loss",
+    "damping_rule", "judged", "judged_on_device", "line_search", "on_device", "predictions", "run_trial", "trial_loss",
 ]

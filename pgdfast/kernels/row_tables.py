@@ -173,6 +173,12 @@ class Tables:
             use.tables["index"] = np.where(rows < 0, -1, self.layout.element.T[:, rows])
         return self.on_device(use, "index", device)
 
+    def _columns(self, use, shape, strides, device) -> torch.Tensor:
+        """The column of J that each element of a window of x stands for."""
+        if "columns" not in use.tables:
+            use.tables["columns"] = _offsets(shape, strides) + use.op.x_offset
+        return self.on_device(use, "columns", device)
+
     def _add_elements(self, J, use, buffers, constant_of):
         """A muladd: y[i] += alpha c[i] x[i]."""
         op, (shape, ys, xs, cs) = use.op, use.op.extents
@@ -182,7 +188,7 @@ class Tables:
             value = value * c.as_strided(shape, cs, c.storage_offset() + op.c_offset)
         elif c is not None:
             value = value * c
-        columns = torch.from_numpy(_offsets(shape, xs)).to(J.device) + op.x_offset
+        columns = self._columns(use, shape, xs, J.device)
         _scatter(J, self._elements(use, shape, ys, J.device), columns, value)
 
     def _add_gathered(self, J, use, buffers, constant_of):
@@ -202,7 +208,7 @@ class Tables:
         Y = _strided(buffers[op.y], (a, b, m, n), use.y, op.y_offset)
         c = c.as_strided((a, b, k, n), (*use.c[:2], *use.c[2:]), c.storage_offset() + op.c_offset)
         elements = self._elements(use, (a, b, m, n), use.y, J.device)
-        columns = torch.from_numpy(_offsets((a, b, m, k), use.x)).to(J.device) + op.x_offset
+        columns = self._columns(use, (a, b, m, k), use.x, J.device)
         columns = columns[:, :, :, None].expand(a, b, m, n, k)
         piece = max(1, _PIECE // max(1, len(Y) * a * b * m * k))
         for i in range(0, n, piece):

@@ -194,12 +194,12 @@ def _take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def _add_rows(x: torch.Tensor, positions: torch.Tensor, value: torch.Tensor) -> None:
     """Add rows of a value to the rows (dimension 1) of x at these positions, in an order that never changes."""
-    kept = positions >= 0
-    positions, value = positions[kept], value[:, kept]
     if x.device.type == "cpu":
-        x.index_add_(1, positions, value)
-    else:   # index_add_ adds atomically there, in any order; this sorts
-        x.transpose(0, 1).index_put_((positions,), value.transpose(0, 1), accumulate=True)
+        kept = positions >= 0
+        x.index_add_(1, positions[kept], value[:, kept])
+    elif x.shape[1]:   # index_add_ adds atomically there, in any order; this sorts. To pick rows by a mask would wait
+        value = value.masked_fill((positions < 0)[:, None], 0)
+        x.transpose(0, 1).index_put_((positions.clamp_min(0),), value.transpose(0, 1), accumulate=True)
 
 
 def _sums(shape, strides) -> bool:

@@ -80,11 +80,11 @@ class Linearizer:
             result = closure()
         return self.read(result)
 
-    def read(self, result) -> Linearization:
-        """The linearisation of a closure's result."""
+    def read(self, result, waits: bool = True) -> Linearization:
+        """The linearisation of a closure's result; without `waits` by no look at what is on the device, the loss included."""
         self._check_device(result)
-        trace = self._tracer.trace(result)
-        if not math.isfinite(trace.value) and trace.residual.numel():
+        trace = self._tracer.trace(result, waits)
+        if waits and not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
@@ -186,6 +186,15 @@ class Linearization:
     def tapeless(self) -> bool:
         """True where the closure computes the same without gradients, bit for bit."""
         return self._trace.tapeless
+
+    @property
+    def needs_host(self) -> str:
+        """Why linearising this closure looks at what tensors hold, at every step; "" where it does not."""
+        if self._plan is None:
+            return f"there is no tape rule for {self._trace.missing}"
+        if self._plan.program.positions_that_mix():
+            return "the closure picks rows of what the model computed, and which rows decides how residuals separate"
+        return ""
 
     @property
     def residuals_need_tape(self) -> bool:

@@ -3,7 +3,11 @@
 from .choice import SOLVERS
 from .dampings import solve
 from .members import MemberSolutions, solve_members
+from .on_device import Direct, direct, solve_direct
 from .options import CG, Nystrom
-from .solution import Solution, Solutions
+from .solution import ADVICE, Solution, Solutions
 
-__all__ = ["CG", "SOLVERS", "MemberSolutions", "Nystrom", "Solution", "Solutions", "solve", "solve_members"]
+__all__ = [
+    "ADVICE", "CG", "SOLVERS", "Direct", "MemberSolutions", "Nystrom", "Solution", "Solutions", "direct", "solve",
+    "solve_direct", "solve_members",
+]

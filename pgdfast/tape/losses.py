@@ -114,18 +114,19 @@ def residual_form(residuals: list[torch.Tensor], edges: list) -> Form:
     return Form([Squares((edge,), r.detach(), 1.0) for r, edge in zip(residuals, edges, strict=True)])
 
 
-def scalar_form(tape: Tape, root: int) -> Form:
+def scalar_form(tape: Tape, root: int, waits: bool = True) -> Form:
     """The form of the scalar at a tape position.
 
+    waits: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
     Raises: UnrecognisedLoss naming the operation that fits none of the forms.
     """
-    return _Reader(tape).read(root)
+    return _Reader(tape, waits).read(root)
 
 
-def _root_of(weight):
+def _root_of(weight, waits: bool):
     """sqrt(2 w) for a number or tensor."""
     if isinstance(weight, torch.Tensor):
-        if bool((weight < 0).any()):
+        if _looked_at(weight, waits) and bool((weight < 0).any()):
             raise UnrecognisedLoss("one of its squares has a negative weight, so it is no sum of squares")
         return torch.sqrt(2 * weight)
     if weight < 0:
@@ -133,11 +134,16 @@ def _root_of(weight):
     return math.sqrt(2 * weight)
 
 
+def _looked_at(t: torch.Tensor, waits: bool) -> bool:
+    """Whether entries may decide what is done."""
+    return waits or t.device.type == "cpu"
+
+
 class _Reader:
     """Walks down from the loss with the weight (dL / d node output, constant) until a convex function is reached."""
 
-    def __init__(self, tape: Tape):
-        self.tape = tape
+    def __init__(self, tape: Tape, waits: bool):
+        self.tape, self.waits = tape, waits
         self.form = Form()
         self.log_softmax: dict[int, object] = {}
 
@@ -203,9 +209,8 @@ class _Reader:
         factor = (torch.ones_like(divisor, dtype=torch.float64) / divisor).to(self._dtype(position))
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
-    @staticmethod
-    def _times(weight, factor: torch.Tensor):
-        return weight * (float(factor) if factor.numel() == 1 else factor)
+    def _times(self, weight, factor: torch.Tensor):
+        return weight * (float(factor) if factor.numel() == 1 and _looked_at(factor, self.waits) else factor)
 
     def multiply_number(self, position, node, edges, weight):
         return [(*edges[0], weight * float(node._saved_other))]
@@ -266,14 +271,14 @@ class _Reader:
         position = edge[0]
         leaf = self.tape.leaf[position]
         if leaf >= 0 and not isinstance(weight, torch.Tensor):
-            _root_of(weight)
+            _root_of(weight, self.waits)
             self.form.penalties[leaf] = self.form.penalties.get(leaf, 0.0) + 2 * weight
             return ()
         if self.tape.name(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
             node, below = self.tape.nodes[position], self.tape.edges[position][0]
             self.form.consumed.add(position)
             return self._square(below, position, self._spread(position, node, below, weight))
-        scale = _root_of(weight)
+        scale = _root_of(weight, self.waits)
         value = self.tape.nodes[saver]._saved_self.detach()
         self.form.blocks.append(Squares((edge,), value * scale, scale, ((saver, "_saved_self"),)))
         return ()
@@ -294,7 +299,7 @@ class _Reader:
         a, b = node._saved_self, node._saved_target
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
-        scale = _root_of(weight)
+        scale = _root_of(weight, self.waits)
         parts = (position, "_saved_self"), (position, "_saved_target")
         if edges[0] is None:
             self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale, parts[::-1]))
@@ -306,8 +311,12 @@ class _Reader:
     def negative_log_likelihood(self, position, node, edges, weight):
         log_p, target, classes = node._saved_self.detach(), node._saved_target, node._saved_weight
         if node._saved_reduction == 1:
-            total = float(node._saved_total_weight)
-            weight = weight / total if total else 0.0   # no label counts: the loss itself is not a number
+            total = node._saved_total_weight
+            if _looked_at(total, self.waits):
+                total = float(total)
+                weight = weight / total if total else 0.0   # no label counts: the loss itself is not a number
+            else:
+                weight = torch.where(total > 0, weight / total.double(), 0.0)
         kept = target != node._saved_ignore_index
         index = torch.where(kept, target, 0)
         each = torch.ones_like(index, dtype=log_p.dtype) if classes is None else classes.detach()[index]
@@ -326,7 +335,7 @@ class _Reader:
         dim = _signed(node._saved_dim) % max(log_p.dim(), 1)
         p = torch.exp(log_p).clamp_min(_tiny(log_p.dtype))
         q = q.to(p.dtype).expand_as(p) if isinstance(q, torch.Tensor) else torch.full_like(p, q)
-        if bool((q < 0).any()):
+        if _looked_at(q, self.waits) and bool((q < 0).any()):
             raise UnrecognisedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
         total = q.sum(dim, keepdim=True)
         root = torch.sqrt(total * p)
@@ -342,7 +351,8 @@ class _Reader:
         if node._saved_weight is not None:
             weight = weight * node._saved_weight.detach()
         positive = 1.0 if node._saved_pos_weight is None else node._saved_pos_weight.detach()
-        if torch.any(torch.as_tensor(weight) < 0) or torch.any(torch.as_tensor(positive) < 0):
+        signed = [t for t in (torch.as_tensor(weight), torch.as_tensor(positive)) if _looked_at(t, self.waits)]
+        if any(torch.any(t < 0) for t in signed):
             raise UnrecognisedLoss("its binary cross-entropy has a negative weight")
         s = torch.sigmoid(z)
         # L = w (pos t softplus(-z) + (1 - t) softplus(z)), L' = w ((1 - t) s - pos t (1 - s))

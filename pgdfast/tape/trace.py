@@ -24,15 +24,15 @@ _STRUCTURES_KEPT = 16
 class Trace:
     """A tape read at one point.
 
-    loss: 0-dim, detached; value: the same as a number. residual: (M,), scaled so that the loss's gradient is J^T residual
-    (plus penalty). squares_only: no part of the loss is a cross-entropy. tapeless: would the closure compute the same
-    without gradients? penalties: {parameter number: c} for
-    c/2 ||theta||^2. program and constants: the linearisation, or None where `missing` names an operation without a rule;
+    loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
+    that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
+    tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
+    program and constants: the linearisation, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
     """
 
     loss: torch.Tensor
-    value: float
+    value: float | None
     residual: torch.Tensor
     squares_only: bool
     tapeless: bool
@@ -70,19 +70,20 @@ class Tracer:
         self._known: dict[tuple, Known] = {}
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
-    def trace(self, result) -> Trace:
+    def trace(self, result, waits: bool = True) -> Trace:
         """Read what a closure returned.
 
-        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those.
+        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. waits: may this wait for
+        a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
         Raises ValueError for results that cannot be linearised, each with what to do instead.
         """
         try:
-            if self.replays:
+            if self.replays and waits:
                 trace = self._replay(result)
                 if trace is not None:
                     return trace
             with torch.no_grad():
-                return self._trace(result)
+                return self._trace(result, waits)
         except RuntimeError as error:
             if "already been freed" in str(error) or "second time" in str(error):
                 raise ValueError(
@@ -111,7 +112,7 @@ class Tracer:
         tapeless = replay.structure.tapeless
         return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
 
-    def _trace(self, result) -> Trace:
+    def _trace(self, result, waits: bool) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
@@ -126,7 +127,7 @@ class Tracer:
             )
         if scalar:
             try:
-                form = losses.scalar_form(tape, positions[0][0]) if positions[0] else losses.Form()
+                form = losses.scalar_form(tape, positions[0][0], waits) if positions[0] else losses.Form()
             except losses.UnrecognisedLoss as error:
                 self._refuse_opaque(tape)
                 raise losses.UnrecognisedLoss(
@@ -141,9 +142,12 @@ class Tracer:
         residual = self._residual(form, tensors[0])
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
-        trace = Trace(loss, loss.item(), residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
+        value = loss.item() if waits else None
+        trace = Trace(loss, value, residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
         try:
-            trace.program, trace.constants = self._program(tape, form, positions[0][0] if scalar and positions[0] else None)
+            trace.program, trace.constants = self._program(
+                tape, form, positions[0][0] if scalar and positions[0] else None, waits
+            )
             return trace
         except Fallback as error:
             self._refuse_opaque(tape)
@@ -180,7 +184,7 @@ class Tracer:
             return torch.empty(0, dtype=self.dtype, device=like.device)
         return torch.cat([part.to(self.dtype) for part in parts])
 
-    def _program(self, tape: Tape, form: losses.Form, root: int | None) -> tuple[Program, list]:
+    def _program(self, tape: Tape, form: losses.Form, root: int | None, waits: bool) -> tuple[Program, list]:
         number, nodes = tape.structure.number, tape.nodes
         work, key = [], [number]
         for position, rule in self._rules(tape, form):
@@ -201,7 +205,7 @@ class Tracer:
                         self._walker.detach(forgotten.replay)
                 self._known[key] = known
             return known.program, constants
-        if self.replays and known.replay is None:   # seen twice, it may well come again
+        if self.replays and waits and known.replay is None:   # seen twice, it may well come again
             known.replay = attach(self._walker, known, tape, work, form, root)
         op = Refresh(self.dtype)
         for k, needs, _ in known.with_constants:
