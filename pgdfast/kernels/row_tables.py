@@ -176,7 +176,7 @@ class Tables:
     def _columns(self, use, shape, strides, device) -> torch.Tensor:
         """The column of J that each element of a window of x stands for."""
         if "columns" not in use.tables:
-            use.tables["columns"] = _offsets(shape, strides) + use.op.x_offset
+            use.tables["columns"] = np.asarray(_offsets(shape, strides) + use.op.x_offset)
         return self.on_device(use, "columns", device)
 
     def _add_elements(self, J, use, buffers, constant_of):

@@ -46,3 +46,54 @@ def test_members_of_an_ensemble():
         )
         for b in (0, 17, 39):
             assert relative(steps[b], reference.solve(ref, float(mu[b])).step) < 1e-8 and found[b][0] == "solved"
+
+
+def captured_fit(solver, rule):
+    model = mlp(1, 20, 20, 1).cuda()
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64, device="cuda")[:, None]
+    lm = pgdfast.LM(model.parameters(), solver=solver, damping_rule=rule)
+    return model, x, lm, lambda: torch.nn.functional.mse_loss(model(x), torch.sin(5 * x))
+
+
+@pytest.mark.parametrize("rule", ["constant", "gain-ratio", "delayed"])
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_a_captured_step_is_the_ordinary_one(solver, rule):
+    """Replays included, from which the ordinary optimizer then goes on; new data in the same memory are read."""
+    (model, x, lm, closure), (twin, x_twin, captured, same) = captured_fit(solver, rule), captured_fit(solver, rule)
+    step = pgdfast.CapturedStep(captured, same)
+    for k in range(15):
+        if k == 10:
+            for data in (x, x_twin):
+                data.copy_(0.5 * data)
+        lm.step(closure)
+        for _ in range(lm.report.attempts if k < 13 else 1):
+            step.step() if k < 13 else captured.step(same)
+        assert captured.report.loss == pytest.approx(lm.report.loss, rel=1e-6)
+    assert step._graph is not None
+    flat = [torch.cat([p.detach().reshape(-1) for p in m.parameters()]) for m in (twin, model)]
+    assert relative(*flat) < 1e-7
+
+
+def test_a_closure_that_waits_is_refused_at_its_capture():
+    model, _, lm, closure = captured_fit("dual", "constant")
+    step = pgdfast.CapturedStep(lm, lambda: closure() * max(1.0, float(model[0].weight[0, 0])))
+    for _ in range(3):
+        step.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="cannot be captured"):
+        step.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_captured_step_waits_for_nothing():
+    _, _, lm, closure = captured_fit("dual", "gain-ratio")
+    step = pgdfast.CapturedStep(lm, closure)
+    for _ in range(5):
+        step.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert lm.report.loss > 0

@@ -26,9 +26,9 @@ class Pair:
         tracer = self.replaying._tracer
         self.looked, look = 0, tracer._trace
 
-        def counted(result):
+        def counted(result, waits):
             self.looked += 1
-            return look(result)
+            return look(result, waits)
 
         tracer._trace = counted
 
