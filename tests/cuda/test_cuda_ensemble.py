@@ -1,14 +1,17 @@
 """The kernel in which one block owns one model, emulated: every member against the reference of that member alone."""
 
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TIGHT, gradient, mlp, rand, reference, relative
+from torch import nn
 
 import pgdfast
-from pgdfast.kernels import cuda
+from pgdfast import kernels as implementations
+from pgdfast.kernels import cuda, native
 
 pytestmark = pytest.mark.usefixtures("on_cuda")
 COUNT = 5
@@ -177,3 +180,33 @@ def test_what_does_not_fit_in_shared_memory_lies_in_the_workspace(on_cuda):
     steps, _ = kernels.members_solve("dual", [0, 4], r, mu, (), None, None, TIGHT)
     assert kernels.library.ensemble_bytes(kernels.plan, 0, COUNT) > 100000
     assert relative(steps[4], reference.solve(refs[4], 0.1).step) < 1e-9
+
+
+def known(library):
+    """cuda.Kernels over a library, as a class: whether it serves members is asked of it."""
+    class Emulated(cuda.Kernels):
+        def __init__(self, program, dtype):
+            super().__init__(program, dtype, library=library)
+
+    return Emulated
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"solver": "cg", "cg": TIGHT, "damping": 1.0}, {"damping_rule": "constant", "lr": 0.1, "scaling": "marquardt"},
+], ids=["default", "cg", "marquardt"])
+def test_lm_trains_an_ensemble_on_them(options, emulated, monkeypatch):
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+
+    def losses_of(module):
+        monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"native": module})
+        torch.manual_seed(3)
+        networks = pgdfast.functional_ensemble(lambda b: nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double(), 3)
+        optimizer = pgdfast.LM(networks.parameters(), ensemble=3, **options)
+        seen = [optimizer.step(lambda: ((networks(x) - torch.sin(3 * x)) ** 2).mean((1, 2))) for _ in range(4)]
+        assert set(optimizer.report.solve_status) == {"solved"}
+        return torch.stack(seen)
+
+    on_a_gpu = types.SimpleNamespace(
+        available=lambda: None, applies=lambda device, dtype: True, LIMITS="in tests", Kernels=known(emulated)
+    )
+    assert torch.allclose(losses_of(on_a_gpu), losses_of(native), rtol=1e-7, atol=0)
