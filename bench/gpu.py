@@ -33,7 +33,8 @@ MEASURED = {"check": 60, "steps": 60, "ensemble": 60, "gram": 60, "products": 40
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the JSON file (default: bench/results/gpu-CARD-DATE.json)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; nothing is built")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="tiny sizes on the CPU; nothing is built, and the file goes to the folder for temporary ones")
     parser.add_argument("--part", choices=MEASURED, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device = "cpu" if arguments.dry_run else "cuda"
@@ -48,7 +49,8 @@ def main(argv=None):
         arguments.out.write_text(json.dumps(gpu_parts.PARTS[arguments.part](device, arguments.dry_run)), encoding="utf-8")
         return 0
     found = record(device)
-    target = arguments.out or ROOT / "bench/results" / f"gpu-{found['card']}-{found['date'][:10]}.json".replace(" ", "-")
+    results = Path(tempfile.gettempdir()) if arguments.dry_run else ROOT / "bench/results"
+    target = arguments.out or results / f"gpu-{found['card']}-{found['date'][:10]}.json".replace(" ", "-")
     target.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + TOTAL
     with tempfile.TemporaryDirectory() as folder:
