@@ -11,7 +11,7 @@ import torch
 from . import choice
 from .multishift import multishift
 from .options import CG
-from .problem import WIDE_FACTOR, Problem
+from .problem import WIDE_FACTOR, OnDemand, Problem
 from .solution import Solution, Solutions
 from .spectral import eigh
 
@@ -77,12 +77,12 @@ def _solve_all(problem: Problem, mus, solver, options: CG, rcond, wide, keep, ti
     if name == "eigh":
         small = problem.linearization.dtype == torch.float32 and _order(problem) <= WIDE_FACTOR
         found = eigh(problem.widened() if small else problem, mus, rcond, problem.linearization.dtype)
-        return _Made(name, reason, problem, mus, found, {}, first)
+        return _made(name, reason, problem, mus, found, {}, first)
     if name == "cg" and options.shifts and len(mus) > 1:
         found = multishift(problem.widened() if choice.too_narrow(problem.linearization, options) else problem, mus, options)
         kept = {"start": found[0].step.to(problem.linearization.params[0].dtype)} if options.warm_start else {}
         why = f"{reason}; one Krylov space for {len(mus)} dampings"
-        return _Made(name, why, problem, mus, found, kept, first)
+        return _made(name, why, problem, mus, found, kept, first)
     return first + _in_turn(name, reason, problem, mus, options, rcond, wide, keep, time)
 
 
@@ -90,25 +90,16 @@ def _order(problem: Problem) -> int:
     return min(problem.linearization.num_residuals, problem.linearization.num_parameters)
 
 
-class _Made(Sequence):
-    """What one call of a solver found for all dampings, each made a Solution when it is asked for: some 10 microseconds."""
+def _made(name, reason, problem, mus, found, keep, first) -> Sequence[Solution]:
+    """What one call of a solver found for all dampings, behind those found before; each a Solution when it is asked for."""
+    def make(k):
+        k -= len(first)
+        return choice.solution(name, reason, problem.at(mus[k]), found[k], False, keep)
 
-    def __init__(self, name, reason, problem, mus, found, keep, first):
-        self._common, self._problem, self._mus, self._found, self._keep = (name, reason), problem, mus, found, keep
-        self._made: list[Solution | None] = [*first, *[None] * len(found)]
-        if problem.prior is not None:   # then products with J are still to be made, at the present parameters
-            for k in range(len(self)):
-                self[k]
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def __getitem__(self, k: int) -> Solution:
-        if self._made[k] is None:
-            i = range(len(self))[k] - len(self) + len(self._found)
-            problem = self._problem.at(self._mus[i])
-            self._made[k] = choice.solution(*self._common, problem, self._found[i], False, self._keep)
-        return self._made[k]
+    solutions = OnDemand([*first, *[None] * len(mus)], make)
+    if problem.prior is not None:   # then products with J are still to be made, at the present parameters
+        list(solutions)
+    return solutions
 
 
 def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -> list[Solution]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,24 @@ class Found(NamedTuple):
     def failed(cls, lin) -> Found:
         """No step: the matrix is not positive definite, or not finite."""
         return cls(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
+
+
+class OnDemand(Sequence):
+    """A list whose items are made when they are asked for, and then kept: what is not looked at costs nothing.
+
+    items: None where one is still to be made. make: its number -> the item.
+    """
+
+    def __init__(self, items: list, make: Callable):
+        self._items, self._make = items, make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, k: int):
+        if self._items[k] is None:
+            self._items[k] = self._make(range(len(self))[k])
+        return self._items[k]
 
 
 @dataclass(slots=True)

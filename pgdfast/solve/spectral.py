@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..kernels import native
-from .problem import Found, Problem
+from .problem import Found, OnDemand, Problem
 
 
-def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | None = None) -> list[Found]:
+def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | None = None) -> Sequence[Found]:
     """The step of each of the ascending mus by an eigendecomposition of the smaller of J W J^T and W^1/2 J^T J W^1/2.
 
     mu > 0: the damped solution. mu = 0: the pseudo-inverse, without the eigenvalues below rcond times the largest; for a
@@ -47,13 +48,14 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     weights = (values.clamp_min(0) + torch.tensor(mus, dtype=values.dtype, device=values.device)[:, None]).reciprocal()
     if mus[0] == 0:
         weights[0] = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
-    coordinates = weights * along(r)
+    given = along(r)
+    coordinates = weights * given
     if dual and mus[0] == 0 and not lin.has_squares_only:
         # GGN residuals grow without bound at confident samples; J J^T r does not.
         coordinates[0] = weights[0].square() * ((K @ r.double()) @ vectors)
     steps = parameters(coordinates)
     if J is None and lin.has_squares_only:   # ||J^T V c||^2 and r . J J^T V c, where no residual is huge
-        squares, gains = coordinates.square() @ values, coordinates @ (values * along(r))
+        squares, gains = coordinates.square() @ values, coordinates @ (values * given)
     else:
         g, wide = problem.gradient().double(), steps.double()
         squares, gains = wide.square().sum(1), wide @ g
@@ -63,11 +65,12 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
         rows = len(r) - len(u)   # those of the penalties
         return parameters((weights[k] * along(u if rows == 0 else torch.cat([u, u.new_zeros(rows)])))[None])[0]
 
-    numbers = zip(steps.unbind(), gains.tolist(), squares.tolist(), strict=True)
-    return [
-        Found(step, "solved", 0, None, gain, square, 0.0, 0.0, (), partial(again, k))
-        for k, (step, gain, square) in enumerate(numbers)
-    ]
+    gains, squares = gains.tolist(), squares.tolist()
+
+    def found(k):
+        return Found(steps[k], "solved", 0, None, gains[k], squares[k], 0.0, 0.0, (), partial(again, k))
+
+    return OnDemand([None] * len(mus), found)
 
 
 def _pulled(lin, Y: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ def test_a_gpu_without_triton_hears_of_it_once_and_a_cpu_never(fresh):
     without(fresh)
     params, closure = fit()
     program = pgdfast.linearize(closure, params, backend="torch")._plan.program
-    fresh.setattr(kernels.native, "applies", lambda device, dtype: False)
+    for module in (kernels.native, kernels.cuda):
+        fresh.setattr(module, "applies", lambda device, dtype: False)
     fresh.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert kernels.kernels_for(program, torch.device("cpu"), "auto").name == "torch"   # warnings are errors
     with pytest.warns(RuntimeWarning, match="Triton is not installed; pip install triton; the next backend is used"):
