@@ -13,6 +13,9 @@
 namespace pgdfast {
 namespace {
 
+// So many products with J^T are worth forming J, where it is smaller than what each sweep reads and writes (PINNs).
+constexpr index kManyProducts = 4;
+
 // Threads worth starting for a factor of this order.
 int threads_for_factor(index n) { return n < 256 ? 1 : threads_for(double(n) * double(n) * double(n) / 3.0); }
 
@@ -188,6 +191,11 @@ void Solver<T>::adjoint_product(const T* u, T* v) {
 template <class T>
 void Solver<T>::adjoint_products(const T* U, index K, T* V) {
   const index M = structure.num_residuals, P = structure.num_parameters, size = std::max<index>(structure.arena_size, 1);
+  if (!explicit_J && K >= kManyProducts && layout.local && M * P <= structure.arena_size) {
+    ensure(J, M * P);
+    dense(program, layout, work, J.data());
+    explicit_J = true;
+  }
   if (explicit_J) {
     const BlasThreads threads(threads_for(2.0 * double(K) * double(M) * double(P)));
     return gemm<T>(K, P, M, T(1), U, M, 1, J.data(), P, 1, T(0), V, P, 1);
