@@ -13,7 +13,8 @@ import torch
 
 from .globalize import LARGEST, judged_on_device, on_device
 from .linear import Linearizer
-from .lm import ATTEMPTS, LM
+from .lm import LM
+from .lockstep import ATTEMPTS
 from .report import LateReport, Report, advice, stall
 from .solve import ADVICE, Direct, direct, solve_direct
 

@@ -13,11 +13,10 @@ from . import globalize
 from .backend import backend as choose_backend
 from .kernels import requested
 from .linear import check_stacked
-from .lockstep import Lockstep, each_of, joined, share_of
+from .lockstep import ATTEMPTS, Lockstep, each_of, joined, share_of
 from .report import Report, advice, stall
 from .solve import CG, SOLVERS
 
-ATTEMPTS = 12   # dampings tried in one step before it is given up
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
     "changed. Use acceleration=None for it."

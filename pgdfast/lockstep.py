@@ -19,7 +19,7 @@ from .linear import EnsembleLinearizer, losses_of
 from .report import EnsembleReport, Report, advice, stall
 from .solve import MemberSolutions, solve_members
 
-_ATTEMPTS = 12   # dampings tried in one step before it is given up, as in lm.py
+ATTEMPTS = 12   # dampings tried in one step before it is given up, by one network as by many
 
 
 class Lockstep:
@@ -116,7 +116,7 @@ class _Run:
         lin, reports, memory, first = self.lin, self.reports, self.memory, list(mu)
         members, failures = list(pending), dict.fromkeys(pending, 0)
         promised, last = {}, {}
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             start = perf_counter()
             there = self._return()
             solutions = solve_members(

@@ -34,7 +34,7 @@ BELOW = {
     "spectra": {"backend", "linear"},
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
-    "captured": {"lm", "report", "solve", "globalize", "linear", "tape", "kernels"},
+    "captured": {"lm", "lockstep", "report", "solve", "globalize", "linear", "tape", "kernels"},
     "tasks": {"pgdfast"},
     "bench": {"tasks"},
     "cli": {"bench", "tasks", "pgdfast"},
