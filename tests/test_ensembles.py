@@ -1,8 +1,10 @@
 """Ensembles: every member as it would be alone, and none in another's way."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import pgdfast
 from pgdfast.globalize import Delayed, GainRatio
+from pgdfast.linear import ensemble as linear_ensemble
 
 B = 4
 X = torch.linspace(-1, 1, 24, dtype=torch.float64)[:, None]
@@ -393,3 +396,26 @@ def test_a_hybrid_is_for_one_network():
     parameters = list(networks.parameters())
     with pytest.raises(ValueError, match="lm trains an ensemble of 4, whose members would switch apart"):
         pgdfast.Hybrid(pgdfast.LM(parameters, ensemble=B), torch.optim.SGD(parameters, lr=0.1))
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"solver": "eigh"}, {"solver": "cg"}], ids=str)
+def test_no_tape_outlives_its_step(options, monkeypatch):
+    """Reference counts alone must free a step's tape: it is large, and the collector counts objects, not bytes."""
+    made, kind = [], linear_ensemble.EnsembleLinearization
+    create = kind.__init__
+
+    def spy(self, *arguments):
+        made.append(weakref.ref(self))
+        create(self, *arguments)
+
+    monkeypatch.setattr(kind, "__init__", spy)
+    networks = stack()
+    optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            optimizer.step(losses(networks))
+        assert len(made) == 4 and sum(lin() is not None for lin in made) <= 1
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -154,7 +155,7 @@ class EnsembleLinearization:
         self._trace, self._operator, self._plan, self._order = trace, operator, plan, order
         self._linearizer = linearizer
         self.sources = None if plan is None or plan.members is None else plan.members.sources
-        self._members: dict[int, Member] = {}
+        self._members = WeakValueDictionary()   # a member holds the ensemble: no cycle, or tapes would wait for the collector
         self._losses: list[float] | None = None
         self._dense: torch.Tensor | None = None
         self._versions: list[int] = []
@@ -202,9 +203,10 @@ class EnsembleLinearization:
 
     def member(self, b: int) -> Member:
         """The linearisation of member b."""
-        if b not in self._members:
-            self._members[b] = Member(self, b)
-        return self._members[b]
+        member = self._members.get(b)
+        if member is None:
+            member = self._members[b] = Member(self, b)
+        return member
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J_b v_b for all members: (B, P) -> (B, M)."""
