@@ -97,24 +97,10 @@ class GainRatio:
         self.nu = float(state["nu"])
 
 
-class Delayed:
-    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu.
-
-    smallest: as for GainRatio.
-    """
+class _Memoryless:
+    """What rules that try steps and remember nothing but mu have in common."""
 
     tries = True
-
-    def __init__(self, smallest: float = SMALLEST):
-        self.smallest = _checked(smallest)
-
-    def accepted(self, mu: float, rho: float | None) -> float:
-        """Down by 5."""
-        return max(mu / 5, self.smallest) if mu > 0 else 0.0
-
-    def rejected(self, mu: float, rho: float, curvature: float) -> float:
-        """Up by 2."""
-        return _raised(mu, 2.0, curvature)
 
     def invalid(self, mu: float, curvature: float) -> float:
         """As for a rejection."""
@@ -132,15 +118,31 @@ class Delayed:
         """Nothing to restore."""
 
 
-class Sweep:
+class Delayed(_Memoryless):
+    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu.
+
+    smallest: as for GainRatio.
+    """
+
+    def __init__(self, smallest: float = SMALLEST):
+        self.smallest = _checked(smallest)
+
+    def accepted(self, mu: float, rho: float | None) -> float:
+        """Down by 5."""
+        return max(mu / 5, self.smallest) if mu > 0 else 0.0
+
+    def rejected(self, mu: float, rho: float, curvature: float) -> float:
+        """Up by 2."""
+        return _raised(mu, 2.0, curvature)
+
+
+class Sweep(_Memoryless):
     """Several mu at every step, mu times each factor; the one with the least loss becomes the next step's mu.
 
     factors: positive numbers; the solves share a linearisation, and where the closure runs under torch.func.vmap the trial
     losses share one run. None better than the loss before: mu is raised until its least factor lies beyond all that were tried.
     smallest: as for GainRatio. mu = 0 is tried alone. Greedy: the best next loss is not the best path (bench/NOTES.md).
     """
-
-    tries = True
 
     def __init__(self, factors=(0.1, 10**-0.5, 1.0, 10**0.5, 10.0), smallest: float = SMALLEST):
         factors = tuple(factors)
@@ -159,21 +161,6 @@ class Sweep:
     def rejected(self, mu: float, rho: float, curvature: float) -> float:
         """Beyond the largest that was tried."""
         return _raised(mu, max(2.0, 2.0 / self.factors[0]), curvature)
-
-    def invalid(self, mu: float, curvature: float) -> float:
-        """As for a rejection."""
-        return self.rejected(mu, 0.0, curvature)
-
-    def exhausted(self, mu: float) -> float:
-        """Ten times the mu that the step began with: a burst of rejections must not freeze the run."""
-        return min(10 * mu, LARGEST)
-
-    def state_dict(self) -> dict:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
 
 
 RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "sweep": Sweep}
