@@ -6,7 +6,7 @@ loss = opt.step(lambda: F.mse_loss(model(x), y))
 
 from . import pde, reference
 from .build import build_info, check_build
-from .captured import CapturedStep
+# from .captured import CapturedStep
 from .ensembles import Ensemble, functional_ensemble
 from .hybrid import Hybrid
 from .kernels import backends
@@ -14,6 +14,7 @@ from .linear import Linearization, linearize
 from .lm import LM
 from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, Solutions, solve
+from .step import Acceleration, Armijo, Chord, Constant, DampingRule, Delayed, GainRatio, Geodesic, LineSearch, Sweep
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
 from .switches import Alignment, KernelDrift, Plateau
 
@@ -21,7 +22,8 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Alignment", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization",
+    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Chord", "Constant", "DampingRule", "Delayed", "GainRatio", "Geodesic",
+    "LineSearch", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization",
     "Nystrom", "Plateau", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
     "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

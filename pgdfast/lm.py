@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from time import perf_counter
+from operator import is_
 
 import torch
 from torch.optim import optimizer
 
-from . import globalize
 from .backend import backend as choose_backend
-from .kernels import requested
 from .linear import check_stacked
-from .lockstep import ATTEMPTS, Lockstep, each_of, joined, share_of
-from .report import Report, advice, stall
+from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
-
-_NO_SQUARES = (
-    "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
-    "changed. Use acceleration=None for it."
-)
-
-_SWEEPS_ALONE = (
-    "pgdfast.LM: damping_rule 'sweep' compares plain steps of several dampings, and a line_search or acceleration would shape "
-    "the winner only; use line_search=None and acceleration=None with it, or another rule."
+from .step import (
+    HostStep, Parameters, StepOptions, StepTools, acceleration as chosen_acceleration, checked, checked_constraint,
+    checked_momentum, damping_rule as chosen_rule, each_of, joined, line_search as chosen_search, new_memory, out_of_memory,
+    share_of,
 )
 
 
@@ -51,91 +43,65 @@ def _hooked(step):
 class LM(torch.optim.Optimizer):
     """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
 
-    params: tensors or parameter groups; groups may have their own lr and weight_decay. lr: step length. damping: mu, a
-    number or a callable step -> mu (with damping_rule="constant"); 0 means Gauss-Newton with the pseudo-inverse cut at
-    `rcond` (relative to the largest eigenvalue of J J^T). damping_rule: "gain-ratio", "delayed", "sweep" (several mu a step,
-    the best taken; all three never uphill), "constant" (the paper's plain LM) or an object (pgdfast.globalize.damping).
-    acceleration: None, "geodesic", "chord" or an object (pgdfast.globalize.acceleration): corrections of second order, for
-    losses that are sums of squares. scaling: "identity" or "marquardt", D the running maximum of diag(J^T J). weight_decay:
-    decoupled, as in AdamW. solver: "auto", "dual", "primal", "cg", "lsmr" or "eigh". line_search: None, "armijo" or an object.
-    cg: options of CG and LSMR. backend: "auto", "native", "triton", "torch" or "reference"; PGDFAST_BACKEND does the same from
-    outside. momentum: beta of SPRING, for batches that change from step to step: + mu D beta delta_last on the right; two more
-    products with J a solve. norm_constraint: the largest ||lr delta||^2; longer moves are shortened to it, corrections of
-    acceleration included. ensemble: B networks of one shape trained at once, each as it would be alone: every parameter has
-    the members on its first dimension, the closure returns B losses, (B,), or residuals, (B, ...), `step` returns (B,),
-    `report[b]` is member b's, and lr and damping may be B numbers. See pgdfast.functional_ensemble.
-
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
     to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
+
+    Args:
+        params: tensors or parameter groups; groups may have their own lr and weight_decay.
+        lr (float or tensor, default 1): step length. 1 is the full step; smaller for new batches at every step. A rate kept
+            from Adam, such as 1e-3, makes LM a thousand times slower.
+        damping (float >= 0 or callable, default 1e-2): mu to begin with; a callable step -> mu goes with
+            damping_rule="constant". 0 means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
+        damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
+            and never go uphill; "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
+        acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
+            squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
+        scaling ("identity" or "marquardt", default "identity"): D; "marquardt" is the running maximum of diag(J^T J), for
+            parameters of very different size.
+        weight_decay (float >= 0, default 0): decoupled, as in AdamW.
+        solver ("auto", "dual", "primal", "cg", "lsmr" or "eigh", default "auto"): "auto" compares predicted costs.
+        line_search (None, "armijo" or a LineSearch): backtracking along the step.
+        cg (CG): limits of CG and LSMR; preconditioner, warm start, truncation.
+        rcond (float in (0, 1), default 1e-8): of the pseudo-inverse, relative to the largest eigenvalue of J J^T.
+        ensemble (None or int): B networks of one shape trained at once, each as it would be alone. Every parameter has the
+            members on its first dimension, the closure returns B losses, (B,), or residuals, (B, ...), `step` returns (B,),
+            `report[b]` is member b's, and lr and damping may be B numbers. See pgdfast.functional_ensemble.
+        backend ("auto", "native", "triton", "torch" or "reference", default "auto"): PGDFAST_BACKEND does the same from
+            outside. "reference" is slow, plain, float64: to check against.
+        momentum (float in [0, 1), default 0): beta of SPRING, for batches that change from step to step: + mu D beta
+            delta_last on the right. Two more products with J a solve.
+        norm_constraint (None or float > 0): the largest ||lr delta||^2; longer moves are shortened to it, corrections of
+            acceleration included.
+
+    Raises ValueError or TypeError for options out of these ranges; RuntimeError for a backend that cannot be used here.
 
     Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
+    report: Report | EnsembleReport | None
 
     def __init__(
         self, params, lr: float = 1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None,
         scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
-        cg: CG | None = None, rcond: float = 1e-8, ensemble=None, backend: str = "auto",
+        cg: CG | None = None, rcond: float = 1e-8, ensemble: int | None = None, backend: str = "auto",
         momentum: float = 0.0, norm_constraint: float | None = None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
-        self._rule = globalize.damping_rule(damping_rule)
-        self._search, self._acceleration = globalize.line_search(line_search), globalize.acceleration(acceleration)
-        if self._search is not None and self._acceleration is not None:
-            raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
-        self._sweeps = hasattr(self._rule, "dampings")
-        if self._sweeps and (self._search is not None or self._acceleration is not None):
-            raise ValueError(_SWEEPS_ALONE)
-        self._momentum, self._constraint = globalize.Momentum(momentum), globalize.checked_constraint(norm_constraint)
-        if momentum and cg is not None and cg.truncate:
-            raise ValueError(
-                "pgdfast.LM: CG(truncate=True) shortens a rejected step along CG's path from zero, and with momentum that path "
-                "starts elsewhere; use truncate=False or momentum=0."
-            )
-        self._lockstep = None if ensemble is None else Lockstep(
-            _alone(ensemble, acceleration, momentum, norm_constraint, cg, self._sweeps, self._search, backend), self._rule,
-            self._search, requested(backend),
+        self._options = StepOptions(
+            chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration), checked_momentum(momentum),
+            checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
         )
-        self._backend, self._generators = choose_backend(backend), globalize.Generators()
+        _check_together(self._options)
+        self._tools = StepTools(choose_backend(backend))
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
-        self._damping, self._scaling, self._solver = damping, scaling, solver
-        self._cg, self._rcond = cg or CG(), rcond
-        self.report: Report | None = None
-
-    def __getstate__(self) -> dict:
-        """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
-        self._settle()
-        own = (
-            "_rule", "_search", "_acceleration", "_sweeps", "_momentum", "_constraint", "_backend", "_generators", "_damping",
-            "_scaling", "_solver", "_cg", "_rcond", "_lockstep", "report",
-        )
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
-
-    def state_dict(self) -> dict:
-        """Everything that a resumed run needs."""
-        self._settle()
-        return super().state_dict()
-
-    @property
-    def ensemble(self) -> int | None:
-        """The number of members, None for one network."""
-        return self._lockstep and self._lockstep.count
-
-    @property
-    def predicts(self) -> bool:
-        """Whether steps are tried before they are kept, and the report predicts their reduction."""
-        return self._rule.tries or self._search is not None
-
-    @property
-    def _runs_again(self) -> bool:
-        return self.predicts or self._acceleration is not None
+        self._damping, self.ensemble, self.report = damping, ensemble, None
 
     @_hooked
     def step(self, closure=None) -> torch.Tensor:
-        """Take one step and return the loss before it, a 0-dim tensor.
+        """Take one step and return the loss before it, a 0-dim tensor; (B,) for an ensemble.
 
         closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
         runs once, and once more per trial point. What happened stands in `report`.
@@ -144,152 +110,47 @@ class LM(torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
-        params, rates, decays = self._trainable()
-        memory = self._memory()
-        if self._lockstep is not None:
-            return self._step_together(closure, params, rates, decays, memory)
-        start = perf_counter()
-        draws = self._generators.draws(closure, params[0].device) if self._runs_again else None
-        lin = self._backend.linearize(closure, params)
-        if self._acceleration is not None and not lin.has_squares_only:
-            raise ValueError(_NO_SQUARES)
-        if draws is not None:
-            draws.linearised()
-        loss = float(lin.loss)
-        report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters)
-        report.seconds = {"linearize": perf_counter() - start, "solve": 0.0, "trial": 0.0}
-        if lin.num_residuals == 0 and not lin.penalties:
-            report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
-        else:
-            trials = globalize.Trials(closure, lin, draws, globalize.Move(params, rates))
-            self._descend(trials, decays, memory, report)
-            report.trials = trials.count
-        memory["step"] += 1
-        memory["rule"] = self._rule.state_dict()
-        self.report = report
-        return lin.loss
-
-    def _step_together(self, closure, params, rates, decays, memory) -> torch.Tensor:
-        """The step of an ensemble: the losses before it, (B,)."""
-        mus = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
-        losses, self.report = self._lockstep.step(
-            closure, params, rates, decays, memory, self._generators, mus, lambda lin: self._scale(lin, params), self._solver,
-            self._cg, self._rcond,
-        )
-        return losses
-
-    def _descend(self, trials, decays, memory, report) -> None:
-        """Try dampings until one gives a step that is kept."""
-        lin, move = trials.lin, trials.move
-        mu = start = memory["damping"] if memory["damping"] is not None else self._scheduled(memory["step"])
-        scale, prior = self._scale(lin, move.params), self._momentum.prior(move.params, self.state)
-        if self._runs_again or any(decays):
-            move.save()
-        failures, promised, solution = 0, None, None
         try:
-            for report.attempts in range(1, ATTEMPTS + 1):
-                at, solution = self._shorter(mu, solution, report) or self._solve(trials, mu, scale, prior, memory, report)
-                report.damping, report.momentum = at, 0.0 if prior is None else self._momentum.beta
-                move.constrain(solution.step, self._constraint)
-                if not solution.usable:
-                    failures += 1
-                    report.status = "failed"
-                    mu = self._rule.invalid(at, globalize.curvature(lin, solution))
-                elif self._try(trials, solution, report, mu == start and prior is None):
-                    if solution.status != "truncated":   # mu stays where the rejection put it: the step says nothing for less
-                        mu = self._rule.accepted(at, report.gain_ratio)
-                    break
-                elif prior is not None:   # more damping would only lead to the prior: without it, to ever shorter steps
-                    lin.parameters_unchanged()
-                    prior = None
-                elif report.status == "stalled" or not self._rule.tries:
-                    break
-                else:
-                    lin.parameters_unchanged()
-                    promised = report.predicted_reduction if promised is None else promised
-                    mu = self._rule.rejected(at, report.gain_ratio, globalize.curvature(lin, solution))
-            else:
-                mu = self._rule.exhausted(start)
-        except BaseException:
-            move.undo()
+            with self._begin(closure) as step:
+                step.linearize()
+                while step.pending:
+                    step.solve()
+                    step.attempt()
+                    step.decide()
+                step.commit()
+        except RuntimeError as error:
+            if out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise MemoryError(f"pgdfast.LM.step: memory ran out; the parameters are unchanged. {error}") from error
             raise
-        self._momentum.keep(solution.step if move.moved else None, move.params, self.state)
-        if move.moved and any(decays):
-            move.decay(decays)
-        report.next_damping = mu if self._rule.tries else report.damping
-        if self._rule.tries:
-            memory["damping"] = mu
-        report.advice = advice(report, solution, failures, lin.loss.dtype)
-        memory["rejected"] = memory.get("rejected", 0) + 1 if report.status == "rejected" and self._rule.tries else 0
-        stalled = stall(report, promised, memory["rejected"], mu >= globalize.LARGEST, lin.loss.dtype)
-        if stalled:
-            report.status, report.advice = "stalled", stalled
+        self.report = step.report
+        return step.loss
 
-    def _solve(self, trials, mu, scale, prior, memory, report):
-        """(mu, solution): for mu, or for the best of the dampings that the rule wants to be tried around it."""
-        start = perf_counter()
-        solution = found = self._backend.solve(
-            trials.lin, self._rule.dampings(mu) if self._sweeps else mu, scale=scale, solver=self._solver, cg=self._cg,
-            rcond=self._rcond, wide=memory["wide"], keep=memory["keep"], time=memory["step"], prior=prior,
-        )
-        solved = perf_counter()
-        report.seconds["solve"] += solved - start
-        if self._sweeps:
-            best = globalize.best(trials, found, self._constraint)
-            mu, solution = found.damping[best], found[best]
-            report.seconds["trial"] += perf_counter() - solved
-        memory["wide"], memory["keep"] = solution.wide, solution.keep
-        report.of(solution)
-        return mu, solution
+    @property
+    def predicts(self) -> bool:
+        """Whether steps are tried before they are kept, and the report predicts their reduction."""
+        return self._options.predicts
 
-    def _shorter(self, mu, rejected, report):
-        """(mu, an earlier iterate of the solve whose step was rejected) where one was kept: no new solve."""
-        solution = rejected.shortened() if rejected is not None and rejected.usable else None
-        if solution is None:
-            return None
-        report.of(solution)
-        return mu, solution
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs."""
+        self._settle()
+        return super().state_dict()
 
-    def _try(self, trials, solution, report, first: bool) -> bool:
-        """Take the step, or what a search along it finds; keep it if the loss falls or nobody asks, else undo it."""
-        start, kept = perf_counter(), True
-        if not self.predicts:
-            report.loss_after, report.status = self._go(trials, solution, report), "accepted"
-        else:
-            reduction, slope = globalize.predictions(trials.lin, trials.move, solution)
-            if self._search is None:
-                t, after = 1.0, self._go(trials, solution, report)
-            else:
-                t, after, _ = self._search.search(functools.partial(trials.along, solution.step), report.loss, slope)
-                report.line_search = t
-            kept = globalize.judged(report, after, reduction(t or 1.0), t is not None, first, trials.lin.loss.dtype)
-            if not kept:
-                trials.move.undo()
-        report.seconds["trial"] += perf_counter() - start
-        return kept
-
-    def _go(self, trials, solution, report) -> float | None:
-        """Move along the step, with its second-order correction if that is wanted; the loss there, None where nobody asks."""
-        if self._acceleration is not None and solution.status != "truncated":
-            delta = trials.move.scaled(solution.step)
-            e, after = self._acceleration.take(trials.of(solution), delta)
-            e = trials.move.shift(e)
-            report.correction = trials.size(e - delta) / max(trials.size(delta), 1e-300)
-            return after
-        if self.predicts:
-            return trials.along(solution.step)
-        trials.move.to(solution.step)
-        return None
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what `state_dict` gave. Raises ValueError, with nothing changed, for the state of another kind of LM."""
+        for values in state_dict.get("state", {}).values():
+            if "step" in values:
+                checked(values, self._options.rule, self.ensemble or 1)
+        super().load_state_dict(state_dict)
 
     def member_state_dicts(self) -> list[dict]:
         """A state_dict for each member of the ensemble, as an LM has that trains the member alone: to go on alone with it.
 
         Raises ValueError without an ensemble.
         """
-        if self._lockstep is None:
+        if self.ensemble is None:
             raise ValueError("pgdfast.LM.member_state_dicts: this LM trains one network; use state_dict().")
         state = self.state_dict()
-        return [share_of(state, b) for b in range(self._lockstep.count)]
+        return [share_of(state, b) for b in range(self.ensemble)]
 
     def load_member_state_dicts(self, states: list[dict]) -> None:
         """Go on as an ensemble with members that were trained alone, or in other company, for equally many steps.
@@ -297,21 +158,43 @@ class LM(torch.optim.Optimizer):
         states: B state_dicts, of LMs that each trained one member, or out of `member_state_dicts`.
         Raises ValueError without an ensemble, for another number of states, and for members of different step counts.
         """
-        if self._lockstep is None or len(states) != self._lockstep.count:
-            wanted = "one network; use load_state_dict()" if self._lockstep is None else f"{self._lockstep.count} members"
+        if self.ensemble is None or len(states) != self.ensemble:
+            wanted = "one network; use load_state_dict()" if self.ensemble is None else f"{self.ensemble} members"
             raise ValueError(f"pgdfast.LM.load_member_state_dicts: got {len(states)} states, and this LM trains {wanted}.")
         self.load_state_dict(joined(states))
 
-    def _trainable(self):
-        """Parameters that require gradients, with the lr and lr * weight_decay of their groups."""
-        params, rates, decays = [], [], []
+    def __getstate__(self) -> dict:
+        """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
+        self._settle()
+        own = {name: getattr(self, name) for name in ("_options", "_damping", "ensemble")}
+        report = getattr(self.report, "now", lambda: self.report)()   # a captured step's, with its numbers
+        return super().__getstate__() | own | {"report": report, "_tools": StepTools(self._tools.backend)}
+
+    # --- what a step starts from --------------------------------------------------------------------------------------------
+
+    def _begin(self, closure) -> HostStep:
+        """The step from here: parameters with their rates, and what the optimizer remembers."""
+        params, rates, decays = self._trainable()
+        memory = self._memory()
+        parameters = self._tools.parameters
+        if parameters is None or len(parameters.params) != len(params) or not all(map(is_, parameters.params, params)):
+            self._tools.parameters = Parameters(params, self.ensemble)
+        mus = [m["damping"] for m in memory["members"]] if self._options.rule.tries else self._scheduled(memory["step"])
+        return HostStep(self._options, self._tools, closure, rates, decays, memory, self.state, mus)
+
+    def _trainable(self) -> tuple[list[torch.Tensor], list[list[float]], list[list[float]]]:
+        """Parameters that require gradients; by member, the lr and lr * weight_decay of each."""
+        params, count = [], self.ensemble or 1
+        rates: list[list[float]] = [[] for _ in range(count)]
+        decays: list[list[float]] = [[] for _ in range(count)]
         for group in self.param_groups:
-            rate = float(group["lr"]) if self._lockstep is None else each_of(group["lr"], self._lockstep.count, "lr")
+            lr, decay = group["lr"], group["weight_decay"]
+            each = [float(lr)] if self.ensemble is None else each_of(lr, count, "lr")
             trained = [p for p in group["params"] if p.requires_grad]
             params += trained
-            rates += [rate] * len(trained)
-            decay = group["weight_decay"]
-            decays += [[r * decay for r in rate] if isinstance(rate, list) else rate * decay] * len(trained)
+            for b, rate in enumerate(each):
+                rates[b] += [rate] * len(trained)
+                decays[b] += [rate * decay] * len(trained)
         if not params:
             raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
         return params, rates, decays
@@ -319,15 +202,14 @@ class LM(torch.optim.Optimizer):
     def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
         self._settle()
-        memory = self.state[next(group["params"][0] for group in self.param_groups if group["params"])]
-        if self._lockstep is not None:
-            self._lockstep.begin(memory, self._damping)
-            return memory
+        for group in self.param_groups:
+            if group["params"]:
+                memory = self.state[group["params"][0]]
+                break
         if "step" not in memory:
-            adaptive = self._rule.tries
-            memory.update(step=0, wide=False, damping=float(self._damping) if adaptive else None, rule=self._rule.state_dict())
-        memory.setdefault("keep", {})   # CG's last solution and its preconditioner, where it wants them
-        self._rule.load_state_dict(memory["rule"])
+            count, rule = self.ensemble or 1, self._options.rule
+            mus = each_of(self._damping, count, "damping") if rule.tries else [None] * count
+            memory.update(new_memory(rule, mus))
         return memory
 
     def _settle(self) -> None:
@@ -335,29 +217,14 @@ class LM(torch.optim.Optimizer):
         if self._captured is not None:
             self._captured.settle()
 
-    def _scheduled(self, step: int):
+    def _scheduled(self, step: int) -> list[float]:
+        """The given mu of every member at a step."""
         mu = self._damping(step) if callable(self._damping) else self._damping
-        if self._lockstep is not None:
-            return each_of(mu, self._lockstep.count, f"damping at step {step}")
+        if self.ensemble is not None:
+            return each_of(mu, self.ensemble, f"damping at step {step}")
         if not isinstance(mu, (int, float)) or not 0 <= mu < math.inf:
             raise ValueError(f"pgdfast.LM: damping at step {step} is {mu!r}; it must be finite and not negative.")
-        return float(mu)
-
-    def _scale(self, lin, params) -> torch.Tensor | None:
-        """Marquardt's D: the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
-        if self._scaling == "identity":
-            return None
-        rows = () if self._lockstep is None else (self._lockstep.count,)
-        size = max(math.prod(rows), 1)
-        parts = lin.diagonal().split([p.numel() // size for p in params], -1)
-        scales = []
-        for p, part in zip(params, parts, strict=True):
-            state = self.state[p]
-            seen = part.reshape(p.shape).to(p.dtype)
-            state["scale"] = torch.maximum(state["scale"], seen) if "scale" in state else seen.clone()
-            scales.append(state["scale"].reshape(*rows, -1))
-        scale = torch.cat(scales, -1)
-        return torch.where(scale > 0, scale, 1.0)
+        return [float(mu)]
 
 
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:
@@ -390,18 +257,17 @@ def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, 
         raise ValueError(f"pgdfast.LM: rcond is {rcond!r}; it must lie between 0 and 1.")
 
 
-def _alone(ensemble, acceleration, momentum, norm_constraint, cg, sweeps, search, backend) -> int:
-    """The number of members, where no option is for one network alone; ValueError names one that is."""
-    refused = {
-        "acceleration": acceleration, "momentum": momentum, "norm_constraint": norm_constraint,
-        "cg=pgdfast.CG(truncate=True)": cg is not None and cg.truncate,
-        "damping_rule='sweep'": sweeps,
-        "a line search of one's own": search is not None and not isinstance(search, globalize.Armijo),
-        "backend='reference'": requested(backend) == "reference",
-    }
-    for what, given in refused.items():
-        if given:
-            raise ValueError(
-                f"pgdfast.LM: {what} does not work with ensemble={ensemble}; leave it out, or train the members one by one."
-            )
-    return ensemble
+def _check_together(options: StepOptions) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if options.search is not None and options.acceleration is not None:
+        raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
+    if options.rule.sweeps and (options.search is not None or options.acceleration is not None):
+        raise ValueError(
+            "pgdfast.LM: damping_rule 'sweep' compares plain steps of several dampings, and a line_search or acceleration would "
+            "shape the winner only; use line_search=None and acceleration=None with it, or another rule."
+        )
+    if options.momentum and options.cg.truncate:
+        raise ValueError(
+            "pgdfast.LM: CG(truncate=True) shortens a rejected step along CG's path from zero, and with momentum that path "
+            "starts elsewhere; use truncate=False or momentum=0."
+        )

@@ -49,11 +49,6 @@ class Report:
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def of(self, solution) -> None:
-        """Note what solved, and how."""
-        self.solver, self.reason, self.solve_status = solution.solver, solution.reason, solution.status
-        self.iterations, self.residual_norm = solution.iterations, solution.known_residual_norm
-
     def __str__(self) -> str:
         """One line, and the advice on a second if there is any."""
         after = "" if self.loss_after is None else f" -> {self.loss_after:.6g}"
@@ -154,10 +149,10 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
+def stall(report: Report, promised: float, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
     """Why a step that was not kept, or moved nothing, means that the run has stalled, and what to do; "" where it may go on.
 
-    promised: predicted reduction of the first, longest step tried, None if none was rejected. in_a_row: rejected steps up to
+    promised: predicted reduction of the first, longest step tried, NaN if none was rejected. in_a_row: rejected steps up to
     this one, 0 if it was not. at_bound: is mu at its upper bound?
     """
     suspects = (
@@ -172,7 +167,7 @@ def stall(report: Report, promised: float | None, in_a_row: int, at_bound: bool,
         )
     if not in_a_row:
         return ""
-    if promised is not None and abs(promised) <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
+    if abs(promised) <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
         return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
     if in_a_row >= _REJECTED_IN_A_ROW:
         return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"

@@ -44,9 +44,14 @@ def replay(dtype: torch.dtype):
     return _C.Replay(wide=dtype == torch.float64)
 
 
-def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Tensor) -> bool:
-    """theta_l -= rate_l * direction_l in one call; False, with nothing done, where the core cannot."""
-    return _C is not None and _C.subtract(params, rates, direction)
+def _no_core(*_) -> bool:
+    return False
+
+
+# theta_l -= rate_l * direction_l, and copies of tensors one by one, each in one call; False, with nothing done, where the core
+# cannot: (params, rates, direction) and (to, from).
+subtract = _no_core if _C is None else _C.subtract
+copy_tensors = _no_core if _C is None else _C.copy_tensors
 
 
 @contextlib.contextmanager

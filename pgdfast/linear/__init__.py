@@ -1,8 +1,9 @@
 """The Jacobian as an operator: products, Gram and dense forms of one linearisation."""
 
-from .ensemble import EnsembleLinearization, EnsembleLinearizer, check_stacked, losses_of
+from .ensemble import EnsembleLinearization, EnsembleLinearizer, check_stacked, losses_of, split_result
 from .linearization import Linearization, Linearizer, linearize
 
 __all__ = [
     "EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "check_stacked", "linearize", "losses_of",
+    "split_result",
 ]

@@ -149,6 +149,7 @@ class EnsembleLinearization:
         self.device, self.penalties = self.params[0].device, trace.penalties
         self.residual = gathered(trace.residual, order, self.count)
         self.loss = 0.5 * self.residual.square().sum(1) if losses is None else losses
+        self._from_losses = losses is not None
         self.num_residuals = self.residual.shape[1]
         self.num_parameters = sum(p.numel() for p in self.params) // self.count
         self.tapeless, self.has_squares_only = trace.tapeless, trace.squares_only
@@ -188,6 +189,38 @@ class EnsembleLinearization:
         """Raise RuntimeError where the parameters have changed."""
         if [p._version for p in self.params] != self._versions:
             raise RuntimeError("pgdfast: the parameters have changed since this linearisation was made; linearise again.")
+
+    @property
+    def tape_bytes(self) -> int:
+        """About what the closure's activations take; 0 where it is not known."""
+        kernels = self._plan and self._plan.kernels
+        return kernels.arena_size * self.dtype.itemsize * (self.count if self.separates else 1) if kernels else 0
+
+    @property
+    def residuals_need_tape(self) -> bool:
+        """True where `residuals_at` reads losses, whose residuals stand on their tape."""
+        return self._from_losses
+
+    def residuals_at(self, run) -> list[tuple[float, torch.Tensor]]:
+        """(loss, residual (M,)) of every member at the parameters' present values; see Linearization.residual_at."""
+        losses, total = split_result(run(), self.count)
+        if losses is None:
+            residual = torch.cat([part.detach().reshape(-1) for part in (total if isinstance(total, (tuple, list)) else [total])])
+        else:
+            residual = self._linearizer._tracer.trace(total).residual
+        if residual.numel() != self.count * self.num_residuals:
+            raise ValueError(
+                f"pgdfast.LM: the closure returned {self.num_residuals} residuals per member before the step and "
+                f"{residual.numel() / self.count:g} at a trial point; with acceleration their number must not change within a step."
+            )
+        residual = gathered(residual, self._order, self.count).to(self.dtype)
+        losses = 0.5 * residual.double().square().sum(1) if losses is None else losses
+        return list(zip(losses.tolist(), residual.unbind(), strict=True))
+
+    def release(self) -> None:
+        """Let go of the tape."""
+        if self._plan is not None:
+            self._plan.release()
 
     def bound(self, plan):
         """The kernels of a plan over members, bound to this linearisation's constants."""

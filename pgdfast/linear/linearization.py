@@ -188,6 +188,16 @@ class Linearization:
         return self._trace.tapeless
 
     @property
+    def tape_bytes(self) -> int:
+        """About what the closure's activations take; 0 where it is not known."""
+        return 0 if self._plan is None else self._operator.arena_size * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Let go of the tape."""
+        if self._plan is not None:
+            self._plan.release()
+
+    @property
     def needs_host(self) -> str:
         """Why linearising this closure looks at what tensors hold, at every step; "" where it does not."""
         if self._plan is None:

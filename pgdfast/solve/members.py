@@ -17,7 +17,7 @@ _TRY_AGAIN = 20   # steps after which members that were refined one by one are t
 
 def solve_members(
     lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide=None, keep=None, time: int = 0,
+    wide=None, keep=None, time: int = 0, priors=None,
 ) -> MemberSolutions:
     """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b for members of an ensemble.
 
@@ -27,17 +27,18 @@ def solve_members(
     Cost: that of the members' solves, on as many cores as there are.
     """
     options = cg or CG()
+    priors = priors or {}
     wide, keep = wide or [False] * lin.count, keep or [{}] * lin.count
     groups: dict[tuple, list[int]] = {}
     for b, mu in dampings.items():
-        groups.setdefault((mu == 0, wide[b]), []).append(b)
+        groups.setdefault((mu == 0, wide[b], b in priors), []).append(b)
     found = MemberSolutions()
-    for (_, is_wide), group in groups.items():
+    for (_, is_wide, has_prior), group in groups.items():
         b = group[0]
         problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
         name, reason = choose(problem, solver, options, is_wide)
         together = _Together(lin, dampings, scale, options, name, reason, keep, time)
-        if together.possible:
+        if together.possible and not has_prior:
             found.update(together.run(group, is_wide))
             if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
                 found.steps = together.steps
@@ -45,7 +46,7 @@ def solve_members(
             if b not in found:
                 found[b] = solve_one(
                     lin.member(b), dampings[b], scale=None if scale is None else scale[b], solver=solver, cg=cg, rcond=rcond,
-                    wide=is_wide, keep=keep[b], time=time,
+                    wide=is_wide, keep=keep[b], time=time, prior=priors.get(b),
                 )
                 if together.refines:   # the call would have been in vain: not every time
                     found[b].keep = found[b].keep | {"alone": True}

@@ -71,7 +71,7 @@ class Solution:
         """
         return t * self.gain - 0.5 * t * t * (self.gain - self.damped - self.slack)
 
-    def again(self, u: torch.Tensor) -> torch.Tensor:
+    def solve_with_same_factor(self, u: torch.Tensor) -> torch.Tensor:
         """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu and with the same factor.
 
         Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own. To be asked for before
@@ -79,7 +79,7 @@ class Solution:
         """
         if not self.usable:
             raise RuntimeError(
-                f"pgdfast.Solution.again: the solve ended as {self.status!r} and left no factor; solve at a larger damping"
+                f"pgdfast.Solution.solve_with_same_factor: the solve ended as {self.status!r} and left no factor; solve at a larger damping"
             )
         return self.solve_again(u)
 
@@ -125,7 +125,7 @@ class Solutions:
     """The solutions for K dampings of one linearisation, in the order in which these were given.
 
     Its items are what each damping alone would have given, a Solution; its attributes gather theirs. Direct solvers keep one
-    factor: `again` of another damping factors once more.
+    factor: `solve_with_same_factor` of another damping factors once more.
     """
 
     damping: tuple[float, ...]

@@ -1,0 +1,438 @@
+"""One step of LM, decided on the host: linearise; solve, attempt and decide until every member has its step; commit, or undo.
+
+A single network is an ensemble of one. Members that have their step wait for the others where they stand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+import torch
+
+from ..report import EnsembleReport, Report, advice, stall
+from ..solve import CG
+from .attempt import STATUS, State, Trial, advance, judge
+from .correction import Acceleration
+from .evaluate import LARGE_TAPE, Evaluator
+from .line_search import LineSearch
+from .momentum import KEY, kept, prior
+from .multi_damping import best_of
+from .parameters import Parameters, Point
+from .quadratic_model import curvature, predictions
+from .rng_replay import RandomReplays
+from .rules import LARGEST, DampingRule
+
+_NO_SQUARES = (
+    "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
+    "changed. Use acceleration=None for it."
+)
+
+
+@dataclass(slots=True)
+class StepOptions:
+    """What LM was asked for."""
+
+    rule: DampingRule
+    search: LineSearch | None
+    acceleration: Acceleration | None
+    momentum: float
+    constraint: float | None
+    scaling: str
+    solver: str
+    cg: CG
+    rcond: float
+    predicts: bool = field(init=False)   # are steps tried before they are kept?
+
+    def __post_init__(self):
+        self.predicts = self.rule.tries or self.search is not None
+
+
+@dataclass(slots=True)
+class StepTools:
+    """What serves all steps of one optimizer."""
+
+    backend: object
+    evaluator: Evaluator = field(default_factory=Evaluator)
+    replays: RandomReplays = field(default_factory=RandomReplays)
+    parameters: Parameters | None = None
+
+
+class Member:
+    """One network in a step: its report, where its damping stands, and its last solution."""
+
+    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "wide")
+
+    def __init__(self, number: int, memory: dict, mu: float, report: Report):
+        self.number, self.memory, self.report = number, memory, report
+        self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
+        self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
+        self.prior = self.solution = self.trial = None
+
+
+class HostStep:
+    """One step. As a context it undoes everything where an exception leaves it, and lets go of the tape at its end.
+
+    closure: LM's. rates, decays: by member, by parameter. memory: what the optimizer remembers; state: by parameter. mus: each
+    member's damping to begin with.
+    """
+
+    def __init__(self, options: StepOptions, tools: StepTools, closure, rates, decays, memory: dict, state, mus: list[float]):
+        self.options, self.tools, self.closure, self.memory, self.optimizer_state = options, tools, closure, memory, state
+        self.parameters, self._rates, self._decays, self._mus = tools.parameters, rates, decays, mus
+        self.seconds = {"linearize": 0.0, "solve": 0.0, "trial": 0.0}
+        self.pending: list[Member] = []
+        self.members: list[Member] = []
+        self._problem = self._replay = self._scale = self.loss = self.report = None
+        self._step, self._decaying = memory["step"], any(map(any, decays))
+        self._scales: list[torch.Tensor] = []
+        self._written: list[tuple] = []
+        self._settled: dict[int, Point] = {}
+
+    def __enter__(self) -> HostStep:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and self.memory["step"] == self._step:   # else it stood already
+            self.parameters.all_back()
+            for own, name, value in self._written:
+                own[name] = value
+                if value is None:
+                    del own[name]
+            if self._replay is not None:
+                self._replay.finish()
+        self.parameters.release()
+        if self._problem is not None:
+            self._problem.release()
+
+    # --- linearise --------------------------------------------------------------------------------------------------------
+
+    def linearize(self) -> None:
+        """Run the closure, read its tape, and see which members can take a step."""
+        start, options, parameters = perf_counter(), self.options, self.parameters
+        again = options.predicts or options.acceleration is not None
+        if again:
+            self._replay = self.tools.replays.record(self.closure, parameters.params[0].device)
+        self._problem = problem = self.tools.backend.problem(self.closure, parameters)
+        if options.acceleration is not None and not problem.lin.has_squares_only:
+            raise ValueError(_NO_SQUARES)
+        if again:
+            self._replay.linearised()
+        self.loss, lin = problem.loss, problem.lin
+        empty = lin.num_residuals == 0 and not lin.penalties
+        for b, loss in enumerate(problem.losses):
+            report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
+            member = Member(b, self.memory["members"][b], self._mus[b], report)
+            self.members.append(member)
+            if empty:
+                report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
+            elif not math.isfinite(loss):
+                report.status = "failed"
+                report.advice = (
+                    f"its loss is {loss}: it is left as it is, and the others go on; check its data and parameters, or "
+                    "give it new ones"
+                )
+            else:
+                self.pending.append(member)
+        self.seconds["linearize"] = perf_counter() - start
+        if not self.pending:
+            return
+        parameters.begin(self._rates, options.constraint)
+        if options.scaling == "marquardt":
+            self._scale = self._running_maximum()
+        if options.momentum:
+            for member in self.pending:
+                if member.memory["momentum"]:
+                    member.prior = prior(options.momentum, parameters, self.optimizer_state, member.number)
+
+    def _running_maximum(self) -> torch.Tensor:
+        """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
+        parameters, rows = self.parameters, []
+        for p, part in zip(parameters.params, self._problem.lin.diagonal().split(parameters.sizes, -1), strict=True):
+            seen, known = part.reshape(p.shape).to(p.dtype), self.optimizer_state.get(p, {}).get("scale")
+            self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
+            rows.append(self._scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
+        scale = torch.cat(rows, -1)
+        return torch.where(scale > 0, scale, 1.0)
+
+    # --- solve ------------------------------------------------------------------------------------------------------------
+
+    def solve(self) -> None:
+        """Solve the pending members' damped systems; after a rejection, an earlier iterate of CG may answer first."""
+        start, options, pending = perf_counter(), self.options, self.pending
+        unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
+        if unsolved:
+            there = self._at_linearisation()
+            asked = {m.number: m for m in unsolved}
+            found = self._problem.solve(asked, self._scale, options, self.memory["step"])
+            self.parameters.forward(there)
+            for b, m in asked.items():
+                m.solution = found[b]
+        self.seconds["solve"] += perf_counter() - start
+
+    @staticmethod
+    def _shortened(m: Member) -> bool:
+        """Whether an iterate was kept that is shorter than the rejected step: then that is tried, without a new solve."""
+        shorter = m.solution.shortened() if m.solution is not None and m.solution.usable else None
+        if shorter is not None:
+            m.solution = shorter
+        return shorter is not None
+
+    def _at_linearisation(self):
+        """Make products with J possible; the members that have to return to theta for that, to be brought `forward` again.
+
+        Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
+        """
+        if not self.parameters.touched:
+            return None
+        there = None if self._problem.separates else self.parameters.set_aside()
+        self._problem.unchanged()
+        self.parameters.touched = False
+        return there
+
+    # --- attempt ----------------------------------------------------------------------------------------------------------
+
+    def attempt(self) -> None:
+        """Go to the trial points: the steps, or where a correction or a search along them ends; see the losses there."""
+        start, options, parameters = perf_counter(), self.options, self.parameters
+        proposals, points = {}, {}
+        for m in self.pending:
+            if options.rule.sweeps:
+                proposals[m.number] = self._swept(m)
+                continue
+            self._note(m, m.state.mu, m.solution)
+            if not m.solution.usable:
+                m.trial = Trial(m.report.loss, math.nan, math.nan, False, m.state.mu)
+            elif options.acceleration is not None and m.solution.status != "truncated":
+                proposals[m.number] = self._corrected(m)
+            elif options.search is not None:
+                proposals[m.number] = self._searched(m)
+            else:
+                m.trial = self._tried(m, 1.0, math.nan)
+                points[m.number] = Point(m.solution.step)
+        if proposals:
+            self._drive(proposals)
+        if points and options.predicts:
+            losses = self._losses(points)
+            for b in points:
+                m = self.members[b]
+                m.trial = m.trial._replace(after=losses[b])
+        elif points:
+            parameters.go(points)
+        self.seconds["trial"] += perf_counter() - start
+
+    def _note(self, m: Member, mu: float, solution) -> None:
+        """Put on record what is about to be tried."""
+        report = m.report
+        m.solution, m.wide, m.keep = solution, solution.wide, solution.keep
+        report.attempts, report.damping = m.state.attempt + 1, mu
+        report.momentum = 0.0 if m.prior is None else self.options.momentum
+        report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
+        report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        self.parameters.constrain(m.number, solution.step)
+
+    def _tried(self, m: Member, t: float | None, after: float, reduction=None) -> Trial:
+        """The trial of member m at theta - t d, `after` being the loss there; t None: no point was found."""
+        predicted = math.nan
+        if self.options.predicts:
+            if reduction is None:
+                reduction, _ = self._predictions(m)
+            predicted = reduction(t or 1.0)
+        truncated = m.solution.status == "truncated"
+        return Trial(m.report.loss, after, predicted, True, m.report.damping, t is not None, m.prior is not None, truncated)
+
+    def _predictions(self, m: Member):
+        """(t -> predicted reduction, slope) along member m's step."""
+        return predictions(partial(self._problem.member, m.number), self.parameters, m.number, m.solution)
+
+    def _drive(self, proposals: dict[int, object]) -> None:
+        """Run generators of trial points side by side: a round is one run of the closure, for all that still ask.
+
+        With corrections, which ask for products with J, the members are at theta between the rounds.
+        """
+        corrected = self.options.acceleration is not None
+        there = self._at_linearisation() if corrected else None
+        answers: dict[int, float | None] = dict.fromkeys(proposals)
+        while answers:
+            points = {}
+            for b, answer in answers.items():
+                try:
+                    points[b] = proposals[b].send(answer)
+                except StopIteration as end:
+                    self.members[b].trial, settled = end.value
+                    if settled is not None:
+                        self._settled[b] = settled
+            answers = {}
+            if points:
+                losses = self._residuals(points) if corrected else self._losses(points)
+                answers = {b: losses[b] for b in points}
+        self.parameters.forward(there)
+        if self._settled:
+            self.parameters.go(self._settled)
+            self._settled = {}
+
+    def _losses(self, points: dict[int, Point]) -> list[float]:
+        """All members' losses with these at their points, where they stay. Cost: one run of the closure."""
+        self.parameters.go(points)
+        for b in points:
+            self.members[b].report.trials += 1
+        lin = self._problem.lin
+        result = self.tools.evaluator.run(
+            self.closure, self.parameters.params, lin.tapeless and lin.tape_bytes >= LARGE_TAPE, self._replay
+        )
+        return self._problem.losses_at(result)
+
+    def _searched(self, m: Member):
+        """Line search along member m's step."""
+        reduction, slope = self._predictions(m)
+        search = self.options.search.search(m.report.loss, slope)
+        last, losses, answer = None, {}, None
+        while True:
+            try:
+                last = search.send(answer)
+            except StopIteration as end:
+                t = m.report.line_search = end.value
+                break
+            answer = losses[last] = yield Point(m.solution.step, last)
+        if t is not None and t != last:   # the parameters stand at the last one tried
+            losses[t] = yield Point(m.solution.step, t)
+        return self._tried(m, t, m.report.loss if t is None else losses[t], reduction), None
+
+    def _swept(self, m: Member):
+        """The best of several dampings' steps."""
+        solutions = m.solution
+        number, loss = yield from best_of(self, m, solutions)
+        self._note(m, solutions.damping[number], solutions[number])
+        if not m.solution.usable:
+            return Trial(m.report.loss, math.nan, math.nan, False, m.report.damping), None
+        return self._tried(m, 1.0, loss), Point(m.solution.step)
+
+    def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
+        """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
+        self.members[0].report.trials += 1
+        return self.tools.evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
+
+    def agrees(self, batched: float, alone: float) -> bool:
+        """Whether a batched loss is the closure's own."""
+        return self.tools.evaluator.agrees(self.closure, batched, alone, self.loss)
+
+    def _corrected(self, m: Member):
+        """The second-order correction of member m's step."""
+        parameters, b = self.parameters, m.number
+        delta = parameters.scaled(b, m.solution.step)
+        model = _CorrectedStep(self._problem.member(b), m.solution, parameters, b)
+        correct, answer = self.options.acceleration.correct(model, delta), None
+        while True:
+            try:
+                model.tried = parameters.fitting(correct.send(answer))
+            except StopIteration as end:
+                e, after = end.value
+                break
+            answer, model.residual = yield Point(model.tried, displacement=True)
+        e = parameters.fitting(e)
+        m.report.correction = model.size(e - delta) / max(model.size(delta), 1e-300)
+        return self._tried(m, 1.0, after), Point(e, displacement=True)
+
+    def _residuals(self, points: dict[int, Point]) -> dict[int, tuple[float, torch.Tensor]]:
+        """(loss, residual) of the members at their points, from which they return."""
+        self.parameters.go(points)
+        for b in points:
+            self.members[b].report.trials += 1
+        lin, params = self._problem.lin, self.parameters.params
+        tapeless = lin.tapeless and not lin.residuals_need_tape and lin.tape_bytes >= LARGE_TAPE
+        run = partial(self.tools.evaluator.run, self.closure, params, tapeless, self._replay)
+        found = self._problem.residuals_at(run)
+        self.parameters.back(points)
+        self._problem.unchanged()
+        return found
+
+    # --- decide -----------------------------------------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Keep or undo; the next damping; who is done."""
+        options, eps, pending = self.options, torch.finfo(self.loss.dtype).eps, []
+        for m in self.pending:
+            report, trial, state = m.report, m.trial, m.state
+            first = state.mu == state.start and not trial.with_momentum
+            verdict = judge(trial, first, options.predicts, eps)
+            if not verdict.kept:
+                self.parameters.back((m.number,))
+            m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
+            report.status = STATUS[verdict.status]
+            if trial.usable:
+                report.loss_after = None
+                if options.predicts:
+                    report.predicted_reduction = trial.predicted
+                    report.gain_ratio = None if verdict.ratio != verdict.ratio else verdict.ratio
+                    report.loss_after = trial.after if verdict.kept else trial.loss
+            else:
+                m.failures += 1
+            if not over:
+                if trial.usable and trial.with_momentum:
+                    m.prior = None
+                pending.append(m)
+        self.pending = pending
+
+    def _curvature(self, m: Member) -> float:
+        self.parameters.back((m.number,))
+        there = self._at_linearisation()
+        found = curvature(partial(self._problem.member, m.number), m.solution)
+        self.parameters.forward(there)
+        return found
+
+    # --- the end ----------------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Make the step stand: weight decay, the report, and what the next step starts from, in one go."""
+        options, parameters, dtype, tries = self.options, self.parameters, self.loss.dtype, self.options.rule.tries
+        memories, steps = [], {}
+        for m in self.members:
+            memory, report, state = dict(m.memory), m.report, m.state
+            memories.append(memory)
+            if m.trial is None:
+                continue
+            moved = m.number in parameters.away
+            memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
+            memory.pop("captured", None)
+            report.next_damping = state.mu if tries else report.damping
+            if tries:
+                memory["damping"] = state.mu
+            report.advice = advice(report, m.solution, m.failures, dtype)
+            why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
+            if why:
+                report.status, report.advice = "stalled", why
+            if moved:
+                steps[m.number] = m.solution.step
+        if self._decaying and parameters.away:
+            parameters.decay(self._decays)
+        momenta = kept(steps, parameters, self.optimizer_state) if options.momentum and steps else ()
+        for name, values in (("scale", self._scales), (KEY, momenta)):
+            for p, value in zip(parameters.params, values, strict=False):
+                own = self.optimizer_state[p]
+                self._written.append((own, name, own.get(name)))
+                own[name] = value
+        reports = [m.report for m in self.members]
+        self.report = EnsembleReport(reports, self.seconds) if parameters.stacked else reports[0]
+        self.memory.update(step=self._step + 1, members=memories)
+
+
+class _CorrectedStep:
+    """What a correction asks of a step; see correction.CorrectionModel. tried, residual: the last displacement and r there."""
+
+    def __init__(self, lin, solution, parameters: Parameters, b: int):
+        self._lin, self._solution, self._parameters, self._b = lin, solution, parameters, b
+        self.tried = self.residual = None
+
+    def missed(self) -> torch.Tensor:
+        return self.residual - self._lin.residual + self._lin.jvp(self.tried)
+
+    def correction(self, m: torch.Tensor) -> torch.Tensor:
+        found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
+        return found if parameters.one_rate(b) is not None else parameters.scaled(b, found) / max(parameters.rates(b))
+
+    def size(self, e: torch.Tensor) -> float:
+        D, e = self._solution.damping_diagonal, e.double()
+        scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
+        return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))
