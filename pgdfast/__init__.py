@@ -6,7 +6,7 @@ loss = opt.step(lambda: F.mse_loss(model(x), y))
 
 from . import pde, reference
 from .build import build_info, check_build
-# from .captured import CapturedStep
+from .captured import CapturedStep
 from .ensembles import Ensemble, functional_ensemble
 from .hybrid import Hybrid
 from .kernels import backends

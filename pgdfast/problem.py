@@ -81,7 +81,8 @@ class ManyNetworks:
             wide[b], keep[b] = m.wide, m.keep
         priors = {b: m.prior for b, m in members.items() if m.prior is not None}
         return solve_members(
-            self.lin, {b: m.state.mu for b, m in members.items()}, scale=scale, wide=wide, keep=keep, priors=priors, **named
+            self.lin, {b: m.state.mu for b, m in members.items()}, scale=scale, wide=wide, keep=keep, priors=priors,
+            factors=options.acceleration is not None, **named,
         )
 
     def losses_at(self, result) -> list[float]:

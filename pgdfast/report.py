@@ -71,6 +71,10 @@ class LateReport:
     def __init__(self, find):
         self._find, self._found = find, None
 
+    def now(self) -> Report:
+        """The Report, with its numbers."""
+        return self._report
+
     @property
     def _report(self) -> Report:
         if self._found is None:

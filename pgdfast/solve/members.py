@@ -17,13 +17,13 @@ _TRY_AGAIN = 20   # steps after which members that were refined one by one are t
 
 def solve_members(
     lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide=None, keep=None, time: int = 0, priors=None,
+    wide=None, keep=None, time: int = 0, priors=None, factors: bool = False,
 ) -> MemberSolutions:
     """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b for members of an ensemble.
 
     lin: an EnsembleLinearization. dampings: {member: mu}; members not named are left alone. scale: D, (B, P), or None. solver,
     cg, rcond, time: as for pgdfast.solve. wide, keep: per member, what its last Solution had. Returns {member: Solution}, each
-    as pgdfast.solve would return it for that member alone.
+    as pgdfast.solve would return it for that member alone. priors: by member. factors: are solves with the same factor to follow?
     Cost: that of the members' solves, on as many cores as there are.
     """
     options = cg or CG()
@@ -38,7 +38,7 @@ def solve_members(
         problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
         name, reason = choose(problem, solver, options, is_wide)
         together = _Together(lin, dampings, scale, options, name, reason, keep, time)
-        if together.possible and not has_prior:
+        if together.possible and not has_prior and not factors:
             found.update(together.run(group, is_wide))
             if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
                 found.steps = together.steps

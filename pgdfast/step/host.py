@@ -362,7 +362,7 @@ class HostStep:
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
             report.status = STATUS[verdict.status]
             if trial.usable:
-                report.loss_after = None
+                report.loss_after = None if options.acceleration is None else trial.after
                 if options.predicts:
                     report.predicted_reduction = trial.predicted
                     report.gain_ratio = None if verdict.ratio != verdict.ratio else verdict.ratio
