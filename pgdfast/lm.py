@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from operator import is_
+from operator import is_, itemgetter
 
 import torch
 from torch.optim import optimizer
@@ -38,6 +38,9 @@ def _hooked(step):
 
     hooked.hooked = True
     return hooked
+
+
+_DAMPING = itemgetter("damping")
 
 
 class LM(torch.optim.Optimizer):
@@ -110,18 +113,21 @@ class LM(torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
+        step = self._begin(closure)
         try:
-            with self._begin(closure) as step:
-                step.linearize()
-                while step.pending:
-                    step.solve()
-                    step.attempt()
-                    step.decide()
-                step.commit()
-        except RuntimeError as error:
-            if out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+            step.linearize()
+            while step.pending:
+                step.solve()
+                step.attempt()
+                step.decide()
+            step.commit()
+        except BaseException as error:
+            step.undo()
+            if isinstance(error, RuntimeError) and out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise MemoryError(f"pgdfast.LM.step: memory ran out; the parameters are unchanged. {error}") from error
             raise
+        finally:
+            step.release()
         self.report = step.report
         return step.loss
 
@@ -174,34 +180,42 @@ class LM(torch.optim.Optimizer):
 
     def _begin(self, closure) -> HostStep:
         """The step from here: parameters with their rates, and what the optimizer remembers."""
+        if self._captured is not None:
+            self._captured.settle()
         params, rates, decays = self._trainable()
-        memory = self._memory()
-        parameters = self._tools.parameters
+        memory, tools = self._memory(), self._tools
+        parameters = tools.parameters
         if parameters is None or len(parameters.params) != len(params) or not all(map(is_, parameters.params, params)):
-            self._tools.parameters = Parameters(params, self.ensemble)
-        mus = [m["damping"] for m in memory["members"]] if self._options.rule.tries else self._scheduled(memory["step"])
-        return HostStep(self._options, self._tools, closure, rates, decays, memory, self.state, mus)
+            tools.parameters = Parameters(params, self.ensemble)
+        if self._options.rule.tries:
+            mus = list(map(_DAMPING, memory["members"]))
+        else:
+            mus = self._scheduled(memory["step"])
+        return HostStep(self._options, tools, closure, rates, decays, memory, self.state, mus)
 
     def _trainable(self) -> tuple[list[torch.Tensor], list[list[float]], list[list[float]]]:
         """Parameters that require gradients; by member, the lr and lr * weight_decay of each."""
-        params, count = [], self.ensemble or 1
-        rates: list[list[float]] = [[] for _ in range(count)]
-        decays: list[list[float]] = [[] for _ in range(count)]
+        params, groups = [], []
         for group in self.param_groups:
-            lr, decay = group["lr"], group["weight_decay"]
-            each = [float(lr)] if self.ensemble is None else each_of(lr, count, "lr")
-            trained = [p for p in group["params"] if p.requires_grad]
-            params += trained
-            for b, rate in enumerate(each):
-                rates[b] += [rate] * len(trained)
-                decays[b] += [rate * decay] * len(trained)
+            before = len(params)
+            for p in group["params"]:
+                if p.requires_grad:
+                    params.append(p)
+            groups.append((group["lr"], group["weight_decay"], len(params) - before))
         if not params:
             raise ValueError("pgdfast.LM: no parameter requires a gradient; unfreeze one or pass others.")
+        rates, decays = [], []
+        for b in range(self.ensemble or 1):
+            rates.append([])
+            decays.append([])
+            for lr, decay, count in groups:
+                rate = float(lr) if self.ensemble is None else each_of(lr, self.ensemble, "lr")[b]
+                rates[b] += [rate] * count
+                decays[b] += [rate * decay] * count
         return params, rates, decays
 
     def _memory(self) -> dict:
         """What must survive a restart, kept where state_dict finds it: beside the first parameter."""
-        self._settle()
         for group in self.param_groups:
             if group["params"]:
                 memory = self.state[group["params"][0]]

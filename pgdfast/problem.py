@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from .linear import losses_of
 from .solve import solve, solve_members
-from .step.evaluate import loss_of
+from .step.evaluate import half_square
 
 
 class OneNetwork:
@@ -24,18 +26,17 @@ class OneNetwork:
         """The linearisation."""
         return self.lin
 
-    def solve(self, members: dict, scale, options, time: int) -> dict:
-        """{0: Solution}; Solutions where the rule sweeps. members: {0: step.host.Member}; options: step.host.StepOptions."""
+    def solve(self, members: list, scale, options, time: int) -> None:
+        """Give the one step.host.Member its Solution; Solutions where the rule sweeps. options: step.host.StepOptions."""
         m, rule = members[0], options.rule
-        mu = rule.dampings(m.state.mu) if rule.sweeps else m.state.mu
-        return {0: self._solve(
-            self.lin, mu, scale=scale, solver=options.solver, cg=options.cg, rcond=options.rcond, wide=m.wide, keep=m.keep,
-            time=time, prior=m.prior,
-        )}
+        m.solution = self._solve(
+            self.lin, rule.dampings(m.state.mu) if rule.sweeps else m.state.mu, scale=scale, solver=options.solver,
+            cg=options.cg, rcond=options.rcond, wide=m.wide, keep=m.keep, time=time, prior=m.prior,
+        )
 
     def losses_at(self, result) -> tuple[float, ...]:
         """The loss, as a list of one number, of what the closure returned at a trial point."""
-        return (loss_of(result),)
+        return (result.item() if isinstance(result, torch.Tensor) and result.dim() == 0 else float(half_square(result)),)
 
     def residuals_at(self, run) -> tuple:
         """((loss, residual (M,)),) of what `run` returns, comparable with those of the linearisation."""
@@ -44,10 +45,6 @@ class OneNetwork:
     def unchanged(self) -> None:
         """Say that the parameters are, bit for bit, those of the linearisation again."""
         self.lin.parameters_unchanged()
-
-    def release(self) -> None:
-        """Let go of the tape."""
-        self.lin.release()
 
 
 class ManyNetworks:
@@ -67,23 +64,25 @@ class ManyNetworks:
         """Member b's linearisation."""
         return self.lin.member(b)
 
-    def solve(self, members: dict, scale, options, time: int) -> dict:
-        """{member: Solution}, or Solutions where the rule sweeps."""
+    def solve(self, members: list, scale, options, time: int) -> None:
+        """Give these step.host.Members their Solution; Solutions where the rule sweeps. options: step.host.StepOptions."""
         named = dict(solver=options.solver, cg=options.cg, rcond=options.rcond, time=time)
         if options.rule.sweeps:
-            return {
-                b: solve(self.lin.member(b), options.rule.dampings(m.state.mu), scale=None if scale is None else scale[b],
-                         wide=m.wide, keep=m.keep, prior=m.prior, **named)
-                for b, m in members.items()
-            }
+            for m in members:
+                m.solution = solve(
+                    self.lin.member(m.number), options.rule.dampings(m.state.mu),
+                    scale=None if scale is None else scale[m.number], wide=m.wide, keep=m.keep, prior=m.prior, **named,
+                )
+            return
         wide, keep = [False] * self.lin.count, [{}] * self.lin.count
-        for b, m in members.items():
-            wide[b], keep[b] = m.wide, m.keep
-        priors = {b: m.prior for b, m in members.items() if m.prior is not None}
-        return solve_members(
-            self.lin, {b: m.state.mu for b, m in members.items()}, scale=scale, wide=wide, keep=keep, priors=priors,
-            factors=options.acceleration is not None, **named,
+        for m in members:
+            wide[m.number], keep[m.number] = m.wide, m.keep
+        found = solve_members(
+            self.lin, {m.number: m.state.mu for m in members}, scale=scale, wide=wide, keep=keep,
+            priors={m.number: m.prior for m in members if m.prior is not None}, factors=options.acceleration is not None, **named,
         )
+        for m in members:
+            m.solution = found[m.number]
 
     def losses_at(self, result) -> list[float]:
         """All members' losses, as numbers, of what the closure returned at a trial point."""
@@ -96,7 +95,3 @@ class ManyNetworks:
     def unchanged(self) -> None:
         """Say that the parameters are, bit for bit, those of the linearisation again."""
         self.lin.parameters_unchanged()
-
-    def release(self) -> None:
-        """Let go of the tape."""
-        self.lin.release()

@@ -11,7 +11,7 @@ from . import reference
 from .linear import losses_of, split_result
 from .problem import OneNetwork
 from .solve import CG, Solution, Solutions
-from .step.rng_replay import RandomReplays
+from .step.rng_replay import MovedGenerators, RandomReplay
 
 
 class Reference:
@@ -63,12 +63,14 @@ class ReferenceNetworks:
     def __init__(self, closure, parameters):
         self._params, self.count, self.num_parameters = parameters.params, parameters.count, sum(parameters.sizes)
         self._columns = self._columns_of_members(parameters.sizes)
-        replay = RandomReplays().record(closure, self._params[0].device)
+        replay = RandomReplay(MovedGenerators(), closure, self._params[0].device)
         with torch.enable_grad():
             self.losses = losses_of(closure(), self.count)
         replay.linearised()
-        with replay:
+        try:
             self._members = [self._linearized(closure, replay, b, loss) for b, loss in enumerate(self.losses)]
+        finally:
+            replay.finish()
         self.losses = [float(m.loss) if m is not None else loss for m, loss in zip(self._members, self.losses, strict=True)]
         self.loss = torch.tensor(self.losses, dtype=torch.float64, device=self._params[0].device).to(self._params[0].dtype)
         self.lin = self
@@ -106,17 +108,15 @@ class ReferenceNetworks:
         zero = torch.zeros(self.num_parameters, dtype=torch.float64, device=self._params[0].device)
         return torch.stack([zero if m is None else m.diagonal() for m in self._members])
 
-    def solve(self, members: dict, scale, options, time: int) -> dict:
-        """{member: Solution}, or Solutions where the rule sweeps."""
-        rule = options.rule
-        return {
-            b: _reference_solve(
+    def solve(self, members: list, scale, options, time: int) -> None:
+        """Give these step.host.Members their Solution; Solutions where the rule sweeps."""
+        for m in members:
+            b, rule = m.number, options.rule
+            m.solution = _reference_solve(
                 self._members[b], rule.dampings(m.state.mu) if rule.sweeps else m.state.mu,
                 scale=None if scale is None else scale[b], solver=options.solver, cg=options.cg, rcond=options.rcond,
                 prior=m.prior,
             )
-            for b, m in members.items()
-        }
 
     def losses_at(self, result) -> list[float]:
         """All members' losses, as numbers, of what the closure returned at a trial point."""

@@ -15,8 +15,8 @@ from .rules import DampingRule, Memory, select
 ATTEMPTS = 12      # dampings tried in one step before it is given up
 _ROUNDING = 8      # rounding units of the loss: a first step that promises less than these has converged
 
-ACCEPTED, REJECTED, FAILED, STALLED = range(4)
-STATUS = ("accepted", "rejected", "failed", "stalled")
+# By 4 usable + 2 stalled + kept.
+STATUS = (*["failed"] * 4, "rejected", "accepted", "stalled", "stalled")
 
 
 class State(NamedTuple):
@@ -54,12 +54,12 @@ class Trial(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """kept: does the trial point stand? stalled: is the promise at rounding level? ratio: rho, NaN for none. status: number."""
+    """kept: does the trial point stand? stalled: is the promise at rounding level? ratio: rho, NaN for none."""
 
     kept: bool
     stalled: bool
     ratio: float
-    status: int
+    status: int   # its number in STATUS
 
 
 def judge(trial: Trial, first, tries: bool, eps: float) -> Verdict:
@@ -73,13 +73,12 @@ def judge(trial: Trial, first, tries: bool, eps: float) -> Verdict:
     """
     loss, after, predicted, usable = trial[:4]
     if not tries:
-        return Verdict(usable, False, float("nan"), select(usable, ACCEPTED, FAILED))
+        return Verdict(usable, False, float("nan"), 4 * usable + usable)
     stalled = usable & first & (abs(predicted) <= _ROUNDING * eps * abs(loss))
     kept = usable & trial.found & ((after < loss) | (stalled & (after == loss)))
-    promising = predicted > 0
-    ratio = select(promising & (abs(after) < float("inf")), (loss - after) / select(promising, predicted, 1.0), float("-inf"))
-    status = select(usable, select(stalled, STALLED, select(kept, ACCEPTED, REJECTED)), FAILED)
-    return Verdict(kept, stalled, select(stalled, float("nan"), ratio), status)
+    comparable = (predicted > 0) & (abs(after) < float("inf"))
+    ratio = select(comparable, (loss - after) / (predicted + (predicted == 0)), float("-inf"))
+    return Verdict(kept, stalled, select(stalled, float("nan"), ratio), 4 * usable + 2 * stalled + kept)
 
 
 def advance(rule: DampingRule, state: State, trial: Trial, verdict: Verdict, curvature=None):

@@ -36,7 +36,8 @@ class Evaluator:
         aliases of the parameters; gradients stay enabled, for closures that differentiate with respect to their inputs. One
         that differentiates with respect to the parameters is run again with its tape, and so from then on.
         """
-        with replay:
+        replay.rewind()
+        try:
             code = code_of(closure) if tapeless else None
             if code is not None and code not in self._needs_tape:
                 try:
@@ -51,6 +52,8 @@ class Evaluator:
                 return closure()
             with torch.enable_grad():
                 return closure()
+        finally:
+            replay.finish()
 
     def batched(self, closure, params, displacements, replay: RandomReplay) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where they must be found apart.
@@ -73,14 +76,17 @@ class Evaluator:
                 return result.detach()
             return half_square(result)
 
+        replay.rewind()
         try:
-            with replay, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")   # of operations that vmap takes one by one
                 found = torch.func.vmap(loss, randomness="same")(*points).double().tolist()
         except Exception as error:   # noqa: BLE001 - what the closure itself raises, it raises again point by point
             if not out_of_memory(error):
                 self._one_by_one.add(code)
             return None
+        finally:
+            replay.finish()
         return [value if math.isfinite(value) else math.inf for value in found]
 
     def agrees(self, closure, batched: float, alone: float, loss: torch.Tensor) -> bool:
@@ -111,13 +117,6 @@ class Substituted(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._replaced(v) for key, v in value.items()}
         return value
-
-
-def loss_of(result) -> float:
-    """The loss, as a number, of what a closure returned."""
-    if isinstance(result, torch.Tensor) and result.dim() == 0:
-        return result.item()
-    return float(half_square(result))
 
 
 def half_square(result) -> torch.Tensor:

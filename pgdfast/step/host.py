@@ -21,8 +21,8 @@ from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
 from .parameters import Parameters, Point
-from .quadratic_model import curvature, predictions
-from .rng_replay import RandomReplays
+from .quadratic_model import curvature, predicted_reduction
+from .rng_replay import MovedGenerators, RandomReplay
 from .rules import LARGEST, DampingRule
 
 _NO_SQUARES = (
@@ -56,7 +56,7 @@ class StepTools:
 
     backend: object
     evaluator: Evaluator = field(default_factory=Evaluator)
-    replays: RandomReplays = field(default_factory=RandomReplays)
+    replays: MovedGenerators = field(default_factory=MovedGenerators)
     parameters: Parameters | None = None
 
 
@@ -73,7 +73,7 @@ class Member:
 
 
 class HostStep:
-    """One step. As a context it undoes everything where an exception leaves it, and lets go of the tape at its end.
+    """One step: `undo` it where an exception leaves it, `release` it at its end.
 
     closure: LM's. rates, decays: by member, by parameter. memory: what the optimizer remembers; state: by parameter. mus: each
     member's damping to begin with.
@@ -91,21 +91,23 @@ class HostStep:
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
 
-    def __enter__(self) -> HostStep:
-        return self
+    def undo(self) -> None:
+        """Leave everything as it was before the step, unless that stood already."""
+        if self.memory["step"] != self._step:
+            return
+        self.parameters.all_back()
+        for own, name, value in self._written:
+            own[name] = value
+            if value is None:
+                del own[name]
+        if self._replay is not None:
+            self._replay.finish()
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None and self.memory["step"] == self._step:   # else it stood already
-            self.parameters.all_back()
-            for own, name, value in self._written:
-                own[name] = value
-                if value is None:
-                    del own[name]
-            if self._replay is not None:
-                self._replay.finish()
-        self.parameters.release()
+    def release(self) -> None:
+        """Let go of the tape."""
+        self.parameters.away.clear()
         if self._problem is not None:
-            self._problem.release()
+            self._problem.lin.release()
 
     # --- linearise --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class HostStep:
         start, options, parameters = perf_counter(), self.options, self.parameters
         again = options.predicts or options.acceleration is not None
         if again:
-            self._replay = self.tools.replays.record(self.closure, parameters.params[0].device)
+            self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
         self._problem = problem = self.tools.backend.problem(self.closure, parameters)
         if options.acceleration is not None and not problem.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
@@ -164,12 +166,10 @@ class HostStep:
         start, options, pending = perf_counter(), self.options, self.pending
         unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
         if unsolved:
-            there = self._at_linearisation()
-            asked = {m.number: m for m in unsolved}
-            found = self._problem.solve(asked, self._scale, options, self.memory["step"])
-            self.parameters.forward(there)
-            for b, m in asked.items():
-                m.solution = found[b]
+            there = self._at_linearisation() if self.parameters.touched else None
+            self._problem.solve(unsolved, self._scale, options, self._step)
+            if there is not None:
+                self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
 
     @staticmethod
@@ -185,8 +185,6 @@ class HostStep:
 
         Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
         """
-        if not self.parameters.touched:
-            return None
         there = None if self._problem.separates else self.parameters.set_aside()
         self._problem.unchanged()
         self.parameters.touched = False
@@ -210,17 +208,20 @@ class HostStep:
             elif options.search is not None:
                 proposals[m.number] = self._searched(m)
             else:
-                m.trial = self._tried(m, 1.0, math.nan)
                 points[m.number] = Point(m.solution.step)
         if proposals:
             self._drive(proposals)
-        if points and options.predicts:
-            losses = self._losses(points)
+        if points:
+            predicted = dict.fromkeys(points, math.nan)
+            if options.predicts:
+                for b in points:   # before the parameters move: it may take products with J
+                    predicted[b] = self._predicted(self.members[b])
+                losses = self._losses(points)
+            else:
+                losses = predicted
+                parameters.go(points)
             for b in points:
-                m = self.members[b]
-                m.trial = m.trial._replace(after=losses[b])
-        elif points:
-            parameters.go(points)
+                self.members[b].trial = self._trial(self.members[b], losses[b], predicted[b])
         self.seconds["trial"] += perf_counter() - start
 
     def _note(self, m: Member, mu: float, solution) -> None:
@@ -231,21 +232,25 @@ class HostStep:
         report.momentum = 0.0 if m.prior is None else self.options.momentum
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
         report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
-        self.parameters.constrain(m.number, solution.step)
+        if self.options.constraint is not None:
+            self.parameters.constrain(m.number, solution.step)
 
-    def _tried(self, m: Member, t: float | None, after: float, reduction=None) -> Trial:
-        """The trial of member m at theta - t d, `after` being the loss there; t None: no point was found."""
-        predicted = math.nan
-        if self.options.predicts:
-            if reduction is None:
-                reduction, _ = self._predictions(m)
-            predicted = reduction(t or 1.0)
-        truncated = m.solution.status == "truncated"
-        return Trial(m.report.loss, after, predicted, True, m.report.damping, t is not None, m.prior is not None, truncated)
+    def _predicted(self, m: Member, t: float = 1.0) -> float:
+        """The predicted reduction at theta - t d, d the step times its learning rates."""
+        rate = self.parameters.one_rate(m.number)
+        if rate is None:
+            return predicted_reduction(self._problem.member(m.number), self.parameters.scaled(m.number, m.solution.step), t)
+        reduction = m.solution.reduction(rate * t)
+        # Up to a rate of 2 and without a prior only rounding makes this negative.
+        return max(reduction, 0.0) if m.prior is None and rate <= 2 else reduction
 
-    def _predictions(self, m: Member):
-        """(t -> predicted reduction, slope) along member m's step."""
-        return predictions(partial(self._problem.member, m.number), self.parameters, m.number, m.solution)
+    @staticmethod
+    def _trial(m: Member, after: float, predicted: float, found: bool = True) -> Trial:
+        """The trial of member m; after: the loss there."""
+        solution = m.solution
+        return Trial(
+            m.report.loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated"
+        )
 
     def _drive(self, proposals: dict[int, object]) -> None:
         """Run generators of trial points side by side: a round is one run of the closure, for all that still ask.
@@ -253,7 +258,7 @@ class HostStep:
         With corrections, which ask for products with J, the members are at theta between the rounds.
         """
         corrected = self.options.acceleration is not None
-        there = self._at_linearisation() if corrected else None
+        there = self._at_linearisation() if corrected and self.parameters.touched else None
         answers: dict[int, float | None] = dict.fromkeys(proposals)
         while answers:
             points = {}
@@ -280,13 +285,18 @@ class HostStep:
             self.members[b].report.trials += 1
         lin = self._problem.lin
         result = self.tools.evaluator.run(
-            self.closure, self.parameters.params, lin.tapeless and lin.tape_bytes >= LARGE_TAPE, self._replay
+            self.closure, self.parameters.params, lin.tape_bytes >= LARGE_TAPE and lin.tapeless, self._replay
         )
         return self._problem.losses_at(result)
 
     def _searched(self, m: Member):
         """Line search along member m's step."""
-        reduction, slope = self._predictions(m)
+        rate = self.parameters.one_rate(m.number)
+        if rate is None:
+            direction = self.parameters.scaled(m.number, m.solution.step)
+            slope = float(torch.dot(self._problem.member(m.number).gradient(), direction))
+        else:
+            slope = rate * m.solution.gain
         search = self.options.search.search(m.report.loss, slope)
         last, losses, answer = None, {}, None
         while True:
@@ -298,7 +308,7 @@ class HostStep:
             answer = losses[last] = yield Point(m.solution.step, last)
         if t is not None and t != last:   # the parameters stand at the last one tried
             losses[t] = yield Point(m.solution.step, t)
-        return self._tried(m, t, m.report.loss if t is None else losses[t], reduction), None
+        return self._trial(m, m.report.loss if t is None else losses[t], self._predicted(m, t or 1.0), t is not None), None
 
     def _swept(self, m: Member):
         """The best of several dampings' steps."""
@@ -307,7 +317,7 @@ class HostStep:
         self._note(m, solutions.damping[number], solutions[number])
         if not m.solution.usable:
             return Trial(m.report.loss, math.nan, math.nan, False, m.report.damping), None
-        return self._tried(m, 1.0, loss), Point(m.solution.step)
+        return self._trial(m, loss, self._predicted(m)), Point(m.solution.step)
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
         """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
@@ -333,7 +343,8 @@ class HostStep:
             answer, model.residual = yield Point(model.tried, displacement=True)
         e = parameters.fitting(e)
         m.report.correction = model.size(e - delta) / max(model.size(delta), 1e-300)
-        return self._tried(m, 1.0, after), Point(e, displacement=True)
+        predicted = self._predicted(m) if self.options.predicts else math.nan
+        return self._trial(m, after, predicted), Point(e, displacement=True)
 
     def _residuals(self, points: dict[int, Point]) -> dict[int, tuple[float, torch.Tensor]]:
         """(loss, residual) of the members at their points, from which they return."""
@@ -377,7 +388,7 @@ class HostStep:
 
     def _curvature(self, m: Member) -> float:
         self.parameters.back((m.number,))
-        there = self._at_linearisation()
+        there = self._at_linearisation() if self.parameters.touched else None
         found = curvature(partial(self._problem.member, m.number), m.solution)
         self.parameters.forward(there)
         return found
@@ -399,10 +410,11 @@ class HostStep:
             report.next_damping = state.mu if tries else report.damping
             if tries:
                 memory["damping"] = state.mu
-            report.advice = advice(report, m.solution, m.failures, dtype)
-            why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
-            if why:
-                report.status, report.advice = "stalled", why
+            if report.status != "accepted" or m.failures or m.solution.status != "solved":
+                report.advice = advice(report, m.solution, m.failures, dtype)
+                why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
+                if why:
+                    report.status, report.advice = "stalled", why
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:
@@ -413,8 +425,10 @@ class HostStep:
                 own = self.optimizer_state[p]
                 self._written.append((own, name, own.get(name)))
                 own[name] = value
-        reports = [m.report for m in self.members]
-        self.report = EnsembleReport(reports, self.seconds) if parameters.stacked else reports[0]
+        if parameters.stacked:
+            self.report = EnsembleReport([m.report for m in self.members], self.seconds)
+        else:
+            self.report = self.members[0].report
         self.memory.update(step=self._step + 1, members=memories)
 
 

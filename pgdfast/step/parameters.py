@@ -43,7 +43,8 @@ class Parameters:
         self.touched = False
         if self._saved is None:
             self._saved = [torch.empty_like(p, requires_grad=False) for p in self.params]
-        self._copy(self._saved, self.params)
+        if not native.copy_tensors(self._saved, self.params):
+            self._copy(self._saved, self.params)
 
     # --- learning rates ---------------------------------------------------------------------------------------------------
 
@@ -83,12 +84,15 @@ class Parameters:
 
     def go(self, points: dict[int, Point]) -> None:
         """Put these members at their points, from wherever they are; the others stay."""
-        self.back(points)
+        if self.away:
+            self.back(points)
         self.touched = True
         self.away.update(points)   # first: what is interrupted on the way is to be undone
         if not self.stacked:
             point = points[0]
-            rates = [1.0] * len(self.params) if point.displacement else self.rates(0)
+            rates = self._rates[0] if self._factors[0] == 1 else self.rates(0)
+            if point.displacement:
+                rates = [1.0] * len(self.params)
             if point.t != 1.0:
                 rates = [rate * point.t for rate in rates]
             if not native.subtract(self.params, rates, point.direction):
@@ -116,8 +120,6 @@ class Parameters:
 
     def back(self, members) -> None:
         """Return these members to theta, bit for bit."""
-        if not self.away:
-            return
         members = [b for b in members if b in self.away]
         if len(members) == len(self.away):
             self.all_back()

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 
-def predictions(lin, parameters, b: int, solution):
-    """(t -> predicted reduction of theta - t d, slope g . d) for d = rates * delta, of member b.
-
-    lin: a function that gives the member's linearisation, asked where its parameters' learning rates differ: two products.
-    """
-    rate = parameters.one_rate(b)
-    if rate is not None:
-        # Up to a rate of 2 and without a prior only rounding makes this negative.
-        least = 0.0 if solution.prior is None and rate <= 2 else -math.inf
-        return (lambda t: max(solution.reduction(rate * t), least)), rate * solution.gain
-    lin, direction = lin(), parameters.scaled(b, solution.step)
-    slope = float(torch.dot(lin.gradient(), direction))
-    curvature = float(torch.dot(direction, lin.ggn(direction)))
-    return (lambda t: t * slope - 0.5 * t * t * curvature), slope
+def predicted_reduction(lin, direction: torch.Tensor, t: float) -> float:
+    """The reduction of the loss that the model promises of theta - t d, for any d, (P,). Cost: a product with J and with J^T."""
+    slope, curvature = torch.dot(lin.gradient(), direction), torch.dot(direction, lin.ggn(direction))
+    return t * float(slope) - 0.5 * t * t * float(curvature)
 
 
 def curvature(lin, solution) -> float:
