@@ -5,8 +5,8 @@ import copy
 import torch
 
 import pgdfast
-from pgdfast.tasks import modular_mlp, regression_1d
-from pgdfast.tasks.models import tanh_mlp
+from pgdfast_experiments import modular_mlp, regression_1d
+from pgdfast_experiments.models import tanh_mlp
 
 from .interleave import Row, interleaved
 from .parts import SINGLES

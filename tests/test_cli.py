@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pgdfast import tasks
-from pgdfast.cli import main
-from pgdfast.tasks import terminal
+from pgdfast_experiments import tasks, terminal
+from pgdfast_experiments.cli import main
 
 TASK = "regression-1d"
 TINY = ["run", TASK, "--optimizers", "sgd", "--steps", "2", "--seeds", "1", "--width", "4"]
@@ -64,7 +63,7 @@ def test_without_a_known_command_one_line(capsys, argv):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgdfast.tasks.experiment.train", pytest.fail)
+    monkeypatch.setattr("pgdfast_experiments.experiment.train", pytest.fail)
     (tmp_path / "file").write_text("")
     line = _refused(capsys, [*TINY, "--out", str(tmp_path / "file")])
     assert "--out" in line and str(tmp_path / "file") in line
@@ -74,7 +73,7 @@ def test_a_backend_that_cannot_run_is_refused_before_the_work(capsys, tmp_path, 
     def build(*_, **__):
         raise RuntimeError("pgdfast.LM: no such backend\nin this build")
 
-    monkeypatch.setattr("pgdfast.tasks.methods.pgdfast.LM", build)
+    monkeypatch.setattr("pgdfast_experiments.methods.pgdfast.LM", build)
     line = _refused(capsys, ["run", TASK, "--optimizers", "gn", "--backend", "native",
                              "--out", str(tmp_path)])
     assert "--backend native" in line and "no such backend in this build" in line
@@ -94,7 +93,7 @@ def test_ctrl_c_ends_with_130_and_no_file(capsys, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.experiment.train", interrupted)
+    monkeypatch.setattr("pgdfast_experiments.experiment.train", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert "pgdfast run: interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -104,7 +103,7 @@ def test_ctrl_c_while_the_files_are_written_leaves_none(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.regression_1d.pictures", interrupted)
+    monkeypatch.setattr("pgdfast_experiments.regression_1d.pictures", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"], "the training is kept, and no half result"
 
@@ -113,7 +112,7 @@ def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkey
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pgdfast.tasks.records.write_json", full)
+    monkeypatch.setattr("pgdfast_experiments.records.write_json", full)
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     assert "No space left" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"]
@@ -135,7 +134,7 @@ def test_help_and_version(capsys, argv, words):
 
 
 def test_quick_gives_way_to_what_is_given():
-    from pgdfast.tasks.options import OneLineParser, add_common, fill
+    from pgdfast_experiments.options import OneLineParser, add_common, fill
 
     task = SimpleNamespace(NAME=TASK, KNOWN=("sgd", "lm-MU"), RATES={"sgd": 0.1, "lm": 0.5},
                            DEFAULTS={"optimizers": "sgd", "steps": {"sgd": 800, "lm": 9}, "seeds": 5, "threads": 1},

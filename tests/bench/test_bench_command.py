@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pgdfast import bench
-from pgdfast.cli import main
+from pgdfast_experiments import bench
+from pgdfast_experiments.cli import main
 
 
 @pytest.fixture
