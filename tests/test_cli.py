@@ -89,6 +89,15 @@ def test_a_missing_extra_is_one_sentence(capsys, tmp_path, monkeypatch, missing)
     assert not (tmp_path / "new").exists()
 
 
+def test_a_report_without_jinja2_is_refused_in_one_sentence(capsys, tmp_path, monkeypatch):
+    find = terminal.importlib.util.find_spec
+    monkeypatch.setattr(terminal.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    line = _refused(capsys, ["report", str(tmp_path)])
+    assert "jinja2 missing" in line and 'pip install "pgdfast[run]"' in line
+    line = _refused(capsys, ["run", "all", "--out", str(tmp_path / "new")])   # which ends in a report, hours later
+    assert "jinja2 missing" in line and not (tmp_path / "new").exists()
+
+
 def test_ctrl_c_ends_with_130_and_no_file(capsys, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -131,6 +140,25 @@ def test_help_and_version(capsys, argv, words):
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(word in out for word in words)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--help"], ["run", "--help"], ["run", "all", "--help"], ["report", "--help"], ["verify", "--help"], ["bench", "--help"],
+    *(["run", name, "--help"] for name in tasks.TASKS),
+], ids=" ".join)
+def test_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, argv):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(argv) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+@pytest.mark.parametrize("argv", [
+    ["--help"], ["--version"], ["run", "--help"], ["run", "nothing"], ["report", "--help"], ["bench", "--help"],
+], ids=" ".join)
+def test_help_and_version_do_not_wait_for_pytorch(tmp_path, argv):
+    code = (f"import sys; from pgdfast_experiments.cli import main; main({argv}); "
+            "sys.exit(bool({'torch', 'pgdfast', 'matplotlib', 'rich'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, cwd=tmp_path).returncode == 0
 
 
 def test_quick_gives_way_to_what_is_given():
