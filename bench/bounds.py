@@ -142,7 +142,42 @@ def _exponent(sweep, what, limit):
 SLOPE_BOUNDS = [_exponent("width", "P", 1.15), _exponent("rows", "N, Gram matrix", 2.3), _exponent("rows", "N, Cholesky", 3.1)]
 
 
-def memory_bound(section, residuals, activations, width=4):
-    """What a dual step may take above the closure: K, its factor, room for one more, and the activations four times."""
-    limit = width * (3 * residuals**2 + 4 * activations) / 1e6
-    return Bound(section, "peak memory of a dual step", (Side(lambda megabytes: megabytes, limit, form="{:.1f} MB"),))
+PEAK = 600             # MB of resident memory that G's process may reach, PyTorch included
+HEAP_SLACK = 64        # KiB that a later step may leave on the heap: counters and caches of Python's; G's parameters take 776
+
+
+def memory_bounds(section, residuals, activations, width=4):
+    """What must hold of the memory of dual steps, judged on what memory.probe returns.
+
+    Above the closure a step may take K, its factor, room for one more, and the activations four times. Later steps may not
+    allocate more than the first: what is in use on the heap stays, and the peak of resident memory, which shows what a step
+    allocates and frees again, grows by less than one M x M matrix (pages of the allocator).
+    """
+    above = Bound(section, "peak memory of a dual step", (
+        Side(lambda probed: _above_closure(probed) / 1e6, width * (3 * residuals**2 + 4 * activations) / 1e6,
+             form="{:.1f} MB"),))
+    if section != "G":
+        return [above]
+    return [
+        above,
+        Bound(section, "peak resident memory of one step", (
+            Side(lambda probed: probed["peaks"][1] / 1e6, PEAK, form="{:.0f} MB"),)),
+        Bound(section, "growth of the peak in later steps", (
+            Side(lambda probed: (probed["peaks"][-1] - probed["peaks"][1]) / 1e6, width * residuals**2 / 1e6,
+                 form="{:.1f} MB"),)),
+        Bound(section, "heap left in use by a later step", (Side(_heap_growth, HEAP_SLACK, form="{:.0f} KiB"),)),
+    ]
+
+
+def _above_closure(probed):
+    if probed["baseline"] is None:
+        raise Absent("this system does not let a process reset its peak memory")
+    return probed["peaks"][1] - probed["baseline"]
+
+
+def _heap_growth(probed):
+    """The most that a step after the first left in use on the heap, in KiB."""
+    heaps = probed["heaps"]
+    if heaps[0] is None:
+        raise Absent("the C library does not tell what is in use on its heap")
+    return max(b - a for a, b in zip(heaps[1:], heaps[2:], strict=False)) / 1024

@@ -5,17 +5,17 @@ import copy
 import torch
 
 import pgdfast
-from pgdfast.tasks import modular_mlp, regression_1d
-from pgdfast.tasks.models import tanh_mlp
+from pgdfast_experiments import modular_mlp, regression_1d
+from pgdfast_experiments.models import tanh_mlp
 
 from .interleave import Row, interleaved
 from .parts import SINGLES
 from .peers import LM
-from .tables import QUICK, Measured
+from .tables import Measured
 
 RULE, RULE_SINGLES = "LM step, gain-ratio", "LM step, gain-ratio, one by one"
 COUNT = 64
-ALPHAS, SEEDS = (0.5, 0.71, 1.0, 1.22, 1.5, 2.0), 2 if QUICK else 5
+ALPHAS, SEEDS, QUICK_SEEDS = (0.5, 0.71, 1.0, 1.22, 1.5, 2.0), 5, 2
 WARM_UP = 2   # steps that D's networks have taken: CG's iterations grow at first
 PAPER = {"damping": 0.1, "damping_rule": "constant", "lr": 1e-2}
 SWEEP = {"damping": 0.1, "damping_rule": "constant", "cg": pgdfast.CG(2000, 1e-8)}
@@ -94,10 +94,10 @@ def regression(options):
     return Singles(members, [lambda member=member: member(x) - u for member in members], options), together
 
 
-def sweep():
+def sweep(seeds):
     """(Singles, Together) of D's sweep over alpha and seeds, CG to 1e-8, after WARM_UP steps."""
     members, data = [], []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         (x, y), _ = modular_mlp.data(seed)
         for alpha in ALPHAS:
             members.append(modular_mlp.QuadraticNetwork(modular_mlp.MODULUS, modular_mlp.WIDTH, alpha**2, seed, torch.float64))
@@ -108,7 +108,7 @@ def sweep():
     return Singles(members, closures, SWEEP, WARM_UP), together
 
 
-def measure_regression(rounds):
+def measure_regression(rounds, quick=False):
     """One step of every network, by the paper's plain LM and by the default rule."""
     (apart, together), (rule_apart, rule_together) = regression(PAPER), regression({})
     errors = {LM.name: (_error(together, apart), 1e-9), RULE: (_error(rule_together, rule_apart), 1e-7)}
@@ -116,11 +116,12 @@ def measure_regression(rounds):
     return _measured(f"{COUNT} networks of A, one step of each, float64", rows, rounds, errors, apart)
 
 
-def measure_sweep(rounds):
+def measure_sweep(rounds, quick=False):
     """One step, the third, of every network of D's sweep."""
-    apart, together = sweep()
+    seeds = QUICK_SEEDS if quick else SEEDS
+    apart, together = sweep(seeds)
     errors = {LM.name: (_error(together, apart), 1e-7)}
-    title = f"D's sweep of {len(ALPHAS)} alphas and {SEEDS} seeds, step {WARM_UP + 1} of each, float64"
+    title = f"D's sweep of {len(ALPHAS)} alphas and {seeds} seeds, step {WARM_UP + 1} of each, float64"
     return _measured(title, [Row(LM.name, together), Row(SINGLES, apart)], rounds, errors, apart)
 
 

@@ -23,8 +23,17 @@ if __package__ in (None, ""):
 
 import pgdfast
 from bench import poisson_2d
-from pgdfast.tasks import mnist_data, modular_mlp, plotting, poisson_pinn, polynomial, regression_1d, regression_2d, transformer
-from pgdfast.tasks.models import relu_mlp, tanh_mlp
+from pgdfast_experiments import (
+    mnist_data,
+    modular_mlp,
+    plotting,
+    poisson_pinn,
+    polynomial,
+    regression_1d,
+    regression_2d,
+    transformer,
+)
+from pgdfast_experiments.models import relu_mlp, tanh_mlp
 
 VARIANTS = {
     f"{rule}{' + ' + acceleration if acceleration else ''}": {"damping_rule": rule, "acceleration": acceleration}

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.tasks import verification
+from pgdfast_experiments import verification
 
 from . import problems
 

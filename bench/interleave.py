@@ -172,26 +172,3 @@ def _batch(row, calls, wake):
     for _ in range(calls):
         row.call()
     return (perf_counter() - start) / calls / row.share
-
-
-class Recorded:
-    """A timer for pytest-benchmark that hands it what `interleaved` measured.
-
-    pytest-benchmark runs one function's rounds after another's; here they were taken in turn. Its table, its JSON and
-    its comparisons show these numbers, though the function it calls meanwhile does nothing.
-    """
-
-    __name__ = "interleaved"
-
-    def __init__(self):
-        self._now, self._running, self._seconds = 0.0, False, iter(())
-
-    def __call__(self):
-        if self._running:
-            self._now += next(self._seconds)
-        self._running = not self._running
-        return self._now
-
-    def hand_over(self, benchmark, seconds):
-        self._now, self._running, self._seconds = 0.0, False, iter(seconds)
-        benchmark.pedantic(lambda: None, rounds=len(seconds))

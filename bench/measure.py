@@ -7,7 +7,7 @@ from .interleave import ROW_SECONDS, Row, interleaved
 from .peers import LM, Adam, FusedAdam, Missing, PyPose, TorchFunc, TorchLevenbergMarquardt, TorchLevenbergMarquardtAsShipped
 from .peers_jax import Jax, JaxProduct, Optimistix
 from .products import CompiledCurvlinops, Curvlinops, TorchFuncProduct
-from .tables import QUICK, Measured
+from .tables import Measured
 from .truth import Truth, relative_error
 
 CONTENDERS = (LM, Adam, FusedAdam, TorchLevenbergMarquardt, TorchLevenbergMarquardtAsShipped, PyPose, TorchFunc, Jax,
@@ -20,24 +20,19 @@ FLOAT32 = 2**-24                      # ... and of the peers' too, but for eps t
 ALLOWED_PRODUCT = 1e-5                # relative error of J^T J v
 
 
-def on(problem, kinds):
+def on(problem, kinds, quick):
     """The contenders that are timed on a problem."""
-    return [kind for kind in kinds if problem.name in kind.problems and not (QUICK and (kind.name, problem.name) in SLOWEST)]
+    return [kind for kind in kinds if problem.name in kind.problems and not (quick and (kind.name, problem.name) in SLOWEST)]
 
 
-def row_names(problem):
-    """Every row of a problem, in order."""
-    return [kind.name for kind in on(problem, CONTENDERS + PRODUCTS)] + parts.names(problem)
-
-
-def measure(problem, rounds):
+def measure(problem, rounds, quick=False):
     """Every row of a problem, as Measured."""
     truth = Truth(problem)
-    rows, missing, errors = step_rows(problem, on(problem, CONTENDERS), truth)
-    more, absent, wrong = product_rows(problem, on(problem, PRODUCTS), truth)
+    rows, missing, errors = step_rows(problem, on(problem, CONTENDERS, quick), truth)
+    more, absent, wrong = product_rows(problem, on(problem, PRODUCTS, quick), truth)
     errors[parts.GGN] = own_product_error(problem, truth)
     del truth   # D's and G's peers need its memory
-    timings = parts.finish(problem, interleaved(rows + more + parts.rows(problem), rounds, 0.5 if QUICK else ROW_SECONDS))
+    timings = parts.finish(problem, interleaved(rows + more + parts.rows(problem), rounds, 0.5 if quick else ROW_SECONDS))
     title = (f"{problem.name}: {problem.described}; {problem.residuals} residuals, {problem.parameters} parameters, "
              f"{problem.solver}, damping {problem.damping:g}")
     against = tuple(kind.name for kind in PRODUCTS) + (parts.JVP, parts.VJP, parts.GGN, parts.CG, parts.GEMMS)

@@ -1,4 +1,4 @@
-"""Run by test_memory.py in a process of its own: takes LM steps on a problem and prints what they took, as a line of JSON.
+"""Run by memory.py in a process of its own: takes LM steps on a problem and prints what they took, as a line of JSON.
 
 Resident memory is that of this process alone. On Linux its peak is VmHWM; ru_maxrss, the fallback, would there start at
 the size of the process that started this one.

@@ -10,10 +10,11 @@ import pgdfast
 from .interleave import Row, interleaved
 from .parts import NESTED, NESTED_STEP, TAYLOR
 from .peers import LM
-from .tables import QUICK, Measured
+from .tables import Measured
 
 INTERIOR, BOUNDARY = 900, 120
-NETWORKS = [(64,), (64, 64)] if QUICK else [(64,), (256,), (64, 64), (128, 128), (256, 256), (64, 64, 48, 48)]
+NETWORKS = [(64,), (256,), (64, 64), (128, 128), (256, 256), (64, 64, 48, 48)]
+QUICK_NETWORKS = [(64,), (64, 64)]
 GRADIENT, NESTED_GRADIENT = f"{TAYLOR}, gradient", f"{NESTED}, gradient"
 
 

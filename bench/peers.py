@@ -46,9 +46,9 @@ class Contender:
     exact = "identity"
     threads = THREADS
 
-    def __init__(self, problem, lr=1e-2):
+    def __init__(self, problem, lr=1e-2, dtype=torch.float32):
         self.problem, self.lr = problem, lr
-        self.model = problem.model()
+        self.model = problem.model(dtype)
         self.closure = problem.closure(self.model)
         self.params = list(self.model.parameters())
         self._start = [p.detach().clone() for p in self.params]
@@ -58,12 +58,15 @@ class Contender:
         for p, value in zip(self.params, self._start, strict=True):
             p.copy_(value)
 
+    def moved(self):
+        """The first parameters less the present ones, (P,) float64: after one step with lr=1 the step delta."""
+        return flat(self._start) - flat(self.params)
+
     def taken(self):
         """The step delta of one call, (P,) float64; made with lr=1."""
         self.reset()
-        before = flat(self.params)
         self.step()
-        return before - flat(self.params)
+        return self.moved()
 
 
 class LM(Contender):
@@ -165,10 +168,10 @@ class TorchFunc(Contender):
 
     name, problems = "torch.func step", "ABCDEG"
 
-    def __init__(self, problem, lr=1e-2):
-        super().__init__(problem, lr)
+    def __init__(self, problem, lr=1e-2, dtype=torch.float32):
+        super().__init__(problem, lr, dtype)
         self._named = dict(self.model.named_parameters())
-        self._data = problem.data()
+        self._data = problem.data(dtype)
         self._rows = self._physics_rows() if problem.name == "C" else self._rows_of(lambda x: x)
 
     def _rows_of(self, inputs):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from pgdfast.tasks import plotting
+from pgdfast_experiments import plotting
 
 OURS, PEERS, FLOOR = plotting.EMPHASIS[0], ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A3D9A"), "#777777"
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pgdfast.tasks import mnist_data, modular_mlp, polynomial, transformer
-from pgdfast.tasks.models import relu_mlp, tanh_mlp
-from pgdfast.tasks.poisson_pinn import exact, points
+from pgdfast_experiments import mnist_data, modular_mlp, polynomial, transformer
+from pgdfast_experiments.models import relu_mlp, tanh_mlp
+from pgdfast_experiments.poisson_pinn import exact, points
 
 
 def as_loss(result):

@@ -9,7 +9,7 @@ from .peers import LM, Adam, TorchFunc
 from .peers_jax import Jax, JaxProduct
 from .problems import Regression
 from .products import CompiledCurvlinops, TorchFuncProduct
-from .tables import QUICK, Measured
+from .tables import Measured
 
 DAMPING = 1.0   # keeps all sizes within float32's reach: one kind of arithmetic throughout
 SHARE = 1 / 3   # of the operations: where the Cholesky has less, the Gram matrix, quadratic in N, decides
@@ -19,29 +19,31 @@ def _network(*widths):
     return lambda samples, name: Regression(name, f"tanh {'-'.join(map(str, widths))}", widths, samples, DAMPING)
 
 
-# {sweep: (what stays, {size: problem})}
-_WIDTHS = (32, 64, 128, 256, 512, 1024) if QUICK else (32, 64, 128, 256, 512, 1024, 2048)
-_DEPTHS = (1, 2, 4, 8, 16)
-_ROWS = (50, 100, 200, 400, 800, 1600) if QUICK else (50, 100, 200, 400, 800, 1200, 1600, 2400, 3200)
-SWEEPS = {
-    "width": ("tanh 8-w-w-1, 128 rows", {w: _network(8, w, w, 1)(128, f"width {w}") for w in _WIDTHS}),
-    "depth": ("tanh 8-64-...-64-1, 128 rows", {d: _network(8, *[64] * d, 1)(128, f"depth {d}") for d in _DEPTHS}),
-    "rows": ("tanh 2-256-256-1, N rows", {n: _network(2, 256, 256, 1)(n, f"N = {n}") for n in _ROWS}),
-}
+def sweeps(quick=False):
+    """{sweep: (what stays, {size: problem})}."""
+    widths = (32, 64, 128, 256, 512, 1024) if quick else (32, 64, 128, 256, 512, 1024, 2048)
+    depths = (1, 2, 4, 8, 16)
+    rows = (50, 100, 200, 400, 800, 1600) if quick else (50, 100, 200, 400, 800, 1200, 1600, 2400, 3200)
+    return {
+        "width": ("tanh 8-w-w-1, 128 rows", {w: _network(8, w, w, 1)(128, f"width {w}") for w in widths}),
+        "depth": ("tanh 8-64-...-64-1, 128 rows", {d: _network(8, *[64] * d, 1)(128, f"depth {d}") for d in depths}),
+        "rows": ("tanh 2-256-256-1, N rows", {n: _network(2, 256, 256, 1)(n, f"N = {n}") for n in rows}),
+    }
+
+
 BUDGET = 0.4   # seconds for all rounds of a row
 COMPILED = (256, 1024)   # widths for which curvlinops is compiled, half a minute in all
 
-# The largest sizes at which a peer is timed.
-_LIMITS = {("width", TorchFunc): 256, ("width", Jax): 256, ("rows", TorchFunc): 400 if QUICK else 800, ("rows", Jax): 400,
-           ("width", TorchFuncProduct): 4096, ("width", JaxProduct): 4096}
 
-
-def measure(sweep, size, rounds):
+def measure(sweep, size, rounds, quick=False):
     """All rows of one size, as Measured."""
-    what, points = SWEEPS[sweep]
+    what, points = sweeps(quick)[sweep]
     problem = points[size]
-    steps = [LM, Adam, *(kind for kind in (TorchFunc, Jax) if size <= _LIMITS.get((sweep, kind), 0))]
-    products = [kind for kind in (TorchFuncProduct, JaxProduct) if size <= _LIMITS.get((sweep, kind), 0)]
+    # The largest sizes at which a peer is timed.
+    limits = {("width", TorchFunc): 256, ("width", Jax): 256, ("rows", TorchFunc): 400 if quick else 800, ("rows", Jax): 400,
+              ("width", TorchFuncProduct): 4096, ("width", JaxProduct): 4096}
+    steps = [LM, Adam, *(kind for kind in (TorchFunc, Jax) if size <= limits.get((sweep, kind), 0))]
+    products = [kind for kind in (TorchFuncProduct, JaxProduct) if size <= limits.get((sweep, kind), 0)]
     if sweep == "width" and size in COMPILED:
         products.append(CompiledCurvlinops)
     rows, missing, _ = step_rows(problem, steps)

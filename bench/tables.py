@@ -1,4 +1,4 @@
-"""What a run found: collected here, printed at its end, and written as JSON where PGDFAST_BENCH_OUTPUT names a folder."""
+"""The figures of a run: collected here, printed at its end as tables, and written as JSON."""
 
 import json
 import os
@@ -7,31 +7,17 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from statistics import median
 
-import pytest
 import torch
 
 import pgdfast
 
+from . import memory
 from .bounds import Absent, sentence
 from .interleave import OWN, THREADS, Ratio
 from .parts import GEMM, GGN, GRADIENT
 from .peers import LM
 
 PEERS = ("numpy", "jax", "jaxlib", "optimistix", "lineax", "curvlinops-for-pytorch", "pypose", "torch-levenberg-marquardt")
-
-
-def setting(name, default=""):
-    return os.environ.get(f"PGDFAST_BENCH_{name}", default)
-
-
-ROUNDS = int(setting("ROUNDS", "40"))
-QUICK = setting("QUICK") == "1"
-
-
-def chosen(sections):
-    """Those that PGDFAST_BENCH_ONLY, a comma list, names; all without it."""
-    only = [name for name in setting("ONLY").split(",") if name]
-    return [name for name in sections if not only or name in only]
 
 
 @dataclass
@@ -75,7 +61,7 @@ class Measured:
                    f"{_number(self.over_ours(name).median):>11}{self._in_gradients(name):>14}{self._rate(timing)}"
                    f"{self._error(name):>10}")
         for name, reason in self.missing.items():
-            yield f"  {name:34}skipped: {reason}"
+            yield f"  {name:35}skipped: {reason}"
 
     def _in_gradients(self, name):
         return _number(self.ratio(name, GRADIENT)) if GRADIENT in self.timings else ""
@@ -105,45 +91,44 @@ class Measured:
 
 @dataclass
 class Results:
-    """Everything of one run. sweeps: {sweep: {size: Measured}}. notes: lists of lines, which may still grow."""
+    """Everything of one run.
 
+    sweeps: {sweep: {size: Measured}}. memory: {problem: what memory.probe returns}. faults: sentences on wrong results and
+    failed measurements.
+    """
+
+    rounds: int
+    quick: bool = False
     problems: dict = field(default_factory=dict)
     sweeps: dict = field(default_factory=dict)
     fits: dict = field(default_factory=dict)
     memory: dict = field(default_factory=dict)
     verdicts: list = field(default_factory=list)
-    notes: list = field(default_factory=list)
-    failed: dict = field(default_factory=dict)
+    faults: list = field(default_factory=list)
 
-    def once(self, store, key, make):
-        """store[key], made when first asked for; what could not be made fails alike for all who ask, without a new try."""
-        if key in self.failed:
-            pytest.fail(f"{key} could not be measured: {self.failed[key]!r}", pytrace=False)
-        if key not in store:
-            try:
-                store[key] = make()
-            except Exception as error:
-                self.failed[key] = error
-                raise
-        return store[key]
+    @property
+    def failed(self):
+        """Whether a bound is missed, a result is wrong, or something could not be measured."""
+        return bool(self.faults) or any(verdict["verdict"] == "FAIL" for verdict in self.verdicts)
 
     def lines(self):
-        """All tables, the bounds last."""
+        """All tables, then the bounds, then what failed."""
         yield f"{processor()}; Python {platform.python_version()}; PyTorch {torch.__version__}; " + ", ".join(
             f"{key} {value}" for key, value in pgdfast.build_info().items() if "torch" not in key)
-        yield (f"{ROUNDS} rounds, fewer for slow rows; each row at its best of {_and(THREADS)} threads; over ours: over the LM "
-               "step, of products and their floor over our J^T J v")
+        yield (f"{self.rounds} rounds, fewer for slow rows; each row at its best of {_and(THREADS)} threads; "
+               "over ours: over the LM step, of products and their floor over our J^T J v")
         for measured in self.problems.values():
             yield ""
             yield from measured.lines()
         for name, points in self.sweeps.items():
+            if not points:
+                continue
             yield ""
             yield from sweep_lines(name, points)
             yield from (f"  {what}: {text}" for what, text in self.fits.get(name, {}).items())
-        for lines in self.notes:
-            if lines:
-                yield ""
-                yield from lines
+        for probed in self.memory.values():
+            yield ""
+            yield from memory.lines(probed)
         if self.verdicts:
             yield ""
             yield "bounds"
@@ -151,6 +136,11 @@ class Results:
             for row in self.verdicts:
                 cells = zip(("section", "claim", "bound", "measured"), widths, strict=True)
                 yield "  " + "".join(f"{row[key]:{width}}" for key, width in cells) + row["verdict"]
+        failures = [sentence(row) for row in self.verdicts if row["verdict"] == "FAIL"] + self.faults
+        if failures:
+            yield ""
+            yield "failed"
+            yield from (f"  {line}" for line in failures)
 
     def as_plain(self):
         """For JSON."""
@@ -158,25 +148,18 @@ class Results:
             "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "pgdfast": pgdfast.__version__,
                          **_installed(PEERS)},
-            "build": pgdfast.build_info(), "threads": list(THREADS), "rounds": ROUNDS, "quick": QUICK,
+            "build": pgdfast.build_info(), "threads": list(THREADS), "rounds": self.rounds, "quick": self.quick,
             "problems": {name: measured.as_plain() for name, measured in self.problems.items()},
             "sweeps": {name: {str(size): m.as_plain() for size, m in points.items()} for name, points in self.sweeps.items()},
             "fits": self.fits, "memory": self.memory, "bounds": self.verdicts,
+            "faults": self.faults,
         }
 
-    def write(self, folder):
-        """results.json in `folder`."""
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
-            json.dump(self.as_plain(), file, indent=1)
-
-
-RESULTS = pytest.StashKey()
-
-
-def results(config):
-    """The results of this run."""
-    return config.stash.setdefault(RESULTS, Results())
+    def write(self, path):
+        """Write everything as JSON to `path`; a reader, or an interruption, never meets half of a file."""
+        scratch = path.with_name(path.name + ".part")
+        scratch.write_text(json.dumps(self.as_plain(), indent=1), encoding="utf-8")
+        os.replace(scratch, path)
 
 
 def sweep_lines(name, points):
@@ -188,19 +171,6 @@ def sweep_lines(name, points):
         cells = (f"{_ms(1e3 * measured.timings[c].median).strip() if c in measured.timings else '':>{max(len(c), 8) + 2}}"
                  for c in columns)
         yield f"  {size:>8}" + "".join(cells)
-
-
-def judge(config, bound, measured):
-    """Judge a bound, note the verdict for the last table, and fail the test in one sentence or skip it."""
-    try:
-        verdict = bound.judge(measured)
-    except Absent as reason:
-        results(config).verdicts.append(
-            {"section": bound.section, "claim": bound.claim, "bound": "", "measured": "", "verdict": f"skipped: {reason}"})
-        pytest.skip(str(reason))
-    results(config).verdicts.append(verdict)
-    if verdict["verdict"] != "pass":
-        pytest.fail(sentence(verdict), pytrace=False)
 
 
 def processor():

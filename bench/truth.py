@@ -35,13 +35,17 @@ class Truth:
             d, least = self._lin.diagonal(), 1e-6 * self.problem.scale**2
             scale = ((1 + mu) * d.clamp_min(least) - d) / mu
         if not self.problem.reference:
-            step = _cg(lambda v: self._product(v) + mu * v, self._gradient)
+            step = self.by_cg()
         else:
             found = pgdfast.reference.solve(self._lin, mu, scale=scale, solver=self.problem.solver)
             if found.status != "solved":
                 raise ArithmeticError(f"{self.problem.name}: the reference's Cholesky factorisation failed")
             step = found.step
         return step, 1 + self._largest(step, scale) / mu
+
+    def by_cg(self, iterations=None):
+        """The step (P,) by conjugate gradients from zero on products of torch.func, or what so many iterations make of it."""
+        return _cg(lambda v: self._product(v) + self.problem.damping * v, self._gradient, iterations)
 
     def _largest(self, start, scale):
         """The largest eigenvalue of D^-1 J^T J, nearly, by power iteration."""
@@ -75,13 +79,13 @@ def _products(problem):
     return lambda v: backward(weigh(forward(v))), backward(slope)
 
 
-def _cg(apply, b):
-    """Conjugate gradients from zero, until the true residual is CG_TOLERANCE of b."""
+def _cg(apply, b, iterations=None):
+    """Conjugate gradients from zero: `iterations` of them, or (None) until the true residual is CG_TOLERANCE of b."""
     x, r = torch.zeros_like(b), b.clone()
     p, rr = r.clone(), float(r @ r)
     target = CG_TOLERANCE * float(b.norm())
-    for _ in range(CG_ITERATIONS):
-        if rr**0.5 <= target and float((b - apply(x)).norm()) <= 2 * target:
+    for _ in range(iterations or CG_ITERATIONS):
+        if iterations is None and rr**0.5 <= target and float((b - apply(x)).norm()) <= 2 * target:
             return x
         Ap = apply(p)
         alpha = rr / float(p @ Ap)
@@ -89,4 +93,6 @@ def _cg(apply, b):
         r -= alpha * Ap
         rr, before = float(r @ r), rr
         p = r + (rr / before) * p
+    if iterations is not None:
+        return x
     raise ArithmeticError(f"conjugate gradients in float64 did not reach {CG_TOLERANCE:g} in {CG_ITERATIONS} iterations")

@@ -12,7 +12,8 @@ import pgdfast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, CORE = ROOT / "pgdfast", ROOT / "csrc"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = MODULES + sorted(
+EXPERIMENTS = sorted((ROOT / "pgdfast_experiments").rglob("*.py"))
+SOURCES = MODULES + EXPERIMENTS + sorted(
     p for p in CORE.rglob("*") if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")
 )
 
@@ -35,10 +36,7 @@ BELOW = {
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
     "captured": {"lm", "lockstep", "report", "solve", "globalize", "linear", "tape", "kernels"},
-    "tasks": {"pgdfast"},
-    "bench": {"tasks"},
-    "cli": {"bench", "tasks", "pgdfast"},
-    "__main__": {"cli"},
+    "__main__": set(),
     "__init__": {
         "captured",
         "ensembles",
@@ -70,7 +68,7 @@ def room_of(path):
 
 def imports(path):
     """(module as absolute dotted name, imported names) of every import statement in a file."""
-    package = ("pgdfast", *path.relative_to(PACKAGE).parts[:-1])
+    package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
@@ -99,7 +97,7 @@ def rooms_imported(path):
 
 @pytest.mark.skipif(not CORE.exists(), reason="the source tree is not here")
 def test_there_is_something_to_read():
-    assert len(MODULES) > 30 and len(SOURCES) > len(MODULES) + 8
+    assert len(MODULES) > 30 and len(EXPERIMENTS) > 20 and len(SOURCES) > len(MODULES) + 8
     assert {room_of(path) for path in MODULES} <= set(BELOW), "a new room: say what stands below it"
 
 
@@ -116,14 +114,18 @@ def test_the_reference_is_met_at_the_door_only(path):
         assert room_of(path) in ("reference", "backend", "__init__")
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if room_of(p) in ("tasks", "cli")], ids=name_of
-)
-def test_tasks_use_the_public_names_alone(path):
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_library_knows_nothing_of_the_experiments(path):
+    foreign = [module for module, _ in imports(path) if module.startswith("pgdfast_experiments")]
+    assert foreign == (["pgdfast_experiments.cli"] if room_of(path) == "__main__" else [])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_experiments_use_the_public_names_alone(path):
     for module, names in imports(path):
-        if module == "pgdfast":
-            assert set(names) <= {*pgdfast.__all__, "bench", "tasks", "__version__"}, (
-                f"{name_of(path)} imports {names}"
+        if module.split(".")[0] == "pgdfast":
+            assert module == "pgdfast" and set(names) <= {*pgdfast.__all__, "__version__"}, (
+                f"{name_of(path)} imports {names or ''} from {module}"
             )
     for node in ast.walk(ast.parse(path.read_text())):
         if (
@@ -177,7 +179,7 @@ def test_import_is_silent_and_light():
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert not {"matplotlib", "rich", "pandas", "scipy", "triton"} & set(
+    assert not {"matplotlib", "rich", "pandas", "scipy", "triton", "pgdfast_experiments"} & set(
         ast.literal_eval(done.stdout)
     )
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pgdfast import tasks
-from pgdfast.cli import main
-from pgdfast.tasks import terminal
+from pgdfast_experiments import tasks, terminal
+from pgdfast_experiments.cli import main
 
 TASK = "regression-1d"
 TINY = ["run", TASK, "--optimizers", "sgd", "--steps", "2", "--seeds", "1", "--width", "4"]
@@ -64,7 +63,7 @@ def test_without_a_known_command_one_line(capsys, argv):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgdfast.tasks.experiment.train", pytest.fail)
+    monkeypatch.setattr("pgdfast_experiments.experiment.train", pytest.fail)
     (tmp_path / "file").write_text("")
     line = _refused(capsys, [*TINY, "--out", str(tmp_path / "file")])
     assert "--out" in line and str(tmp_path / "file") in line
@@ -74,7 +73,7 @@ def test_a_backend_that_cannot_run_is_refused_before_the_work(capsys, tmp_path, 
     def build(*_, **__):
         raise RuntimeError("pgdfast.LM: no such backend\nin this build")
 
-    monkeypatch.setattr("pgdfast.tasks.methods.pgdfast.LM", build)
+    monkeypatch.setattr("pgdfast_experiments.methods.pgdfast.LM", build)
     line = _refused(capsys, ["run", TASK, "--optimizers", "gn", "--backend", "native",
                              "--out", str(tmp_path)])
     assert "--backend native" in line and "no such backend in this build" in line
@@ -90,11 +89,20 @@ def test_a_missing_extra_is_one_sentence(capsys, tmp_path, monkeypatch, missing)
     assert not (tmp_path / "new").exists()
 
 
+def test_a_report_without_jinja2_is_refused_in_one_sentence(capsys, tmp_path, monkeypatch):
+    find = terminal.importlib.util.find_spec
+    monkeypatch.setattr(terminal.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    line = _refused(capsys, ["report", str(tmp_path)])
+    assert "jinja2 missing" in line and 'pip install "pgdfast[run]"' in line
+    line = _refused(capsys, ["run", "all", "--out", str(tmp_path / "new")])   # which ends in a report, hours later
+    assert "jinja2 missing" in line and not (tmp_path / "new").exists()
+
+
 def test_ctrl_c_ends_with_130_and_no_file(capsys, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.experiment.train", interrupted)
+    monkeypatch.setattr("pgdfast_experiments.experiment.train", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert "pgdfast run: interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -104,7 +112,7 @@ def test_ctrl_c_while_the_files_are_written_leaves_none(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pgdfast.tasks.regression_1d.pictures", interrupted)
+    monkeypatch.setattr("pgdfast_experiments.regression_1d.pictures", interrupted)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"], "the training is kept, and no half result"
 
@@ -113,7 +121,7 @@ def test_results_that_cannot_be_written_are_exit_code_1(capsys, tmp_path, monkey
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pgdfast.tasks.records.write_json", full)
+    monkeypatch.setattr("pgdfast_experiments.records.write_json", full)
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     assert "No space left" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == [f"{TASK}.checkpoint"]
@@ -134,8 +142,27 @@ def test_help_and_version(capsys, argv, words):
     assert err == "" and all(word in out for word in words)
 
 
+@pytest.mark.parametrize("argv", [
+    ["--help"], ["run", "--help"], ["run", "all", "--help"], ["report", "--help"], ["verify", "--help"], ["bench", "--help"],
+    *(["run", name, "--help"] for name in tasks.TASKS),
+], ids=" ".join)
+def test_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, argv):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(argv) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+@pytest.mark.parametrize("argv", [
+    ["--help"], ["--version"], ["run", "--help"], ["run", "nothing"], ["report", "--help"], ["bench", "--help"],
+], ids=" ".join)
+def test_help_and_version_do_not_wait_for_pytorch(tmp_path, argv):
+    code = (f"import sys; from pgdfast_experiments.cli import main; main({argv}); "
+            "sys.exit(bool({'torch', 'pgdfast', 'matplotlib', 'rich'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, cwd=tmp_path).returncode == 0
+
+
 def test_quick_gives_way_to_what_is_given():
-    from pgdfast.tasks.options import OneLineParser, add_common, fill
+    from pgdfast_experiments.options import OneLineParser, add_common, fill
 
     task = SimpleNamespace(NAME=TASK, KNOWN=("sgd", "lm-MU"), RATES={"sgd": 0.1, "lm": 0.5},
                            DEFAULTS={"optimizers": "sgd", "steps": {"sgd": 800, "lm": 9}, "seeds": 5, "threads": 1},

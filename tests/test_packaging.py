@@ -1,7 +1,9 @@
 """The package as it is installed: its native core, its files, its version, and the commands that README.md gives."""
 
+import ast
 import importlib.util
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 import pgdfast
+import pgdfast_experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(pgdfast.__file__).resolve().parent
+EXPERIMENTS = Path(pgdfast_experiments.__file__).resolve().parent
 
 
 def _distribution():
@@ -42,12 +46,32 @@ def test_the_installed_package_is_under_test_not_the_source_folder():
     assert PACKAGE == installed.parent
 
 
-def test_every_module_of_the_source_is_installed():
-    source = {path.relative_to(ROOT / "pgdfast") for path in (ROOT / "pgdfast").rglob("*.py")}
-    installed = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
-    assert source == installed
+@pytest.mark.parametrize("folder", [PACKAGE, EXPERIMENTS], ids=lambda folder: folder.name)
+def test_every_module_of_the_source_is_installed(folder):
+    source = {path.relative_to(ROOT / folder.name) for path in (ROOT / folder.name).rglob("*.py")}
+    installed = {path.relative_to(folder) for path in folder.rglob("*.py")}
+    assert source == installed and len(source) > 20
+
+
+def test_files_beside_the_modules_are_installed():
     assert (PACKAGE / "py.typed").is_file()
-    assert (PACKAGE / "tasks" / "report.html.jinja").is_file()
+    assert (EXPERIMENTS / "report.html.jinja").is_file()
+
+
+def test_every_package_that_the_commands_import_is_declared():
+    """In the extra `run`, or with the library: what `pip install '.[run]'` brings is all that `pgdfast run` needs."""
+    required = _distribution().requires
+    run = {re.match(r"[\w-]+", r)[0].lower() for r in required if "extra" not in r or re.search(r"extra == .run.", r)}
+    imported = {module.split(".")[0] for path in EXPERIMENTS.rglob("*.py") for module in _imports(path)}
+    assert imported - set(sys.stdlib_module_names) - {"pgdfast", "pgdfast_experiments"} <= run
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
 
 
 def test_the_metadata_agree_with_the_source():
@@ -58,7 +82,7 @@ def test_the_metadata_agree_with_the_source():
     assert "numpy" in required
     assert {"run", "test", "bench"} <= set(distribution.metadata.get_all("Provides-Extra"))
     (script,) = [e for e in distribution.entry_points if e.group == "console_scripts"]
-    assert (script.name, script.value) == ("pgdfast", "pgdfast.cli:main")
+    assert (script.name, script.value) == ("pgdfast", "pgdfast_experiments.cli:main")
 
 
 @pytest.mark.parametrize(("marker", "command"), [

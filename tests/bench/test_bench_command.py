@@ -1,19 +1,18 @@
 """`pgdfast bench`: what it refuses, what it runs, and its exit codes; nothing is timed here."""
 
-import json
-from pathlib import Path
+import sys
 
 import pytest
 
-from pgdfast import bench
-from pgdfast.cli import main
+from pgdfast_experiments import bench
+from pgdfast_experiments.cli import main
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A source tree with an empty bench folder as the current folder."""
+    """A source tree with an empty bench folder, and a folder deep in it as the current one."""
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "interleave.py").write_text("")
+    (tmp_path / "bench" / "__main__.py").write_text("")
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "deep" / "er")
@@ -22,28 +21,38 @@ def tree(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What would have been run: a list of (command, environment); pytest's exit code is its attribute `code`."""
+    """What would have been run: a list of (command, folder); `waits` holds what each wait for it ends in."""
 
     class Calls(list):
-        code, writes, drawn = 0, True, 0
+        waits = (0,)
 
     found = Calls()
 
-    def call(command, cwd, env=None):
-        found.append((command, env))
-        if env is None:
-            return found.drawn
-        if found.writes:
-            Path(env["PGDFAST_BENCH_OUTPUT"], "results.json").write_text(json.dumps({}))
-        return found.code
+    class Process:
+        returncode = None
 
-    monkeypatch.setattr(bench.subprocess, "call", call)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)
+        def __init__(self, command, cwd):
+            found.append((command, cwd))
+            self._waits = iter(found.waits)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self):
+            ending = next(self._waits)
+            if isinstance(ending, type):
+                raise ending
+            return ending
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
     return found
 
 
-def refused(capsys, argv, code=2):
-    assert main(argv) == code
+def refused(capsys, argv):
+    assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("pgdfast bench: ") and err.count("\n") == 1
     return err
@@ -54,17 +63,21 @@ def test_an_unknown_problem_is_refused_with_those_there_are(capsys, tree, calls)
     assert "'Z'" in line and all(name in line for name in bench.SECTIONS) and not calls
 
 
+@pytest.mark.parametrize("rounds", ["0", "few"])
+def test_rounds_are_whole_numbers_from_one_up(capsys, tree, calls, rounds):
+    assert repr(rounds) in refused(capsys, ["bench", "--rounds", rounds]) and not calls
+
+
 def test_without_a_source_tree_one_sentence(capsys, tmp_path, monkeypatch, calls):
     monkeypatch.chdir(tmp_path)
     line = refused(capsys, ["bench"])
     assert str(tmp_path) in line and "source tree" in line and not calls
 
 
-@pytest.mark.parametrize("missing", ["pytest", "pytest_benchmark", "matplotlib"])
-def test_a_missing_package_is_one_sentence(capsys, tree, calls, monkeypatch, missing):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == missing else True)
+def test_a_missing_package_is_one_sentence(capsys, tree, calls, monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else True)
     line = refused(capsys, ["bench"])
-    assert missing.replace("_", "-") in line and "pip install 'pgdfast[bench]'" in line and not calls
+    assert "matplotlib" in line and "pip install 'pgdfast[bench]'" in line and not calls
 
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys, tree, calls):
@@ -72,33 +85,18 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys, tree, calls):
     assert "--output" in line and not calls
 
 
-@pytest.mark.parametrize(("pytests", "ours"), [(0, 0), (1, 1), (2, 130), (3, 1)])
-def test_exit_codes(tree, calls, pytests, ours):
-    calls.code = pytests
-    assert main(["bench", "--output", str(tree / "out")]) == ours
+@pytest.mark.parametrize(("waits", "code"), [((0,), 0), ((1,), 1), ((KeyboardInterrupt, 130), 130)])
+def test_the_exit_code_is_that_of_the_benchmarks_which_ctrl_c_reaches_by_itself(tree, calls, waits, code):
+    calls.waits = waits
+    assert main(["bench"]) == code and len(calls) == 1
 
 
-def test_no_results_or_no_pictures_are_exit_code_1(capsys, tree, calls):
-    calls.drawn = 1
-    assert "could not be drawn" in refused(capsys, ["bench", "--output", "out"], code=1)
-    calls.writes = False
-    earlier = Path("out", "results.json").read_text()
-    assert "before there were results" in refused(capsys, ["bench", "--output", "out"], code=1)
-    assert Path("out", "results.json").read_text() == earlier, "an earlier run's results stay"
-
-
-def test_it_runs_pytest_on_the_bench_folder_and_then_draws(tree, calls, monkeypatch):
-    monkeypatch.delenv("PGDFAST_BENCH_ROUNDS", raising=False)
-    assert main(["bench", "--quick", "--output", "out", "A", "sweeps"]) == 0
-    (timed, env), (drawn, _) = calls
-    assert str(tree / "bench") in timed and "--benchmark-only" in timed
-    assert (env["PGDFAST_BENCH_ONLY"], env["PGDFAST_BENCH_QUICK"], env["PGDFAST_BENCH_ROUNDS"]) == ("A,sweeps", "1", "6")
-    assert env["PGDFAST_BENCH_OUTPUT"] == str(tree / "deep" / "er" / "out")
-    assert drawn[1:] == [str(tree / "bench" / "plots.py"), str(tree / "deep" / "er" / "out" / "results.json")]
-
-
-def test_rounds_that_are_set_outside_stay(tree, calls, monkeypatch):
-    monkeypatch.setenv("PGDFAST_BENCH_ROUNDS", "3")
-    for quick in ([], ["--quick"]):
-        main(["bench", "--output", "out", *quick])
-        assert calls[-2][1]["PGDFAST_BENCH_ROUNDS"] == "3"
+@pytest.mark.parametrize(("given", "rounds"), [
+    ([], "40"), (["--quick"], "6"), (["--rounds", "3"], "3"), (["--quick", "--rounds", "3"], "3"),
+])
+def test_it_runs_the_bench_folder_of_the_tree(tree, calls, given, rounds):
+    assert main(["bench", *given, "--output", "out", "A", "sweeps"]) == 0
+    ((command, folder),) = calls
+    assert folder == tree and (tree / "deep" / "er" / "out").is_dir()
+    assert command == [sys.executable, "-m", "bench", "--output", str(tree / "deep" / "er" / "out"), "--rounds", rounds,
+                       *given[:"--quick" in given], "A", "sweeps"]

@@ -1,30 +1,10 @@
 """How the benchmarks turn samples into figures: rounds, ratios, exponents, verdicts, and the places of names in pictures."""
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-
+import bench_folder  # noqa: F401
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    """A module of the bench folder, which is not installed."""
-    if "bench" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py",
-                                                      submodule_search_locations=[str(ROOT / "bench")])
-        sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"bench.{name}")
-
-
-if not (ROOT / "bench" / "interleave.py").exists():
-    pytest.skip("the source tree is not here", allow_module_level=True)
-
-interleave, bounds, parts, sweeps, plots, tables = map(load, ("interleave", "bounds", "parts", "sweeps", "plots", "tables"))
-problems, functions, truth = map(load, ("problems", "functions", "truth"))
+from bench import bounds, interleave, parts, plots, problems, sweeps, tables, truth
 
 
 def timing(name="row", **seconds):

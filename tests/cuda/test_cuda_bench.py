@@ -2,10 +2,11 @@
 
 import sys
 
+import bench_folder  # noqa: F401
 import pytest
 import torch
 
-bench_gpu = pytest.importorskip("bench.gpu", reason="the source tree is not here")
+from bench import gpu as bench_gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

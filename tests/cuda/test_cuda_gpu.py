@@ -6,7 +6,7 @@ from helpers import mlp, rand, reference, relative
 
 import pgdfast
 from pgdfast.kernels import cuda, cuda_library
-from pgdfast.tasks import verification, verify
+from pgdfast_experiments import verification, verify
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or cuda_library.unusable() is not None, reason="there is no GPU with the CUDA kernels"

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from pgdfast import cli, tasks
-from pgdfast.tasks import verification, verify
+from pgdfast_experiments import cli, tasks, verification, verify
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
