@@ -50,6 +50,7 @@ bool Replay::Field::matches(PyObject* value) const {
   if (!THPVariable_Check(value)) return false;
   const at::Tensor& t = THPVariable_Unpack(value);
   return t.scalar_type() == dtype && t.device() == device && t.layout() == at::kStrided &&
+         !t.is_neg() && !t.is_conj() && !t._is_zerotensor() &&   // what its memory holds is what it says
          t.sizes() == at::IntArrayRef(sizes) && t.strides() == at::IntArrayRef(strides) &&
          (same == Same::layout || t.item().toDouble() == number);
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .rules.table import plain
 from .walk import Tape, describe
 
 RECOGNISED = (
@@ -104,6 +105,17 @@ class Form:
         """True without cross-entropies."""
         return all(block.kind == "squares" for block in self.blocks)
 
+    def reduces(self, tape: Tape) -> bool:
+        """True where the loss sums over several numbers, or ends in an operation that is a loss by name."""
+        return (
+            any(block.residual.numel() > 1 for block in self.blocks)
+            or any(number > 1 for number in self._penalised(tape))
+            or any(tape.kind(position) in _LOSSES for position in self.consumed)
+        )
+
+    def _penalised(self, tape: Tape) -> list[int]:
+        return [tape.shape(tape.leaf.index(leaf)).numel() for leaf in self.penalties]
+
 
 class UnrecognisedLoss(ValueError):
     """A scalar that is neither squares nor a cross-entropy."""
@@ -151,9 +163,9 @@ class _Reader:
         stack = [(root, 0, 1.0)]
         while stack:
             position, output, weight = stack.pop()
-            name = self.tape.name(position)
-            reader = _READERS.get(name)
+            reader = _READERS.get(self.tape.kind(position))
             if reader is None:
+                name = self.tape.name(position)
                 raise UnrecognisedLoss(f"its operation {name} leads to no sum of squares and no cross-entropy")
             self.form.consumed.add(position)
             node, edges = self.tape.nodes[position], self.tape.edges[position]
@@ -198,14 +210,14 @@ class _Reader:
         if edges[0] is not None and edges[1] is not None:
             raise UnrecognisedLoss("it multiplies two different quantities that both depend on the parameters")
         k = 0 if edges[0] is not None else 1
-        factor = (node._saved_other if k == 0 else node._saved_self).detach().to(self._dtype(position))
+        factor = plain(node._saved_other if k == 0 else node._saved_self).detach().to(self._dtype(position))
         return [(*edges[k], self._fit(edges[k], position, self._times(weight, factor)))]
 
     def divide(self, position, node, edges, weight):
         if edges[1] is not None:
             raise UnrecognisedLoss("it divides by a quantity that depends on the parameters")
         # In float64: the tape keeps the number in `loss / 7` as a tensor whose reciprocal would be of default precision.
-        divisor = node._saved_other.detach()
+        divisor = plain(node._saved_other).detach()
         factor = (torch.ones_like(divisor, dtype=torch.float64) / divisor).to(self._dtype(position))
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
@@ -230,7 +242,7 @@ class _Reader:
         if not isinstance(weight, torch.Tensor):
             return weight
         shape, weight = self.tape.shape(*edge), weight.expand(self.tape.shape(position))
-        for d in sorted(d % len(shape) for d in map(_signed, getattr(node, "_saved_dim", None) or ())):
+        for d in sorted(d % max(len(shape), 1) for d in map(_signed, getattr(node, "_saved_dim", None) or ())):
             if not node._saved_keepdim:
                 weight = weight.unsqueeze(d)
         return weight.expand(shape)
@@ -274,12 +286,14 @@ class _Reader:
             _root_of(weight, self.waits)
             self.form.penalties[leaf] = self.form.penalties.get(leaf, 0.0) + 2 * weight
             return ()
-        if self.tape.name(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
+        if self.tape.kind(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
             node, below = self.tape.nodes[position], self.tape.edges[position][0]
             self.form.consumed.add(position)
             return self._square(below, position, self._spread(position, node, below, weight))
         scale = _root_of(weight, self.waits)
-        value = self.tape.nodes[saver]._saved_self.detach()
+        value = plain(self.tape.nodes[saver]._saved_self).detach()
+        if value.is_complex():
+            raise UnrecognisedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
         self.form.blocks.append(Squares((edge,), value * scale, scale, ((saver, "_saved_self"),)))
         return ()
 
@@ -287,6 +301,18 @@ class _Reader:
         if node._saved_exponent != 2:
             raise UnrecognisedLoss(f"it raises a quantity to the power {node._saved_exponent:g}, not 2")
         return self._square(edges[0], position, weight)
+
+    def product(self, position, node, edges, weight):
+        """r^T r as a product of matrices, for one column r (or r r^T for one row)."""
+        if all(edges) and self.tape.shape(position).numel() == 1 and self._same_but_for_transpose(*edges):
+            return self._square(edges[0], position, weight)
+        raise UnrecognisedLoss("it is a product of matrices, but not of one column's transpose with the column itself")
+
+    def _same_but_for_transpose(self, a, b) -> bool:
+        for one, other in ((a, b), (b, a)):
+            if self.tape.kind(one[0]) in _TRANSPOSES and self.tape.edges[one[0]][0] == other:
+                return True
+        return False
 
     def dot(self, position, node, edges, weight):
         if edges[0] is not None and edges[0] == edges[1]:
@@ -296,7 +322,7 @@ class _Reader:
         return self.pull(position, node, edges, weight)
 
     def mse(self, position, node, edges, weight):
-        a, b = node._saved_self, node._saved_target
+        a, b = plain(node._saved_self), plain(node._saved_target)
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
         scale = _root_of(weight, self.waits)
@@ -375,6 +401,11 @@ def _signed(dim: int) -> int:
     return dim - (1 << 64) if dim >= 1 << 63 else dim
 
 
+_LOSSES = {
+    "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "LogSoftmaxBackward0",
+    "BinaryCrossEntropyWithLogitsBackward0",
+}
+_TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}   # of a column or row there is one other form
 _READERS = {
     "AddBackward0": _Reader.add,
     "SubBackward0": _Reader.subtract,
@@ -410,6 +441,7 @@ _READERS = {
     ),
     "PowBackward0": _Reader.power,
     "DotBackward0": _Reader.dot,
+    "MmBackward0": _Reader.product,
     "MseLossBackward0": _Reader.mse,
     "NllLossBackward0": _Reader.negative_log_likelihood,
     "NllLoss2DBackward0": _Reader.negative_log_likelihood,

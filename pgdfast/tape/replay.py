@@ -15,6 +15,7 @@ from ..kernels import native
 from . import losses
 from .ops import Refresh
 from .program import Program
+from .rules.table import is_lazy
 from .walk import Structure, Tape, Walker, describe
 
 _LAYOUT, _NUMBER, _VALUE = 0, 1, 2   # what a field must have in common with the one seen before: csrc/tape/replay.h
@@ -103,7 +104,9 @@ def attach(walker: Walker, known, tape: Tape, work: list, form: losses.Form, roo
     by_hand, wanted, fields, constants = [], set(), 0, 0
     for k, (position, rule, values) in enumerate(work):
         needs, count = needs_of.get(k, ((), 0))
-        found = _sources(rule, needs, values, dtype) if count else [] if all(map(_is_simple, values)) else None
+        lazy = any(is_lazy(getattr(nodes[position], name)) for name in rule.saved)
+        simple = not lazy and all(map(_is_simple, values))
+        found = None if not simple else _sources(rule, needs, values, dtype) if count else []
         if found is None:
             by_hand.append(_ByHand(position, rule, needs, [describe(value) for value in values], constants))
             wanted.add(position)
@@ -160,7 +163,7 @@ def _sources(rule, needs: tuple[bool, ...], values: tuple, dtype: torch.dtype) -
     None if it computes one of them. The rule runs on copies with memory of their own, so that memory names the value. Which
     value a rule hands over may depend on layouts and numbers, not on a tensor's entries.
     """
-    if len(values) != len(rule.saved) or not all(map(_is_simple, values)):
+    if len(values) != len(rule.saved):
         return None
     copies = [_copy(v) if isinstance(v, torch.Tensor) else v for v in values]
     owner = {_memory(c): k for k, c in enumerate(copies) if isinstance(c, torch.Tensor)}
@@ -220,6 +223,8 @@ def _fields_of_loss(tape: Tape, form: losses.Form, root: int) -> list | None:
     parts = {part for block in form.blocks for part in block.parts}
     fields = {}
     for position, name, value in log:
+        if is_lazy(value):
+            return None
         if (position, name) in parts:
             same = _LAYOUT
         elif not isinstance(value, torch.Tensor):

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from . import losses
+from .hidden import refuse_hidden
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
+from .rules.table import plain
 from .simplify import simplify
 from .walk import Fallback, Structure, Tape, Walker, describe, rule_of
 
@@ -28,7 +30,8 @@ class Trace:
     that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
     program and constants: the linearisation, or None where `missing` names an operation without a rule;
-    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
+    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs. foreign: does code
+    of the user's take part in the backward: hooks, or a torch.autograd.Function?
     """
 
     loss: torch.Tensor
@@ -42,6 +45,7 @@ class Trace:
     missing: str | None = None
     blocks: list | None = None
     edges: list | None = None
+    foreign: bool = False
 
 
 @dataclass(slots=True)
@@ -116,7 +120,7 @@ class Tracer:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
-        tape = self._walker.walk([t for t in tensors if t.requires_grad])
+        tape = self._tape(tensors)
         found = iter(tape.structure.roots)
         positions = [next(found) if t.requires_grad else None for t in tensors]
         if not any(p is not None and tape.active[p[0]] for p in positions) and any(t.numel() for t in tensors):
@@ -136,6 +140,8 @@ class Tracer:
                 ) from None
             loss = result.detach()
         else:
+            if result is tensors[0]:
+                self._refuse_loss_with_dimensions(tape, result, positions[0])
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -154,8 +160,43 @@ class Tracer:
             trace.missing = error.operation
         except UnsupportedStructure as error:
             trace.missing = str(error)
-        trace.blocks, trace.edges = form.blocks, self._edges(tape, form)
+        trace.blocks, trace.edges, trace.foreign = form.blocks, self._edges(tape, form), tape.structure.foreign
         return trace
+
+    def _tape(self, tensors: list[torch.Tensor]) -> Tape:
+        """The tape below a closure's results.
+
+        Raises ValueError where its products or a step along it would leave something out.
+        """
+        results = [t for t in tensors if t.requires_grad]
+        tape = self._walker.walk(results)
+        for position in tape.structure.hooked:
+            leaf = tape.leaf[position]
+            if leaf >= 0 and getattr(self.params[leaf], "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"pgdfast.LM: parameter {leaf}, of shape {tuple(self.params[leaf].shape)}, has a post-accumulate-grad "
+                    "hook, which would never run, since no .grad is filled; remove it (handle.remove())."
+                )
+        if tape.fresh is not None:
+            refuse_hidden(tape, results, self.params)
+            self._walker.remember(tape.structure)
+        return tape
+
+    @staticmethod
+    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position) -> None:
+        """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
+        if result.numel() != 1 or position is None:
+            return
+        try:
+            form = losses.scalar_form(tape, position[0])
+        except losses.UnrecognisedLoss:
+            return
+        if form.reduces(tape):
+            raise ValueError(
+                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
+                f"({tape.name(position[0])}); return loss.squeeze() to minimise it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimised."
+            )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""
@@ -176,7 +217,7 @@ class Tracer:
                 )
 
     def _residual(self, form: losses.Form, like: torch.Tensor) -> torch.Tensor:
-        parts = [block.residual.reshape(-1) for block in form.blocks]
+        parts = [plain(block.residual).reshape(-1) for block in form.blocks]
         if len(parts) == 1:   # a reshaped view or copy: contiguous unless it was one strided dimension
             part = parts[0] if parts[0].dtype is self.dtype else parts[0].to(self.dtype)
             return part.contiguous()
@@ -220,8 +261,13 @@ class Tracer:
         consumed = frozenset(form.consumed)
         rules = tape.structure.rules.get(consumed)
         if rules is None:
+            structure = tape.structure
+            if structure.hooked:
+                raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
             rules = [(position, rule_of(node)) for position, node in tape.nodes.items() if position not in consumed]
-            tape.structure.rules[consumed] = rules
+            if structure.complex:
+                raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
+            structure.rules[consumed] = rules
         return rules
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from ..kernels import native
 from .rules import RULES
@@ -29,17 +30,21 @@ class Fallback(Exception):
 class Structure:
     """What two tapes of the same closure share. Positions number the nodes, inputs before users.
 
-    number: identifies the structure. roots: (position, output) of each result. names: node types. leaf: number of the
-    parameter that an AccumulateGrad node belongs to, else -1. active: does a parameter reach the node. edges: per node,
-    (position, output) of each input that is active, else None. shapes: per node, of its outputs. wanted: positions of
-    the active nodes that are no leaves. tapeless: would the operations compute the same, bit for bit, without gradients?
+    number: identifies the structure. roots: (position, output) of each result. names: node types. kinds: the same as
+    `kind_of` gives them. leaf: number of the parameter that an AccumulateGrad node belongs to, else -1. active: does a
+    parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
+    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: of those with complex
+    outputs. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
+    wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
+    bit, without gradients?
     """
 
-    def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int]):
-        self.number = number
+    def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int], hooked: list[int]):
+        self.number, self.hooked = number, hooked
         index = {node: position for position, node in enumerate(nodes)}
         self.roots = [(index[edge.node], edge.output_nr) for edge in roots]
         self.names = [type(node).__name__ for node in nodes]
+        self.kinds = [kind_of(node) for node in nodes]
         self.shapes = [[torch.Size(m.shape) for m in node._input_metadata] for node in nodes]
         self.leaf, self.active, self.edges = [], [], []
         for node in nodes:
@@ -53,19 +58,22 @@ class Structure:
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
-        self.tapeless = not _CHOOSY.intersection(self.names) and all(n in RULES or n in _PLAIN for n in self.names)
+        self.tapeless = not _CHOOSY.intersection(self.kinds) and all(n in RULES or n in _PLAIN for n in self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
+        self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
+        self.complex = [k for k in self.wanted if any(m.dtype.is_complex for m in nodes[k]._input_metadata)]
 
 
 class Tape:
     """One tape: its structure, and the nodes at the wanted positions."""
 
-    __slots__ = ("active", "edges", "leaf", "names", "nodes", "shapes", "structure")
+    __slots__ = ("active", "edges", "fresh", "leaf", "names", "nodes", "shapes", "structure")
 
     def __init__(self, structure: Structure, nodes: dict):
         self.structure, self.nodes = structure, nodes
         self.active, self.edges, self.leaf = structure.active, structure.edges, structure.leaf
         self.names, self.shapes = structure.names, structure.shapes
+        self.fresh: list | None = None   # all nodes, where the structure is met for the first time
 
     def shape(self, position: int, output: int = 0) -> torch.Size:
         """Shape of an output of a node."""
@@ -74,6 +82,10 @@ class Tape:
     def name(self, position: int) -> str:
         """The node's type, as autograd prints it."""
         return self.names[position]
+
+    def kind(self, position: int) -> str:
+        """The node's type, as rules and loss forms are looked up by it."""
+        return self.structure.kinds[position]
 
 
 class Walker:
@@ -86,6 +98,7 @@ class Walker:
         self._number = {id(p): k for k, p in enumerate(params)}
         self._core = native.walker(params)
         self._known: dict[int, Structure] = {}
+        self._generation = 0   # of the core's structures: it forgets all of them from time to time
         self.replays = self._core is not None
 
     def read(self, result):
@@ -94,19 +107,26 @@ class Walker:
 
     def walk(self, results: list[torch.Tensor]) -> Tape:
         """The tape below some tensors that require gradients."""
-        if self._core is None:
+        if self._core is None:   # and nothing tells of hooks
             roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
             nodes = _forward_order([edge.node for edge in roots])
-            return self._tape(Structure(-1, nodes, roots, self._number), nodes)
-        number, fresh, nodes, _ = self._core.walk(results)
+            return self._tape(Structure(-1, nodes, roots, self._number, []), nodes)
+        number, fresh, nodes, hooked = self._core.walk(results)
         if not fresh:
             structure = self._known[number]
             return Tape(structure, dict(zip(structure.wanted, nodes, strict=True)))
         roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
-        structure = Structure(number, nodes, roots, self._number)
-        self._known[number] = structure
-        self._core.want(number, structure.wanted)
-        return self._tape(structure, nodes)
+        return self._tape(Structure(number, nodes, roots, self._number, hooked), nodes)
+
+    def remember(self, structure: Structure) -> None:
+        """From now on tapes of this structure are recognised."""
+        if structure.number < 0:
+            return
+        if self._generation != self._core.generation:
+            self._generation = self._core.generation
+            self._known.clear()
+        self._known[structure.number] = structure
+        self._core.want(structure.number, structure.wanted)
 
     def attach(self, core, replay, places: list[int]) -> None:
         """Let `read` try the core's part of a replay; it answers with the replay and the wanted nodes at these places."""
@@ -118,7 +138,9 @@ class Walker:
 
     @staticmethod
     def _tape(structure: Structure, nodes: list) -> Tape:
-        return Tape(structure, {k: nodes[k] for k in structure.wanted})
+        tape = Tape(structure, {k: nodes[k] for k in structure.wanted})
+        tape.fresh = nodes
+        return tape
 
 
 def _forward_order(roots) -> list:
@@ -142,6 +164,17 @@ def _forward_order(roots) -> list:
     return order
 
 
+def kind_of(node) -> str:
+    """The type of a node: its name, behind that of its module where it is a torch.autograd.Function written in Python.
+
+    So a user's Function is never taken for an operation of PyTorch's, or of pgdfast's, that is called the same.
+    """
+    kind = type(node)
+    if issubclass(kind, BackwardCFunction):
+        return f"{getattr(kind, '_forward_cls', kind).__module__}.{kind.__name__}"
+    return kind.__name__
+
+
 def rule_of(node):
     """The rule of a node.
 
@@ -150,7 +183,7 @@ def rule_of(node):
     kind = type(node)
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
-        found = RULES.get(kind.__name__)
+        found = RULES.get(kind_of(node))
         if found is None:
             raise Fallback(kind.__name__)
         _RULE_OF_TYPE[kind] = found

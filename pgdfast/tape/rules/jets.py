@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 
 from ...kernels import native
-from .table import RULES, Rule
+from .table import RULES, Rule, plain
 
 
 def _read(node) -> tuple:
-    x, along, *parameters = node.saved_tensors
+    x, along, *parameters = map(plain, node.saved_tensors)
     stacks, kept = native.jet_chain(x, along, parameters, node.forms, node.weights, node.directions, keep=True)
     if along is not None:   # (K, in): derivatives that all points share
         stacks[0] = torch.cat([x, along.expand(x.shape[0], *along.shape)], 1)
@@ -85,4 +85,4 @@ def _runs(row) -> list[tuple[int, int]]:
     return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if row[a] != 0]
 
 
-RULES["JetChainBackward"] = Rule(jet_chain, (), _read)
+RULES["pgdfast.pde.chain.JetChainBackward"] = Rule(jet_chain, (), _read)

@@ -139,7 +139,7 @@ def mean_all(op, numel, sizes):
 
 @rule("MeanBackward1", saved="dim keepdim self_sym_sizes")
 def mean_dims(op, dims, keepdim, sizes):
-    dims = [signed(d) % len(sizes) for d in dims] or list(range(len(sizes)))
+    dims = [signed(d) % len(sizes) for d in dims if sizes] or list(range(len(sizes)))
     count = 1
     for d in dims:
         count *= sizes[d]

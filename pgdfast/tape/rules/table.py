@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
 
-    `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives what the rule takes, as a tuple.
+    `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives what the rule takes, as a tuple, its
+    tensors with their entries in memory.
     """
 
     apply: Callable
@@ -44,12 +46,21 @@ def _with_shape(read: Callable) -> Callable:
 
 
 def _reader(names: tuple[str, ...]) -> Callable:
-    if len(names) > 1:
-        return attrgetter(*names)
-    if names:
-        get = attrgetter(names[0])
-        return lambda node: (get(node),)
-    return lambda node: ()
+    return lambda node: tuple([plain(getattr(node, name)) for name in names])
+
+
+def is_lazy(value) -> bool:
+    """Say whether a tensor's memory does not hold its entries: negated or conjugated when read, or zero without memory."""
+    return isinstance(value, torch.Tensor) and (value.is_neg() or value.is_conj() or value._is_zerotensor())
+
+
+def plain(value):
+    """A saved value as it is; a tensor that `is_lazy` with memory of its own."""
+    if not is_lazy(value):
+        return value
+    if value._is_zerotensor():
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return value.resolve_neg().resolve_conj()
 
 
 def signed(dim: int) -> int:
