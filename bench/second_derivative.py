@@ -19,7 +19,6 @@ if __package__ in (None, ""):
 
 import pgdfast
 from bench import poisson_2d
-from pgdfast.globalize import Geodesic
 
 LEVELS = (1e-4, 1e-5, 1e-6)
 
@@ -31,11 +30,11 @@ class Exact:
     second: object
     ratio: float = 0.75
 
-    def take(self, trials, delta):
-        half = trials.correction(self.second(delta) / 2)
-        fits = 4 * trials.size(half) <= self.ratio * trials.size(delta)
+    def correct(self, model, delta):
+        half = model.correction(self.second(delta) / 2)
+        fits = 4 * model.size(half) <= self.ratio * model.size(delta)
         e = delta + half if fits else delta
-        return e, trials.at(e)
+        return e, (yield e)
 
 
 def second_derivative(net, residuals):
@@ -83,7 +82,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for rule in ("gain-ratio", "delayed"):
-        for name, acceleration in {"exact": "exact", **{f"h = {h:g}": Geodesic(h=h) for h in (1.0, 0.1, 0.01)}}.items():
+        for name, acceleration in {"exact": "exact", **{f"h = {h:g}": pgdfast.Geodesic(h=h) for h in (1.0, 0.1, 0.01)}}.items():
             runs = [run(seed, rule, acceleration, given.steps) for seed in range(given.seeds)]
             medians = (statistics.median(found.get(level, math.inf) for found in runs) for level in LEVELS)
             cells = (f"{level:.0e}: {steps:g}   " for level, steps in zip(LEVELS, medians, strict=True))

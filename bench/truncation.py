@@ -4,11 +4,14 @@ Full-batch GGN steps under "gain-ratio" from a small damping, both ways from the
 spent, losses evaluated, the loss after equal numbers of steps, and the loss once equal numbers of CG iterations are spent.
 """
 
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import pgdfast
+from pgdfast import backend
 
 STEPS, BUDGET = 12, 1000
 
@@ -61,7 +64,7 @@ def run(make, seed, truncate, damping):
     cg = pgdfast.CG(truncate=truncate)
     optimizer = pgdfast.LM(model.parameters(), damping=damping, solver="cg", cg=cg)
     solves, iterations, trials, truncated = 0, 0, 0, 0
-    solve = optimizer._backend.solve
+    solve = pgdfast.solve
 
     def counted(*arguments, **options):
         nonlocal solves, iterations
@@ -69,17 +72,17 @@ def run(make, seed, truncate, damping):
         solves, iterations = solves + 1, iterations + solution.iterations
         return solution
 
-    optimizer._backend.solve = counted
-    step, after_steps, after_budget = 0, None, None
-    while after_steps is None or after_budget is None:
-        optimizer.step(closure)
-        step += 1
-        trials += optimizer.report.trials
-        truncated += optimizer.report.solve_status == "truncated" and optimizer.report.status == "accepted"
-        if step == STEPS:
-            after_steps = solves, iterations, trials, truncated, float(closure().detach())
-        if iterations >= BUDGET and after_budget is None:
-            after_budget = float(closure().detach())
+    with mock.patch.object(backend, "solve", counted):
+        step, after_steps, after_budget = 0, None, None
+        while after_steps is None or after_budget is None:
+            optimizer.step(closure)
+            step += 1
+            trials += optimizer.report.trials
+            truncated += optimizer.report.solve_status == "truncated" and optimizer.report.status == "accepted"
+            if step == STEPS:
+                after_steps = solves, iterations, trials, truncated, float(closure().detach())
+            if iterations >= BUDGET and after_budget is None:
+                after_budget = float(closure().detach())
     return *after_steps, after_budget
 
 
