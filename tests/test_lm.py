@@ -235,7 +235,7 @@ def test_string_of_the_report():
     optimizer.step(closure)
     assert str(optimizer.report).startswith("accepted: loss ") and "cg (" in str(optimizer.report)
     assert set(optimizer.report.seconds) >= {"linearize", "solve", "trial"}
-    assert "pgdfast" not in repr(optimizer) or repr(optimizer)
+    assert repr(optimizer).startswith("LM (") and "lr: 1.0" in repr(optimizer)
 
 
 OPTIONS = {

@@ -1,13 +1,30 @@
 """The Jacobian of any twice-differentiable closure, without reading its tape.
 
 g(u) = J^T u is kept as a graph of u, so J v = d <g(u), v> / du. One product with J^T costs a backward pass, one with J
-about two more; the Jacobian's rows come one at a time.
+about two more; the Jacobian's rows come one at a time. Where a backward pass has no derivative of its own, J v takes the rows.
 """
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch.autograd.graph import GradientEdge
+
+# What autograd says where a backward pass cannot be differentiated.
+_NO_SECOND_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice|not differentiable")
+
+
+def double_backward(trace, params, dtype, result) -> DoubleBackward:
+    """The products of a trace without a program.
+
+    result: what the closure returned. Where code of the user's takes part in the backward, the products are checked.
+    Raises ValueError where a hook or a torch.autograd.Function does not act on gradients as a Jacobian does.
+    """
+    operator = DoubleBackward(trace.blocks, trace.edges, params, dtype)
+    if trace.foreign and operator.num_residuals:
+        _check(operator, trace, params, result)
+    return operator
 
 
 class DoubleBackward:
@@ -32,14 +49,14 @@ class DoubleBackward:
                 if edge is not None:
                     self._outputs.append(GradientEdge(*edge))
                     self._owner.append((k, 1.0 if i == 0 else -1.0))
-        self._probe = None
+        self._probe = self._rows = None
 
     def _pullback(self):
-        # Zero cotangents carry the graph of u -> J^T u; its value is never used.
+        # Cotangents of one carry the graph of u -> J^T u, whose value is never used; at zero some have no derivative.
         if self._probe is None:
             with torch.enable_grad():
                 self._cotangents = [
-                    torch.zeros(self._shapes[k], dtype=self._output_dtype(k), device=self._blocks[k].residual.device,
+                    torch.ones(self._shapes[k], dtype=self._output_dtype(k), device=self._blocks[k].residual.device,
                                 requires_grad=True)
                     for k, _ in self._owner
                 ]
@@ -53,6 +70,20 @@ class DoubleBackward:
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v, (M,)."""
+        if self._rows is None:
+            try:
+                return self._differentiated_twice(v)
+            except RuntimeError as error:   # NotImplementedError is one
+                if not _NO_SECOND_DERIVATIVE.search(str(error)):
+                    raise
+            self.take_rows()
+        return self._rows @ v
+
+    def take_rows(self) -> None:
+        """Products J v come from the rows of J from now on. Cost: M backward passes and M P numbers, once."""
+        self._rows = self.dense()
+
+    def _differentiated_twice(self, v: torch.Tensor) -> torch.Tensor:
         pulled, cotangents = self._pullback()
         parts = v.split([p.numel() for p in self._params])
         pairs = [
@@ -86,8 +117,41 @@ class DoubleBackward:
 
     def dense(self) -> torch.Tensor:
         """J, (M, P), row by row."""
+        if self._rows is not None:
+            return self._rows
         eye = torch.eye(self.num_residuals, dtype=self._dtype, device=self._params[0].device)
         return torch.stack([self.vjp(row) for row in eye]) if len(eye) else eye.new_empty(0, self.num_parameters)
+
+
+def _check(operator: DoubleBackward, trace, params, result) -> None:
+    """See that u -> J^T u is linear, has J v for its adjoint, and gives the loss's gradient; take rows for J v if need be."""
+    dtype, device = operator._dtype, trace.residual.device
+    tolerance = torch.finfo(dtype).eps ** 0.5
+    generator = torch.Generator().manual_seed(0)
+    u = trace.residual
+    w = torch.randn(u.numel(), generator=generator).to(u) * u.norm() / u.numel() ** 0.5
+    v = torch.randn(operator.num_parameters, generator=generator).to(device, dtype)
+    pulled, other, both = operator.vjp(u), operator.vjp(w), operator.vjp(2 * u + w)
+    size = 2 * pulled.norm() + other.norm()
+    if not (both - 2 * pulled - other).norm() <= tolerance * size:
+        raise ValueError(
+            f"pgdfast.LM: the backward of the closure's tape ({trace.missing}) is not linear in the gradient, so that there is "
+            "no Jacobian to step with; leave the hook or Function out under LM (norm_constraint bounds the length of steps)."
+        )
+    if isinstance(result, torch.Tensor) and result.dim() == 0:
+        found = torch.autograd.grad(result, params, retain_graph=True, allow_unused=True)
+        for k, (p, g, part) in enumerate(zip(params, found, pulled.split([p.numel() for p in params]), strict=True)):
+            expected = part.view_as(p) + trace.penalties.get(k, 0.0) * p.detach()
+            if not (expected - (0 if g is None else g)).norm() <= tolerance * (size + expected.norm()):
+                raise ValueError(
+                    f"pgdfast.LM: a hook ({trace.missing}) changes the gradient behind the residuals, in the loss's own "
+                    "operations or at a parameter with a penalty, where a least-squares step cannot follow; put the factor "
+                    "into the loss instead."
+                )
+    pushed = operator.jvp(v)
+    gap = (torch.dot(pushed, w) - torch.dot(v, other)).abs()
+    if not gap <= tolerance * torch.maximum(pushed.norm() * w.norm(), v.norm() * other.norm()):
+        operator.take_rows()
 
 
 def _scale(block, t: torch.Tensor) -> torch.Tensor:

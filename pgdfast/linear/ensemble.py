@@ -9,7 +9,7 @@ import torch
 
 from .. import kernels
 from ..tape import members
-from .double_backward import DoubleBackward
+from .double_backward import double_backward
 from .linearization import Linearization, Linearizer, Plan, wind_back
 
 
@@ -29,7 +29,7 @@ class EnsembleLinearizer(Linearizer):
         trace = self._tracer.trace(total)
         if trace.program is None:
             self._announce(trace.missing)
-            operator = DoubleBackward(trace.blocks, trace.edges, self.params, self._tracer.dtype)
+            operator = double_backward(trace, self.params, self._tracer.dtype, total)
             shapes = [block.residual.shape for block in trace.blocks]
             return EnsembleLinearization(self, trace, losses, operator, None, self._order(operator, shapes))
         plan = self._plan_of(trace)

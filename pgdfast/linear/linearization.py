@@ -13,7 +13,7 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .double_backward import DoubleBackward
+from .double_backward import double_backward
 from .rows import row_layout
 
 _announced: set[str] = set()
@@ -91,7 +91,7 @@ class Linearizer:
             )
         if trace.program is None:
             self._announce(trace.missing)
-            operator = DoubleBackward(trace.blocks, trace.edges, self.params, self._tracer.dtype)
+            operator = double_backward(trace, self.params, self._tracer.dtype, result)
             return Linearization(trace, self.params, operator, None, self._values_of(result))
         plan = self._plan_of(trace)
         return Linearization(trace, self.params, plan.kernels, plan, self._values_of(result))
@@ -333,7 +333,7 @@ def _depth_of_caller() -> int:
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
     if x.shape != (size,):
         raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
-    return x.detach().to(dtype).contiguous()
+    return x.detach().to(dtype).resolve_neg().contiguous()
 
 
 def linearize(closure, params, *, backend: str = "auto") -> Linearization:

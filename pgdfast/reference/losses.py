@@ -143,6 +143,10 @@ def _mean_squared_error(node: Node, cotangent: Tensor, varying: set[Node]) -> Bl
 
 def _weighted(edges: list, z: Tensor, weight: Tensor) -> Block:
     """L = sum weight * z^2, so r = sqrt(2 weight) z."""
+    if z.is_complex():
+        raise ValueError(
+            "pgdfast.reference: one of the loss's squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2"
+        )
     _require_nonnegative(weight, "the square")
     factor = (2 * weight).sqrt()
     return Block(_gradient_edges(edges), factor * z.detach(), lambda jac: factor[..., None] * jac)

@@ -67,9 +67,10 @@ class Softmax:
     def apply(self, op) -> None:
         """Write S^T, from outputs to residual, with the verbs of `op`."""
         shape = list(self.p.shape)
-        shape[self.dim] = 1
+        if shape:
+            shape[self.dim] = 1
         op.temporary("mean", shape)
-        op.sum(0, (self.dim,), True, c=self.p, out="mean")
+        op.sum(0, (self.dim,) if shape else None, True, c=self.p, out="mean")
         op.scale(0, self.root)
         op.scale("mean", -self.root)
 

@@ -180,7 +180,7 @@ class Record:
         constant = -1 if c is None else self._constant(self._collect.scale, i, c)
         x, y = self._input(i), self.output(out)
         shape = x.view.shape
-        dims = sorted(d % len(shape) for d in dims) if dims and shape else list(range(len(shape)))
+        dims = sorted(d % len(shape) for d in dims) if dims else list(range(len(shape)))
         view = y.view
         if not keepdim:
             for d in dims:

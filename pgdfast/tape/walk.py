@@ -43,7 +43,7 @@ class Structure:
         self.number, self.hooked = number, hooked
         index = {node: position for position, node in enumerate(nodes)}
         self.roots = [(index[edge.node], edge.output_nr) for edge in roots]
-        self.names = [type(node).__name__ for node in nodes]
+        self.names = [name_of(node) for node in nodes]
         self.kinds = [kind_of(node) for node in nodes]
         self.shapes = [[torch.Size(m.shape) for m in node._input_metadata] for node in nodes]
         self.leaf, self.active, self.edges = [], [], []
@@ -164,6 +164,12 @@ def _forward_order(roots) -> list:
     return order
 
 
+def name_of(node) -> str:
+    """The type of a node as autograd prints it; Functions written in C++ share one Python type, and have names of their own."""
+    name = type(node).__name__
+    return node.name() if name == "CppFunction" else name
+
+
 def kind_of(node) -> str:
     """The type of a node: its name, behind that of its module where it is a torch.autograd.Function written in Python.
 
@@ -185,7 +191,7 @@ def rule_of(node):
     if found is None:
         found = RULES.get(kind_of(node))
         if found is None:
-            raise Fallback(kind.__name__)
+            raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found
     return found
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand
+from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
 from pgdfast.linear import Linearizer
 from pgdfast.tape.rules import RULES
+from pgdfast.tape.walk import kind_of
 
 aten = torch.ops.aten
 C = rand(3, 4, seed=9)  # a constant
@@ -519,6 +520,14 @@ TAYLOR = {
 CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR
 
 
+# Backward passes that round a number to float32: 1 / alpha and 1 / 6. {name: (function, its derivative)}.
+INEXACT = {
+    "celu": (lambda x: F.celu(x, 1.3), lambda x: torch.where(x > 0, 1.0, torch.exp(x / 1.3))),
+    "celu in place": (lambda x: F.celu(1.0 * x, 1.3, inplace=True), lambda x: torch.where(x > 0, 1.0, torch.exp(x / 1.3))),
+    "hardsigmoid": (lambda x: F.hardsigmoid(4 * x), lambda x: ((4 * x).abs() < 3) * x.new_tensor(4 / 6)),
+}
+
+
 def problem(name):
     """A case's parameters and closure."""
     params = parameters((3, 4), (3, 4), (4,), (4, 5))
@@ -547,11 +556,24 @@ def operations(result):
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
-            seen[node] = type(node).__name__
+            seen[node] = kind_of(node)
             stack.extend(child for child, _ in node.next_functions)
     return set(seen.values()) - {"AccumulateGrad"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", INEXACT)
+def test_rule_has_the_exact_derivative(name, backend):
+    function, derivative = INEXACT[name]
+    x = torch.linspace(-2.1, 2.2, 24, dtype=torch.float64).requires_grad_()
+    linearizer = Linearizer([x], backend)
+    for _ in range(2):
+        assert relative(linearizer(lambda: function(x)).dense(), torch.diag(derivative(x.detach()))) < 1e-15
+
+
 def test_every_rule_is_exercised():
-    exercised = set().union(*(operations(problem(name)[0]()) for name in CASES))
+    x = torch.ones(2, requires_grad=True)
+    exercised = set().union(
+        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values())
+    )
     assert exercised == set(RULES), f"rules without a case: {sorted(set(RULES) - exercised)}"

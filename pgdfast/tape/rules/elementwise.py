@@ -86,7 +86,18 @@ def mish(op, x):
 
 @rule("CeluBackward0", saved="alpha self")
 def celu(op, alpha, x):
+    # PyTorch's own backward rounds 1 / alpha to float32, which puts it off by 1e-8 in float64.
     op.scale(0, torch.where(x > 0, 1.0, torch.exp(x / alpha)).to(x.dtype))
+
+
+@rule("CeluBackward1", saved="alpha result")
+def celu_in_place(op, alpha, y):
+    op.scale(0, torch.where(y > 0, 1.0, 1 + y / alpha).to(y.dtype))
+
+
+@rule("HardsigmoidBackward0", saved="self")
+def hardsigmoid(op, x):
+    op.scale(0, ((x > -3) & (x < 3)).to(x.dtype) / 6)
 
 
 @rule("EluBackward1", saved="alpha input_scale result scale")

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..program import UnsupportedStructure
-from .table import rule, signed
+from .table import reduced, rule, signed
 
 
 @rule("SoftmaxBackward0", "SafeSoftmaxBackward0", saved="dim result")
@@ -22,13 +22,13 @@ def log_softmax(op, dim, log_p):
 
 @rule("LogsumexpBackward0", saved="dim keepdim result self")
 def logsumexp(op, dims, keepdim, result, x):
-    dims = sorted(signed(d) % max(x.dim(), 1) for d in dims) or list(range(x.dim()))
+    dims = reduced(dims, x.dim())
     op.sum(0, dims, keepdim, c=torch.exp(x - _kept(result, dims, keepdim)))
 
 
 @rule("AmaxBackward0", "AminBackward0", saved="dim keepdim result self")
 def extremum(op, dims, keepdim, result, x):
-    dims = sorted(signed(d) % max(x.dim(), 1) for d in dims) or list(range(x.dim()))
+    dims = reduced(dims, x.dim())
     _shared(op, dims, keepdim, result, x)
 
 

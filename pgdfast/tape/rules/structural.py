@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import rule, signed
+from .table import reduced, rule, signed
 
 
 @rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", saved="self_sym_sizes")
@@ -90,7 +90,7 @@ def select_backward(op, dim, index):
 @rule("SplitBackward0", saved="dim split_size self_sym_sizes")
 def split(op, dim, size, sizes):
     dim = signed(dim) % len(sizes)
-    for k, start in enumerate(range(0, sizes[dim], size)):
+    for k, start in enumerate(range(0, max(sizes[dim], 1), max(size, 1))):   # of no elements there is one part
         op.view(0, lambda x, a=start: x.narrow(dim, a, min(size, sizes[dim] - a)), out=k)
 
 
@@ -129,7 +129,7 @@ def sum_all(op, sizes):
 
 @rule("SumBackward1", saved="dim keepdim self_sym_sizes")
 def sum_dims(op, dims, keepdim, sizes):
-    op.sum(0, [signed(d) for d in dims], keepdim)
+    op.sum(0, reduced(dims, len(sizes)), keepdim)
 
 
 @rule("MeanBackward0", saved="self_sym_numel self_sym_sizes")
@@ -139,7 +139,7 @@ def mean_all(op, numel, sizes):
 
 @rule("MeanBackward1", saved="dim keepdim self_sym_sizes")
 def mean_dims(op, dims, keepdim, sizes):
-    dims = [signed(d) % len(sizes) for d in dims if sizes] or list(range(len(sizes)))
+    dims = reduced(dims, len(sizes))
     count = 1
     for d in dims:
         count *= sizes[d]

@@ -63,6 +63,14 @@ def plain(value):
     return value.resolve_neg().resolve_conj()
 
 
+def reduced(dims, count: int) -> list[int]:
+    """The dimensions that a reduction of a tensor with `count` of them goes over, as autograd stored them: none means all.
+
+    A tensor without dimensions may be given one, 0 or -1, and has none to go over.
+    """
+    return sorted(signed(d) % count for d in dims if count) or list(range(count))
+
+
 def signed(dim: int) -> int:
     """A dimension that autograd stored as an unsigned 64-bit number, as the signed one it was."""
     return dim - (1 << 64) if dim >= 1 << 63 else dim
