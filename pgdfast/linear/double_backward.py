@@ -24,7 +24,7 @@ def double_backward(trace, params, dtype, result) -> DoubleBackward:
     Raises ValueError where a hook or a torch.autograd.Function does not act on gradients as a Jacobian does.
     """
     operator = DoubleBackward(trace.blocks, trace.edges, params, dtype)
-    if trace.foreign and operator.num_residuals:
+    if trace.foreign:
         _check(operator, trace, params, result)
     return operator
 
@@ -125,33 +125,42 @@ class DoubleBackward(Traits):
 
 def _check(operator: DoubleBackward, trace, params, result) -> None:
     """See that u -> J^T u is linear, has J v for its adjoint, and gives the loss's gradient; take rows for J v if need be."""
-    dtype, device = operator._dtype, trace.residual.device
-    tolerance = torch.finfo(dtype).eps ** 0.5
-    generator = torch.Generator().manual_seed(0)
+    tolerance = torch.finfo(operator._dtype).eps ** 0.5
+    if trace.residual.numel():
+        _check_products(operator, trace, tolerance)
+    if isinstance(result, torch.Tensor) and result.dim() == 0:
+        _check_gradient(operator, trace, params, result, tolerance)
+
+
+def _check_products(operator: DoubleBackward, trace, tolerance: float) -> None:
     u = trace.residual
+    generator = torch.Generator().manual_seed(0)
     w = torch.randn(u.numel(), generator=generator).to(u) * u.norm() / u.numel() ** 0.5
-    v = torch.randn(operator.num_parameters, generator=generator).to(device, dtype)
+    v = torch.randn(operator.num_parameters, generator=generator).to(u)
     pulled, other, both = operator.vjp(u), operator.vjp(w), operator.vjp(2 * u + w)
-    size = 2 * pulled.norm() + other.norm()
-    if not (both - 2 * pulled - other).norm() <= tolerance * size:
+    if not (both - 2 * pulled - other).norm() <= tolerance * (2 * pulled.norm() + other.norm()):
         raise ValueError(
             f"pgdfast.LM: the backward of the closure's tape ({trace.missing}) is not linear in the gradient, so that there is "
             "no Jacobian to step with; leave the hook or Function out under LM (norm_constraint bounds the length of steps)."
         )
-    if isinstance(result, torch.Tensor) and result.dim() == 0:
-        found = torch.autograd.grad(result, params, retain_graph=True, allow_unused=True)
-        for k, (p, g, part) in enumerate(zip(params, found, pulled.split([p.numel() for p in params]), strict=True)):
-            expected = part.view_as(p) + trace.penalties.get(k, 0.0) * p.detach()
-            if not (expected - (0 if g is None else g)).norm() <= tolerance * (size + expected.norm()):
-                raise ValueError(
-                    f"pgdfast.LM: a hook ({trace.missing}) changes the gradient behind the residuals, in the loss's own "
-                    "operations or at a parameter with a penalty, where a least-squares step cannot follow; put the factor "
-                    "into the loss instead."
-                )
     pushed = operator.jvp(v)
     gap = (torch.dot(pushed, w) - torch.dot(v, other)).abs()
     if not gap <= tolerance * torch.maximum(pushed.norm() * w.norm(), v.norm() * other.norm()):
         operator.take_rows()
+
+
+def _check_gradient(operator: DoubleBackward, trace, params, loss: torch.Tensor, tolerance: float) -> None:
+    """Raise ValueError where J^T r and the penalties' gradient are not autograd's own."""
+    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    u = trace.residual
+    pulled = operator.vjp(u) if u.numel() else u.new_zeros(operator.num_parameters)
+    for k, (p, g, part) in enumerate(zip(params, found, pulled.split([p.numel() for p in params]), strict=True)):
+        expected = part.view_as(p) + trace.penalties.get(k, 0.0) * p.detach()
+        if not (expected - (0 if g is None else g)).norm() <= tolerance * (pulled.norm() + expected.norm()):
+            raise ValueError(
+                f"pgdfast.LM: a hook ({trace.missing}) changes the gradient where a least-squares step cannot follow, in the "
+                "loss's own operations or at a parameter with a penalty; put the factor into the loss instead."
+            )
 
 
 def _scale(block, t: torch.Tensor) -> torch.Tensor:

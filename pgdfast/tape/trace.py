@@ -141,7 +141,7 @@ class Tracer:
             loss = result.detach()
         else:
             if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0])
+                self._refuse_loss_with_dimensions(tape, result, positions[0], waits)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -183,12 +183,12 @@ class Tracer:
         return tape
 
     @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position) -> None:
+    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, waits: bool) -> None:
         """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
         if result.numel() != 1 or position is None:
             return
         try:
-            form = losses.scalar_form(tape, position[0])
+            form = losses.scalar_form(tape, position[0], waits)
         except losses.UnrecognisedLoss:
             return
         if form.reduces(tape):
