@@ -175,6 +175,35 @@ def pinn():
     return list(model.parameters()), residuals
 
 
+def sine_fit(dtype=torch.float64, device="cpu", **options):
+    """(model, optimizer, closure) of a fit of a sine wave by a tanh network of two hidden layers."""
+    model = mlp(1, 20, 20, 1, dtype=dtype).to(device)
+    x = torch.linspace(-1, 1, 40, dtype=dtype, device=device)[:, None]
+    y = torch.sin(5 * x)
+    return model, pgdfast.LM(model.parameters(), **options), lambda: F.mse_loss(model(x), y)
+
+
+LOSSES = {   # a model and its inputs -> closure
+    "residuals": lambda m, x: lambda: (m(x), m(2 * x)[:3]),
+    "cross-entropy": lambda m, x: lambda: F.cross_entropy(m(x), torch.arange(12, device=x.device) % 3),
+    "weighted": lambda m, x: lambda: F.cross_entropy(
+        m(x), torch.arange(12, device=x.device) % 3, weight=1 + x[:3, 0].detach().abs(), ignore_index=1),
+    "logistic": lambda m, x: lambda: F.binary_cross_entropy_with_logits(
+        m(x), x.detach().abs().clamp_max(1)[:, :1].expand(12, 3), pos_weight=1 + x[0].detach().abs()[:1].expand(3)),
+    "penalty": lambda m, x: lambda: F.mse_loss(m(x), x[:, :1].expand(12, 3)) + sum(0.01 * (p**2).sum() for p in m.parameters()),
+    "on the device": lambda m, x: lambda: (m(x) ** 2).mean() * x.detach()[0, 0].abs(),
+    "pinn": lambda m, x: lambda: (gradient(m(x).sum(), x), m(x)[:2]),
+    "batch": lambda m, x: lambda: m(x) - m(x).mean(0),
+}
+
+
+def fit_by(name, device="cpu", **options):
+    """(optimizer, closure) of a fit under one of LOSSES."""
+    model = mlp(2, 9, 3).to(device)
+    x = rand(12, 2).to(device).requires_grad_(name == "pinn")
+    return pgdfast.LM(model.parameters(), **options), LOSSES[name](model, x)
+
+
 DRAWS = {
     "torch": lambda: torch.rand(8, 2, dtype=torch.float64),
     "torch normal": lambda: torch.randn(8, 2, dtype=torch.float64),

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from ..report import EnsembleReport, Report, advice, stall
-from ..solve import CG
+from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator
@@ -199,7 +199,7 @@ class HostStep:
         start, options, parameters = perf_counter(), self.options, self.parameters
         proposals, points = {}, {}
         for m in self.pending:
-            if options.rule.sweeps:
+            if isinstance(m.solution, Solutions):   # not where the best of them was shortened
                 proposals[m.number] = self._swept(m)
                 continue
             self._note(m, m.state.mu, m.solution)
@@ -245,7 +245,8 @@ class HostStep:
 
     def _predictions(self, m: Member):
         """(t -> predicted reduction, slope) along member m's step."""
-        return predictions(partial(self._problem.member, m.number), self.parameters, m.number, m.solution)
+        found = partial(predictions, partial(self._problem.member, m.number), self.parameters, m.number, m.solution)
+        return found() if self.parameters.one_rate(m.number) is not None else self._with_products(m, found)
 
     def _drive(self, proposals: dict[int, object]) -> None:
         """Run generators of trial points side by side: a round is one run of the closure, for all that still ask.
@@ -311,8 +312,11 @@ class HostStep:
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
         """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
-        self.members[0].report.trials += 1
-        return self.tools.evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
+        report, evaluator = self.members[0].report, self.tools.evaluator
+        if not evaluator.batches(self.closure):
+            return None
+        report.trials += 1
+        return evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
 
     def agrees(self, batched: float, alone: float) -> bool:
         """Whether a batched loss is the closure's own."""
@@ -376,9 +380,13 @@ class HostStep:
         self.pending = pending
 
     def _curvature(self, m: Member) -> float:
+        return self._with_products(m, partial(curvature, partial(self._problem.member, m.number), m.solution))
+
+    def _with_products(self, m: Member, find):
+        """find(), which takes products with member m's J: the member returns to theta for them."""
         self.parameters.back((m.number,))
         there = self._at_linearisation()
-        found = curvature(partial(self._problem.member, m.number), m.solution)
+        found = find()
         self.parameters.forward(there)
         return found
 

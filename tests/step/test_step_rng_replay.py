@@ -92,6 +92,56 @@ def test_steps_that_try_nothing_ask_for_nothing(monkeypatch):
     pgdfast.LM(params, damping_rule="constant").step(closure)
 
 
+FROM = {
+    "torch": lambda: int(torch.randint(1000, ())), "numpy": lambda: int(np.random.randint(1000)),
+    "python": lambda: random.randrange(1000),
+}
+
+
+class Batches:
+    """A closure by `__call__`, whose code all instances share; with a source, one that draws."""
+
+    def __init__(self, model, source):
+        self.model, self.source, self.seen = model, source, []
+
+    def __call__(self):
+        x = rand(8, 2, seed=0 if self.source is None else FROM[self.source]())
+        self.seen.append(x)
+        return self.model(x) - torch.sin(3 * x[:, :1])
+
+
+def function(model, source):
+    """A closure out of a factory, whose code is that of every other; its cells are not."""
+    made = Batches(model, source)
+
+    def closure():
+        return made()
+
+    closure.seen = made.seen
+    return closure
+
+
+@pytest.mark.parametrize("make", [Batches, function], ids=["instance", "function"])
+@pytest.mark.parametrize("source", FROM)
+@pytest.mark.parametrize("options", [{}, {"damping_rule": "sweep"}, {"acceleration": "chord"}], ids=str)
+def test_code_that_is_shared_tells_nothing_of_what_another_closure_draws(options, source, make):
+    """The first draws nothing, so nothing is learnt of numpy; the second, of the same code, draws, and its trials see the same."""
+    model = mlp(2, 6, 1)
+    still, drawing = make(model, None), make(model, source)
+    optimizer = pgdfast.LM(model.parameters(), damping=0.1, **options)
+    optimizer.step(still)
+    for k in range(3):
+        seed_all(k)
+        drawing()
+        after, drawn = generator_states(), drawing.seen.pop()
+        seed_all(k)
+        optimizer.step(drawing)
+        assert len(drawing.seen) == 1 + optimizer.report.trials >= 2 and all(torch.equal(x, drawn) for x in drawing.seen)
+        assert generator_states() == after
+        del drawing.seen[:]
+        optimizer.step(still)
+
+
 def test_closures_without_code_are_asked_every_time():
     source = np.random.mtrand.RandomState.random_sample
     made = RandomReplays().record(source, torch.device("cpu"))
