@@ -14,8 +14,20 @@ from .linear import check_stacked
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
-    HostStep, Parameters, StepOptions, StepTools, acceleration as chosen_acceleration, checked, checked_constraint,
-    checked_momentum, damping_rule as chosen_rule, each_of, joined, line_search as chosen_search, new_memory, out_of_memory,
+    HostStep,
+    Parameters,
+    StepOptions,
+    StepTools,
+    checked,
+    checked_constraint,
+    checked_momentum,
+    chosen_acceleration,
+    chosen_rule,
+    chosen_search,
+    each_of,
+    joined,
+    new_memory,
+    out_of_memory,
     share_of,
 )
 
@@ -191,6 +203,8 @@ class LM(torch.optim.Optimizer):
             mus = list(map(_DAMPING, memory["members"]))
         else:
             mus = self._scheduled(memory["step"])
+        if max(mus) > _FLOAT32:
+            _check_range(max(mus), params)
         return HostStep(self._options, tools, closure, rates, decays, memory, self.state, mus)
 
     def _trainable(self) -> tuple[list[torch.Tensor], list[list[float]], list[list[float]]]:
@@ -239,6 +253,19 @@ class LM(torch.optim.Optimizer):
         if not isinstance(mu, (int, float)) or not 0 <= mu < math.inf:
             raise ValueError(f"pgdfast.LM: damping at step {step} is {mu!r}; it must be finite and not negative.")
         return [float(mu)]
+
+
+_FLOAT32 = torch.finfo(torch.float32).max
+
+
+def _check_range(mu: float, params: list[torch.Tensor]) -> None:
+    """Raise ValueError for a mu that the parameters' type does not hold."""
+    for p in params:
+        if mu > torch.finfo(p.dtype).max:
+            raise ValueError(
+                f"pgdfast.LM: damping is {mu!r}, more than {str(p.dtype).removeprefix('torch.')} holds; nothing was changed. Use "
+                "a smaller damping, or a float64 model."
+            )
 
 
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:

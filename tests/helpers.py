@@ -1,16 +1,23 @@
 """The one comparison and the small problems that the tests share."""
 
+import io
+import itertools
 import math
+import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import pgdfast
 from pgdfast import reference
+from pgdfast.step import Parameters, Point
+from pgdfast.step.host import _CorrectedStep
 
 SOLVERS = ("dual", "primal", "cg", "lsmr", "eigh", "auto")
 BACKENDS = ("native", "torch")
+EVERYWHERE = (*BACKENDS, "reference")
 TIGHT = pgdfast.CG(max_iterations=20000, tolerance=1e-14)
 
 
@@ -154,6 +161,146 @@ def fit(dtype=torch.float64, seed=0):
     x, y = rand(12, 2, seed=1), rand(12, 1, seed=2)
     x, y = x.to(dtype), (torch.sin(3 * x[:, :1]) + y).to(dtype)
     return list(model.parameters()), lambda: F.mse_loss(model(x), y)
+
+
+def pinn():
+    """Residuals with a Laplacian and a second block: parameters and closure."""
+    model = mlp(2, 12, 1)
+    x, edge = rand(30, 2, seed=4).requires_grad_(), rand(8, 2, seed=5)
+
+    def residuals():
+        slope = gradient(model(x).sum(), x)
+        return sum(gradient(slope[:, d].sum(), x)[:, d] for d in range(2)) + torch.sin(3 * x[:, 0]), 3 * model(edge)[:, 0]
+
+    return list(model.parameters()), residuals
+
+
+def sine_fit(dtype=torch.float64, device="cpu", **options):
+    """(model, optimizer, closure) of a fit of a sine wave by a tanh network of two hidden layers."""
+    model = mlp(1, 20, 20, 1, dtype=dtype).to(device)
+    x = torch.linspace(-1, 1, 40, dtype=dtype, device=device)[:, None]
+    y = torch.sin(5 * x)
+    return model, pgdfast.LM(model.parameters(), **options), lambda: F.mse_loss(model(x), y)
+
+
+LOSSES = {   # a model and its inputs -> closure
+    "residuals": lambda m, x: lambda: (m(x), m(2 * x)[:3]),
+    "cross-entropy": lambda m, x: lambda: F.cross_entropy(m(x), torch.arange(12, device=x.device) % 3),
+    "weighted": lambda m, x: lambda: F.cross_entropy(
+        m(x), torch.arange(12, device=x.device) % 3, weight=1 + x[:3, 0].detach().abs(), ignore_index=1),
+    "logistic": lambda m, x: lambda: F.binary_cross_entropy_with_logits(
+        m(x), x.detach().abs().clamp_max(1)[:, :1].expand(12, 3), pos_weight=1 + x[0].detach().abs()[:1].expand(3)),
+    "penalty": lambda m, x: lambda: F.mse_loss(m(x), x[:, :1].expand(12, 3)) + sum(0.01 * (p**2).sum() for p in m.parameters()),
+    "on the device": lambda m, x: lambda: (m(x) ** 2).mean() * x.detach()[0, 0].abs(),
+    "pinn": lambda m, x: lambda: (gradient(m(x).sum(), x), m(x)[:2]),
+    "batch": lambda m, x: lambda: m(x) - m(x).mean(0),
+}
+
+
+def fit_by(name, device="cpu", **options):
+    """(optimizer, closure) of a fit under one of LOSSES."""
+    model = mlp(2, 9, 3).to(device)
+    x = rand(12, 2).to(device).requires_grad_(name == "pinn")
+    return pgdfast.LM(model.parameters(), **options), LOSSES[name](model, x)
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(8, 2, dtype=torch.float64),
+    "torch normal": lambda: torch.randn(8, 2, dtype=torch.float64),
+    "permutation": lambda: rand(20, 2)[torch.randperm(20)[:8]],
+    "numpy": lambda: torch.from_numpy(np.random.uniform(size=(8, 2))),
+    "numpy normal": lambda: torch.from_numpy(np.random.randn(8, 2)),
+    "python": lambda: torch.tensor([[random.random(), random.gauss(0, 1)] for _ in range(8)], dtype=torch.float64),
+}
+
+
+def resampled(source="torch", jump=0.0):
+    """A regression on points that every call draws, and a loss that trials find larger by a jump.
+
+    Returns the parameters, the closure, and the list of the points of all its calls.
+    """
+    model, seen = mlp(2, 6, 1), []
+    start = flat(model.parameters())
+
+    def closure():
+        x = DRAWS[source]()
+        seen.append(x)
+        moved = float(not torch.equal(flat(model.parameters()), start))
+        return torch.cat([model(x) - torch.sin(3 * x[:, :1]), torch.full((1, 1), jump * moved, dtype=x.dtype)])
+
+    return list(model.parameters()), closure, seen
+
+
+def seed_all(number=0):
+    """Seed the three generators that are replayed."""
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def generator_states():
+    """The states of the three generators, comparable with ==."""
+    name, words, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), (name, words.tobytes(), *rest)
+
+
+_numbers = itertools.count()
+
+
+def counted(closure):
+    """(function, list that grows with each of its runs). Its code equals no other: what is remembered of one stays there."""
+    runs = []
+    scope = {"closure": closure, "runs": runs}
+    exec(f"def run():\n    runs.append({next(_numbers)})\n    return closure()", scope)
+    return scope["run"], runs
+
+
+def momentum_of(optimizer):
+    """phi_(k-1) as the optimizer's state holds it, flat."""
+    return flat([optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]])
+
+
+def memory_of(optimizer):
+    """What the optimizer remembers beside its parameters: {"step": n, "members": [...]}."""
+    return next(values for values in optimizer.state.values() if "step" in values)
+
+
+def through_a_file(state):
+    """A state_dict that was saved and loaded, weights only."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+class Correcting:
+    """One network's step apart from an optimizer, as corrections see it; `at(e)` runs the closure at theta - e."""
+
+    def __init__(self, closure, params, lin, solution, rates=None):
+        self.lin, self.solution, self.count, self._closure = lin, solution, 0, closure
+        self.parameters = Parameters(params, None)
+        self.parameters.begin([rates or [1.0] * len(params)], None)
+        self.delta = self.parameters.scaled(0, solution.step)
+        self._model = _CorrectedStep(lin, solution, self.parameters, 0)
+        self.missed, self.correction, self.size = self._model.missed, self._model.correction, self._model.size
+
+    def at(self, e):
+        """The loss at theta - e, with the parameters back at theta."""
+        self.parameters.go({0: Point(e, displacement=True)})
+        loss, self._model.residual = self.lin.residual_at(self._closure)
+        self._model.tried, self.count = e, self.count + 1
+        self.parameters.all_back()
+        self.lin.parameters_unchanged()
+        return loss
+
+    def ended(self, acceleration):
+        """(e, loss) where a correction of the step ends."""
+        proposal, answer = acceleration.correct(self, self.delta), None
+        while True:
+            try:
+                answer = self.at(proposal.send(answer))
+            except StopIteration as end:
+                return end.value
 
 
 class Uphill:

@@ -2,14 +2,13 @@
 
 import copy
 import functools
-import io
 import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fit, mlp, perturb, rand, relative, snapshot, unchanged
+from helpers import fit, mlp, perturb, rand, relative, snapshot, through_a_file, unchanged
 
 import pgdfast
 from pgdfast import reference, spectra
@@ -208,13 +207,6 @@ def test_adding_a_group_is_refused_with_what_to_do():
 
 
 # --- state ----------------------------------------------------------------------------------------
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def outputs(params):

@@ -129,11 +129,11 @@ class _Again:
 
     def __init__(self, name, problem, again, rcond, options, wide, held):
         self._solve = lambda: choice.run(name, problem, options, rcond, wide, None, 0)[0].again
-        self._again, self._held = again, held
-        held[0] = self
+        self._again, self._held, self._mark = again, held, object()   # no cycle: it would keep the tape
+        held[0] = self._mark
 
     def __call__(self, u):
-        if self._held[0] is not self:
+        if self._held[0] is not self._mark:
             self._again = self._solve()
-            self._held[0] = self
+            self._held[0] = self._mark
         return self._again(u)

@@ -1,21 +1,21 @@
 """One step: damping rules, attempts and their verdict, corrections, line search, bit-exact undo."""
 
 from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
-from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, acceleration
+from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
 from .evaluate import Evaluator, half_square, out_of_memory
 from .host import HostStep, StepOptions, StepTools
-from .line_search import Armijo, LineSearch, line_search
+from .line_search import Armijo, LineSearch, chosen_search
 from .members import checked, each_of, joined, new_memory, share_of
 from .momentum import checked_constraint, checked_momentum
 from .parameters import Parameters, Point
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, damping_rule
+from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
 
 __all__ = [
     "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
     "RandomReplay", "State",
-    "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "acceleration", "advance", "checked", "checked_constraint",
-    "checked_momentum", "damping_rule", "each_of", "half_square", "joined", "judge", "line_search", "new_memory",
+    "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked", "checked_constraint",
+    "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of", "half_square", "joined", "judge", "new_memory",
     "out_of_memory", "share_of",
 ]

@@ -107,7 +107,7 @@ class Chord:
 ACCELERATIONS = {"geodesic": Geodesic, "chord": Chord}
 
 
-def acceleration(given) -> Acceleration | None:
+def chosen_acceleration(given) -> Acceleration | None:
     """None, the acceleration of a name, or the given object if it has `correct`.
 
     Raises ValueError for an unknown name, TypeError for an object without `correct`.

@@ -55,19 +55,21 @@ class Evaluator:
         finally:
             replay.finish()
 
+    def batches(self, closure) -> bool:
+        """Whether `batched` may be tried on this closure."""
+        code = code_of(closure)
+        return code is not None and code not in self._one_by_one
+
     def batched(self, closure, params, displacements, replay: RandomReplay) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where they must be found apart.
 
         One run of the closure under torch.func.vmap, on K times the numbers. Closures that vmap refuses (.item(), branches on
         data, operations without a rule) are remembered; a lack of memory is not.
         """
-        code = code_of(closure)
-        if code is None or code in self._one_by_one:
-            return None
         rows = torch.stack(displacements)
         with torch.no_grad():
             parts = rows.split([p.numel() for p in params], dim=1)
-            points = [p.detach() - part.reshape(-1, *p.shape).to(p.dtype) for p, part in zip(params, parts, strict=True)]
+            points = [p.detach() - part.reshape(len(rows), *p.shape).to(p.dtype) for p, part in zip(params, parts, strict=True)]
 
         def loss(*points):
             with Substituted(params, points), torch.enable_grad():
@@ -83,7 +85,7 @@ class Evaluator:
                 found = torch.func.vmap(loss, randomness="same")(*points).double().tolist()
         except Exception as error:   # noqa: BLE001 - what the closure itself raises, it raises again point by point
             if not out_of_memory(error):
-                self._one_by_one.add(code)
+                self._one_by_one.add(code_of(closure))
             return None
         finally:
             replay.finish()

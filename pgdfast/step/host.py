@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from ..report import EnsembleReport, Report, advice, stall
-from ..solve import CG
+from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator
@@ -197,7 +197,7 @@ class HostStep:
         start, options, parameters = perf_counter(), self.options, self.parameters
         proposals, points = {}, {}
         for m in self.pending:
-            if options.rule.sweeps:
+            if isinstance(m.solution, Solutions):   # not where the best of them was shortened
                 proposals[m.number] = self._swept(m)
                 continue
             self._note(m, m.state.mu, m.solution)
@@ -239,7 +239,8 @@ class HostStep:
         """The predicted reduction at theta - t d, d the step times its learning rates."""
         rate = self.parameters.one_rate(m.number)
         if rate is None:
-            return predicted_reduction(self._problem.member(m.number), self.parameters.scaled(m.number, m.solution.step), t)
+            direction = self.parameters.scaled(m.number, m.solution.step)
+            return self._with_products(m, lambda: predicted_reduction(self._problem.member(m.number), direction, t))
         reduction = m.solution.reduction(rate * t)
         # Up to a rate of 2 and without a prior only rounding makes this negative.
         return max(reduction, 0.0) if m.prior is None and rate <= 2 else reduction
@@ -308,7 +309,9 @@ class HostStep:
             answer = losses[last] = yield Point(m.solution.step, last)
         if t is not None and t != last:   # the parameters stand at the last one tried
             losses[t] = yield Point(m.solution.step, t)
-        return self._trial(m, m.report.loss if t is None else losses[t], self._predicted(m, t or 1.0), t is not None), None
+        # Products with J may call the parameters back: they go there again.
+        settled = None if rate is not None or t is None else Point(m.solution.step, t)
+        return self._trial(m, m.report.loss if t is None else losses[t], self._predicted(m, t or 1.0), t is not None), settled
 
     def _swept(self, m: Member):
         """The best of several dampings' steps."""
@@ -321,8 +324,11 @@ class HostStep:
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
         """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
-        self.members[0].report.trials += 1
-        return self.tools.evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
+        report, evaluator = self.members[0].report, self.tools.evaluator
+        if not evaluator.batches(self.closure):
+            return None
+        report.trials += 1
+        return evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
 
     def agrees(self, batched: float, alone: float) -> bool:
         """Whether a batched loss is the closure's own."""
@@ -387,9 +393,13 @@ class HostStep:
         self.pending = pending
 
     def _curvature(self, m: Member) -> float:
+        return self._with_products(m, partial(curvature, partial(self._problem.member, m.number), m.solution))
+
+    def _with_products(self, m: Member, find):
+        """find(), which takes products with member m's J: the member returns to theta for them."""
         self.parameters.back((m.number,))
         there = self._at_linearisation() if self.parameters.touched else None
-        found = curvature(partial(self._problem.member, m.number), m.solution)
+        found = find()
         self.parameters.forward(there)
         return found
 

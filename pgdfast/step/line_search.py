@@ -39,7 +39,7 @@ class Armijo:
         return None
 
 
-def line_search(search) -> LineSearch | None:
+def chosen_search(search) -> LineSearch | None:
     """None, the search of a name, or the given object if it has `search`.
 
     Raises ValueError for an unknown name, TypeError for an object without `search`.

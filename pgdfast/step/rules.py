@@ -32,7 +32,7 @@ def is_zero(mu) -> bool:
 
 
 def raised(mu, factor, curvature: Callable[[], float]):
-    """mu times a factor; where mu is 0, the model's curvature along the step, which is the scale of mu."""
+    """Mu times a factor; where mu is 0, the model's curvature along the step, which is the scale of mu."""
     return bounded(curvature(), SMALLEST, LARGEST) if is_zero(mu) else bounded(mu * factor, 0.0, LARGEST)
 
 
@@ -185,7 +185,7 @@ class Sweep(DampingRule):
 RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "sweep": Sweep}
 
 
-def damping_rule(rule) -> DampingRule:
+def chosen_rule(rule) -> DampingRule:
     """The rule of a name, or the given one.
 
     Raises ValueError for an unknown name and TypeError for an object that is no DampingRule.

@@ -1,20 +1,30 @@
 """The sweep: several dampings a step, the best taken, their losses from one run of the closure where it allows that."""
 
 import copy
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SOLVERS, Uphill, fit, flat, linear_problem, mlp, rand, relative, snapshot, unchanged
+from helpers import (
+    EVERYWHERE,
+    SOLVERS,
+    Uphill,
+    counted,
+    fit,
+    flat,
+    linear_problem,
+    mlp,
+    rand,
+    relative,
+    snapshot,
+    through_a_file,
+    unchanged,
+)
 from torch import nn
 
 import pgdfast
-from pgdfast.globalize import Sweep
-
-NUMBERS = itertools.count()
-EVERYWHERE = ("native", "torch", "reference")
+from pgdfast import Sweep
 
 
 class Counted:
@@ -26,14 +36,6 @@ class Counted:
     def __call__(self):
         self.runs += 1
         return self._closure()
-
-
-def counted(closure):
-    """A function, whose code equals no other: what is remembered of one test does not reach another."""
-    runs = []
-    scope = {"closure": closure, "runs": runs}
-    exec(f"def run():\n    runs.append({next(NUMBERS)})\n    return closure()", scope)
-    return scope["run"], runs
 
 
 def wavy(dtype=torch.float64):
@@ -152,7 +154,7 @@ def test_uphill_everywhere_is_undone_and_raises_mu_beyond_all(backend):
     report = optimizer.report
     assert torch.equal(closure.w, closure.start) and report.status == "rejected" and report.attempts == 12
     assert report.next_damping == 10.0   # ten times that of the step's beginning
-    assert Sweep().dampings(Sweep().rejected(10.0, -1.0, 1.0))[0] > 10.0
+    assert Sweep().dampings(Sweep().rejected(10.0, {}, -1.0, lambda: 1.0)[0])[0] > 10.0
 
 
 def test_gauss_newton_is_tried_alone():
@@ -306,7 +308,7 @@ def test_closures_without_code_run_point_by_point():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_resumes_bit_for_bit(dtype, tmp_path):
+def test_resumes_bit_for_bit(dtype):
     def make(model):
         return pgdfast.LM(model.parameters(), damping=0.1, damping_rule="sweep", momentum=0.5, scaling="marquardt", lr=0.7)
 
@@ -321,10 +323,10 @@ def test_resumes_bit_for_bit(dtype, tmp_path):
     optimizer = make(model)
     torch.manual_seed(1)
     steps(model, optimizer)
-    torch.save(optimizer.state_dict(), tmp_path / "state")
+    state = through_a_file(optimizer.state_dict())
     twin, generator = copy.deepcopy(model), torch.get_rng_state()
     resumed = make(twin)
-    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    resumed.load_state_dict(state)
     pair = copy.deepcopy((model, optimizer))
     expected = steps(model, optimizer)
     for again in ((twin, resumed), pair):

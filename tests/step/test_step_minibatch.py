@@ -7,12 +7,12 @@ import torch
 from helpers import mlp, rand
 
 import pgdfast
-from pgdfast.globalize import Delayed, GainRatio
+from pgdfast import Delayed, GainRatio
 
 STEPS = 150
 
 
-def pinn(seed):
+def resampled_pinn(seed):
     """The Poisson equation on the unit square on 20 + 10 new points a call: parameters, closure, error."""
     net, points = mlp(2, 16, 16, 1, seed=seed), rand(500, 2, seed=3).abs() % 1
 
@@ -31,7 +31,7 @@ def pinn(seed):
 
 def train(seed, **options):
     """Logarithm of the mean error over the last third of the steps, and every mu."""
-    params, closure, error = pinn(seed)
+    params, closure, error = resampled_pinn(seed)
     optimizer = pgdfast.LM(params, lr=0.1, **options)
     torch.manual_seed(seed)
     errors, damping = [], []

@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import RULES, Uphill, fit, flat, rand, relative, snapshot, unchanged
+from helpers import EVERYWHERE, RULES, Uphill, fit, flat, memory_of, rand, relative, snapshot, unchanged
 
 import pgdfast
 from pgdfast import reference
-
-BACKENDS = ("native", "torch", "reference")
-
 
 # --- damping rules --------------------------------------------------------------------------------
 
@@ -105,34 +102,45 @@ def test_damping_zero_grows_out_of_zero_where_it_must(rule):
     assert losses[-1] < losses[0] and math.isfinite(optimizer.report.next_damping)
 
 
-class Fixed:
+class Fixed(pgdfast.DampingRule):
     """A user's own rule."""
 
-    tries = True
+    def accepted(self, mu, memory, rho):
+        return mu / 3, memory
 
-    def accepted(self, mu, rho):
-        return mu / 3
+    def rejected(self, mu, memory, rho, curvature):
+        return 7 * mu, memory
 
-    def rejected(self, mu, rho, curvature):
-        return 7 * mu
 
-    invalid = rejected
+class Counted(Fixed):
+    """A user's own rule that remembers a number."""
 
-    def exhausted(self, mu):
-        return 10 * mu
+    def memory(self):
+        return {"accepted": 0.0}
 
-    def state_dict(self):
-        return {}
+    def accepted(self, mu, memory, rho):
+        return mu / 3, {"accepted": memory["accepted"] + 1}
 
-    def load_state_dict(self, state):
-        pass
+
+class Half:
+    """A user's own search."""
+
+    def search(self, loss, slope):
+        yield 0.5
+        return 0.5
+
+
+class Shortest:
+    """A search that does not end where it last looked."""
+
+    def search(self, loss, slope):
+        seen = {}
+        for t in (1.0, 0.5, 0.25):
+            seen[t] = yield t
+        return min(seen, key=seen.get)
 
 
 def test_own_rule_and_own_search():
-    class Half:
-        def search(self, evaluate, loss, slope):
-            return 0.5, evaluate(0.5), 1
-
     params, closure = fit()
     before, delta = flat(params), reference.solve(reference.linearize(closure, params), 0.3).step
     optimizer = pgdfast.LM(params, damping=0.3, damping_rule=Fixed(), line_search=Half())
@@ -141,11 +149,38 @@ def test_own_rule_and_own_search():
     assert optimizer.report.next_damping == 0.3 / 3 and optimizer.report.line_search == 0.5
 
 
+def test_what_a_rule_remembers_is_the_optimizers():
+    """One rule object serves two runs, and its memory goes on from a state_dict."""
+    rule, optimizers = Counted(), []
+    for _ in range(2):
+        params, closure = fit()
+        optimizers.append((pgdfast.LM(params, damping=0.3, damping_rule=rule), closure))
+    (first, closure), (second, other) = optimizers
+    for _ in range(3):
+        first.step(closure)
+    second.step(other)
+    assert memory_of(first)["members"][0]["rule"] == {"accepted": 3.0}
+    assert memory_of(second)["members"][0]["rule"] == {"accepted": 1.0} and vars(rule) == {}
+    second.load_state_dict(first.state_dict())
+    second.step(other)
+    assert memory_of(second)["members"][0]["rule"] == {"accepted": 4.0}
+
+
+def test_a_search_may_end_where_it_looked_before():
+    params, closure = fit()
+    before, delta = flat(params), reference.solve(reference.linearize(closure, params), 0.3).step
+    optimizer = pgdfast.LM(params, damping=0.3, line_search=Shortest())
+    optimizer.step(closure)
+    report = optimizer.report
+    assert report.status == "accepted" and report.line_search == 1.0 and report.trials == 4
+    assert relative(before - flat(params), delta) < 1e-9 and report.loss_after == closure().item()
+
+
 # --- acceptance, undo, failure --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("search", [None, "armijo"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_uphill_is_undone_bit_for_bit(rule, backend, search, decay):
@@ -192,7 +227,7 @@ def test_armijo_halves_until_the_decrease_suffices():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_not_a_number_at_the_start(rule, backend):
     params, closure = fit()
     params[1].data[0] = math.nan
@@ -266,12 +301,15 @@ def test_recovers_after_a_step_where_nothing_descended(rule):
 
 
 def test_stalled_at_the_minimum():
+    """With the loss at 3/2, steps soon promise less than its rounding; then w is small, and mu no longer moves."""
     w = rand(4).requires_grad_()
-    optimizer = pgdfast.LM([w], damping=1e-3)
+    optimizer, seen = pgdfast.LM([w], damping=1e-3), []
     for _ in range(60):
         optimizer.step(lambda: torch.cat([w, torch.ones(3).double()]))
-    assert w.norm() < 1e-7
-    assert optimizer.report.status == "stalled" and "rounding level" in optimizer.report.advice
+        seen.append(optimizer.report.status)
+    assert w.norm() < 1e-7 and optimizer.report.loss_after == 1.5
+    assert seen == ["accepted"] * seen.index("stalled") + ["stalled"] * (60 - seen.index("stalled"))
+    assert "rounding level: converged for float64" in optimizer.report.advice
 
 
 def test_failed_factorisation_raises_mu_and_says_so():

@@ -3,17 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, SOLVERS, TIGHT, Uphill, fit, flat, mlp, rand, relative, snapshot, unchanged
+from helpers import (
+    BACKENDS,
+    EVERYWHERE,
+    SOLVERS,
+    TIGHT,
+    Uphill,
+    fit,
+    flat,
+    memory_of,
+    mlp,
+    momentum_of,
+    rand,
+    relative,
+    snapshot,
+    through_a_file,
+    unchanged,
+)
 
 import pgdfast
 from pgdfast import reference
-
-EVERYWHERE = (*BACKENDS, "reference")
-
-
-def momentum_of(optimizer):
-    """phi_(k-1) as the optimizer's state holds it, flat."""
-    return flat([optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]])
 
 
 def dense_step(ref, mu, prior, D=1.0):
@@ -151,11 +160,17 @@ def test_rejected_momentum_is_dropped_at_the_same_damping(rule, search):
 def test_steps_that_are_not_taken_leave_no_momentum():
     closure = Uphill()
     optimizer = pgdfast.LM([closure.w], damping=1.0, momentum=0.9)
-    optimizer.state[closure.w]["momentum"] = torch.ones_like(closure.w)
-    optimizer._memory()
+    closure.jump = -0.1   # the first step is taken
+    optimizer.step(closure)
+    assert optimizer.report.status == "accepted" and memory_of(optimizer)["members"][0]["momentum"]
+    closure.start, closure.jump = closure.w.detach().clone(), 100.0
     optimizer.step(closure)
     assert optimizer.report.status == "rejected" and torch.equal(closure.w, closure.start)
-    assert "momentum" not in optimizer.state[closure.w]
+    assert not memory_of(optimizer)["members"][0]["momentum"]
+    closure.jump = 0.0
+    step = reference.solve(reference.linearize(closure, [closure.w]), optimizer.report.next_damping).step
+    optimizer.step(closure)
+    assert optimizer.report.momentum == 0.0 and relative(momentum_of(optimizer), step) < 1e-9
 
 
 def test_parameters_that_join_begin_without_momentum():
@@ -171,7 +186,7 @@ def test_parameters_that_join_begin_without_momentum():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", ["constant", "gain-ratio", "delayed"])
-def test_resuming_with_momentum_is_bit_for_bit(rule, dtype, tmp_path):
+def test_resuming_with_momentum_is_bit_for_bit(rule, dtype):
     def make(params):
         return pgdfast.LM(params, damping=0.3, damping_rule=rule, momentum=0.9, norm_constraint=0.05, scaling="marquardt")
 
@@ -180,14 +195,14 @@ def test_resuming_with_momentum_is_bit_for_bit(rule, dtype, tmp_path):
     for _ in range(4):
         optimizer.step(closure)
     saved = snapshot(params)
-    torch.save(optimizer.state_dict(), tmp_path / "state")
+    state = through_a_file(optimizer.state_dict())
     for _ in range(4):
         optimizer.step(closure)
     others, closure = fit(dtype)
     for p, q in zip(others, saved, strict=True):
         p.data.copy_(q)
     resumed = make(others)
-    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    resumed.load_state_dict(state)
     for _ in range(4):
         resumed.step(closure)
     assert unchanged(params, [p.detach() for p in others])

@@ -5,43 +5,43 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BACKENDS, TIGHT, Uphill, fit, flat, mlp, rand, relative, snapshot, unchanged
+from helpers import (
+    BACKENDS,
+    EVERYWHERE,
+    TIGHT,
+    Correcting,
+    Uphill,
+    fit,
+    flat,
+    memory_of,
+    mlp,
+    momentum_of,
+    rand,
+    relative,
+    resampled,
+    snapshot,
+    through_a_file,
+    unchanged,
+)
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.globalize import ACCELERATIONS, Chord, Generators, Move, Trials
 from pgdfast.linear import Linearizer
+from pgdfast.step import ACCELERATIONS, Chord, MovedGenerators, Point, RandomReplay
 
-EVERYWHERE = (*BACKENDS, "reference")
 EVERYTHING = dict(damping=0.3, momentum=0.8, norm_constraint=0.05, scaling="marquardt")
-
-
-def resampled():
-    """A network's parameters, its residuals on points that every call draws, and the points of all calls."""
-    model, seen = mlp(2, 6, 1), []
-
-    def closure():
-        x = torch.rand(12, 2, dtype=torch.float64)
-        seen.append(x)
-        return model(x) - torch.sin(3 * x[:, :1])
-
-    return list(model.parameters()), closure, seen
 
 
 class Round:
     """An acceleration of one's own: one chord round, wherever it leads."""
 
-    def take(self, trials, delta):
-        trials.at(delta)
-        e = delta + trials.correction(trials.missed())
-        return e, trials.at(e)
+    def correct(self, model, delta):
+        yield delta
+        e = delta + model.correction(model.missed())
+        return e, (yield e)
 
 
 BENT = {"geodesic": "geodesic", "own": Round()}
-
-
-def momentum_of(optimizer):
-    return flat([optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]])
 
 
 @pytest.mark.parametrize("solver", ["dual", "primal", "eigh", "cg", "lsmr"])
@@ -58,7 +58,7 @@ def test_corrections_leave_the_prior_out(solver, penalty):
         A = J.T @ J + torch.diag(0.1 * D + (lin.penalty if penalty else 0.0))
         found = pgdfast.solve(lin, 0.1, scale=D, solver=solver, cg=TIGHT, prior=p)
         assert relative(A @ found.step, lin.gradient() + 0.1 * D * p) < 1e-9
-        assert relative(found.again(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
+        assert relative(found.solve_with_same_factor(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
 
 
 def test_a_failed_solve_corrects_nothing():
@@ -66,28 +66,34 @@ def test_a_failed_solve_corrects_nothing():
     lin = pgdfast.linearize(closure, params)
     found = replace(pgdfast.solve(lin, 0.1), status="not_positive_definite")
     with pytest.raises(RuntimeError, match="ended as 'not_positive_definite' and left no factor; solve at a larger damping"):
-        found.again(lin.residual)
+        found.solve_with_same_factor(lin.residual)
     empty = pgdfast.linearize(lambda: params[0][:0], params)
-    assert torch.equal(pgdfast.solve(empty, 0.1).again(empty.residual), torch.zeros(25, dtype=torch.float64))
+    assert torch.equal(pgdfast.solve(empty, 0.1).solve_with_same_factor(empty.residual), torch.zeros(25, dtype=torch.float64))
 
 
 def test_chord_with_a_prior_ends_where_the_damped_problem_is_solved():
     """Its fixed point has J^T r(theta - e) = mu (e - p): the damping pulls to p, on the true residual."""
     params, closure, _ = resampled()
     torch.manual_seed(0)
-    draws = Generators().draws(closure, params[0].device)
+    replay = RandomReplay(MovedGenerators(), closure, params[0].device)
     lin, p = Linearizer(params)(closure), 0.05 * rand(25, seed=3)
-    solution = pgdfast.solve(lin, 5.0, prior=p)
-    move = Move(params, [1.0] * len(params))
-    move.save()
-    e, _ = Chord(rounds=100, factor=1.0).take(Trials(closure, lin, draws, move).of(solution), solution.step)
-    move.shift(e)
-    with draws:
-        residual = closure().detach().reshape(-1)
-    move.undo()
+    replay.linearised()
+
+    def replayed():
+        replay.rewind()
+        try:
+            return closure()
+        finally:
+            replay.finish()
+
+    step = Correcting(replayed, params, lin, pgdfast.solve(lin, 5.0, prior=p))
+    e, _ = step.ended(Chord(rounds=100, factor=1.0))
+    step.parameters.go({0: Point(e, displacement=True)})
+    residual = replayed().detach().reshape(-1)
+    step.parameters.all_back()
     lin.parameters_unchanged()
     assert relative(lin.vjp(residual), 5.0 * (e - p)) < 1e-3
-    assert relative(solution.step, e) > 1e-3
+    assert relative(step.delta, e) > 1e-3
 
 
 @pytest.mark.parametrize("name", BENT)
@@ -211,13 +217,13 @@ def test_uphill_is_undone_and_leaves_no_momentum(name):
     closure = Uphill()
     optimizer = pgdfast.LM([closure.w], damping=1.0, momentum=0.9, acceleration=name, norm_constraint=1.0)
     optimizer.step(closure)
-    assert torch.equal(closure.w, closure.start) and "momentum" not in optimizer.state[closure.w]
+    assert torch.equal(closure.w, closure.start) and not memory_of(optimizer)["members"][0]["momentum"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", ["constant", "gain-ratio", "delayed"])
 @pytest.mark.parametrize("how", ["state_dict", "copy"])
-def test_runs_go_on_bit_for_bit(how, rule, dtype, tmp_path):
+def test_runs_go_on_bit_for_bit(how, rule, dtype):
     """Saved to a file and loaded, or copied with the model; on batches that go on from the same generator."""
 
     def make(model):
@@ -238,10 +244,9 @@ def test_runs_go_on_bit_for_bit(how, rule, dtype, tmp_path):
     if how == "copy":
         twin, resumed = copy.deepcopy((model, optimizer))
     else:
-        torch.save(optimizer.state_dict(), tmp_path / "state")
         twin = copy.deepcopy(model)
         resumed = make(twin)
-        resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     expected = steps(model, optimizer)
     torch.set_rng_state(generator)
     assert all(torch.equal(a, b) for a, b in zip(steps(twin, resumed), expected, strict=True))

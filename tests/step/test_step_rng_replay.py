@@ -6,57 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import flat, mlp, rand
+from helpers import DRAWS, EVERYWHERE, generator_states, mlp, rand, resampled, seed_all
 from torch import nn
 
 import pgdfast
-from pgdfast.globalize import Generators, draws
-
-BACKENDS = ("native", "torch", "reference")
-SOURCES = {
-    "torch": lambda: torch.rand(8, 2, dtype=torch.float64),
-    "torch normal": lambda: torch.randn(8, 2, dtype=torch.float64),
-    "permutation": lambda: rand(20, 2)[torch.randperm(20)[:8]],
-    "numpy": lambda: torch.from_numpy(np.random.uniform(size=(8, 2))),
-    "numpy normal": lambda: torch.from_numpy(np.random.randn(8, 2)),
-    "python": lambda: torch.tensor([[random.random(), random.gauss(0, 1)] for _ in range(8)], dtype=torch.float64),
-}
+from pgdfast.step import MovedGenerators, RandomReplay, rng_replay
 
 
-def seed(number=0):
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
-
-
-def states():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def same(a, b):
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and np.array_equal(a[2][1], b[2][1]) and a[2][2:] == b[2][2:]
-
-
-def resampled(source, jump=0.0):
-    """A regression on points that every call draws, its batches, and a loss that trials find larger by a jump."""
-    model, seen = mlp(2, 6, 1), []
-    start = flat(model.parameters())
-
-    def closure():
-        x = SOURCES[source]()
-        seen.append(x)
-        moved = float(not torch.equal(flat(model.parameters()), start))
-        return torch.cat([model(x) - torch.sin(3 * x[:, :1]), torch.full((1, 1), jump * moved, dtype=x.dtype)])
-
-    return list(model.parameters()), closure, seen
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("source", DRAWS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_trials_see_the_batch_of_the_linearisation(backend, source):
     params, closure, seen = resampled(source)
     optimizer = pgdfast.LM(params, damping=0.1, line_search="armijo", backend=backend)
-    seed()
+    seed_all()
     for _ in range(4):
         del seen[:]
         optimizer.step(closure)
@@ -67,18 +29,18 @@ def test_trials_see_the_batch_of_the_linearisation(backend, source):
 
 
 @pytest.mark.parametrize("jump", [0.0, 100.0])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", DRAWS)
 def test_generators_end_where_one_evaluation_leaves_them(source, jump):
     for k in range(3):
         params, closure, _ = resampled(source, jump)
         optimizer = pgdfast.LM(params, damping=0.1)
-        seed(k)
+        seed_all(k)
         closure()
-        expected = states()
-        seed(k)
+        expected = generator_states()
+        seed_all(k)
         optimizer.step(closure)
         assert optimizer.report.trials > 1 or not jump
-        assert same(states(), expected)
+        assert generator_states() == expected
 
 
 def test_dropout_keeps_its_mask_at_the_trial():
@@ -117,7 +79,7 @@ def test_states_that_are_dear_to_ask_for_are_asked_once(monkeypatch):
     asked = []
     params, closure, _ = resampled("torch")
     get = random.getstate
-    monkeypatch.setattr(draws._Python, "get", staticmethod(lambda: asked.append(1) or get()))
+    monkeypatch.setattr(rng_replay._Python, "get", staticmethod(lambda: asked.append(1) or get()))
     optimizer = pgdfast.LM(params, damping=0.1)
     for _ in range(3):
         optimizer.step(closure)
@@ -126,13 +88,63 @@ def test_states_that_are_dear_to_ask_for_are_asked_once(monkeypatch):
 
 def test_steps_that_try_nothing_ask_for_nothing(monkeypatch):
     params, closure, _ = resampled("torch")
-    monkeypatch.setattr(Generators, "draws", lambda *_: pytest.fail("a constant step has no trial"))
+    monkeypatch.setattr(RandomReplay, "__init__", lambda *_: pytest.fail("a constant step has no trial"))
     pgdfast.LM(params, damping_rule="constant").step(closure)
+
+
+FROM = {
+    "torch": lambda: int(torch.randint(1000, ())), "numpy": lambda: int(np.random.randint(1000)),
+    "python": lambda: random.randrange(1000),
+}
+
+
+class Batches:
+    """A closure by `__call__`, whose code all instances share; with a source, one that draws."""
+
+    def __init__(self, model, source):
+        self.model, self.source, self.seen = model, source, []
+
+    def __call__(self):
+        x = rand(8, 2, seed=0 if self.source is None else FROM[self.source]())
+        self.seen.append(x)
+        return self.model(x) - torch.sin(3 * x[:, :1])
+
+
+def function(model, source):
+    """A closure out of a factory, whose code is that of every other; its cells are not."""
+    made = Batches(model, source)
+
+    def closure():
+        return made()
+
+    closure.seen = made.seen
+    return closure
+
+
+@pytest.mark.parametrize("make", [Batches, function], ids=["instance", "function"])
+@pytest.mark.parametrize("source", FROM)
+@pytest.mark.parametrize("options", [{}, {"damping_rule": "sweep"}, {"acceleration": "chord"}], ids=str)
+def test_code_that_is_shared_tells_nothing_of_what_another_closure_draws(options, source, make):
+    """The first draws nothing, so nothing is learnt of numpy; the second, of the same code, draws, and its trials see the same."""
+    model = mlp(2, 6, 1)
+    still, drawing = make(model, None), make(model, source)
+    optimizer = pgdfast.LM(model.parameters(), damping=0.1, **options)
+    optimizer.step(still)
+    for k in range(3):
+        seed_all(k)
+        drawing()
+        after, drawn = generator_states(), drawing.seen.pop()
+        seed_all(k)
+        optimizer.step(drawing)
+        assert len(drawing.seen) == 1 + optimizer.report.trials >= 2 and all(torch.equal(x, drawn) for x in drawing.seen)
+        assert generator_states() == after
+        del drawing.seen[:]
+        optimizer.step(still)
 
 
 def test_closures_without_code_are_asked_every_time():
     source = np.random.mtrand.RandomState.random_sample
-    made = Generators().draws(source, torch.device("cpu"))
+    made = RandomReplay(MovedGenerators(), source, torch.device("cpu"))
     before = np.random.get_state()
     made.linearised()
     np.random.rand(3)
