@@ -31,7 +31,7 @@ def names(problem):
 
 def linearized(problem, model):
     """The problem linearised at the model's parameters."""
-    return Linearizer(list(model.parameters()))(problem.closure(model))
+    return pgdfast.linearize(problem.closure(model), list(model.parameters()))
 
 
 def rows(problem):
