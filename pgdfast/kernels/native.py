@@ -54,6 +54,24 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
     return _C is not None and _C.subtract(params, rates, direction)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: PyTorch's CPU allocator raises a RuntimeError, on a GPU OutOfMemoryError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_errors():
+    """For a scope, raise MemoryError for every exception that says that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"pgdfast: {str(error).splitlines()[0]}") from error
+
+
 @contextlib.contextmanager
 def lapack_threads(order: int):
     """For a scope, LAPACK on one thread for matrices of a small order, which a second one slows down (bench/NOTES.md)."""
