@@ -55,7 +55,7 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: PyTorch's CPU allocator raises a RuntimeError, on a GPU OutOfMemoryError."""
+    """Whether an exception says that memory ran out: PyTorch raises RuntimeErrors, too."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,7 +1,7 @@
 """A process whose steps run out of memory, once at every limit: run by test_kernels_memory.py.
 
-Arguments: solver:limit each, a limit being bytes of address space beyond what is in use. Prints one line per argument: itself and
-"done", or itself, the name of the exception and whether the parameters are unchanged.
+Arguments: solver:limit each, a limit being bytes of address space beyond what is in use. Prints one line per argument: itself
+and "done", or itself, the name of the exception and whether the parameters are unchanged.
 """
 
 import gc

@@ -40,8 +40,8 @@ def steps_at(cases):
     # Memory goes back to the system when it is freed: what one step has left is not there for the next.
     trim = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *(f"{solver}:{limit}" for solver, limit in cases)], capture_output=True, text=True, timeout=120,
-        env=os.environ | trim, cwd=SCRIPT.parent,
+        [sys.executable, str(SCRIPT), *(f"{solver}:{limit}" for solver, limit in cases)], capture_output=True, text=True,
+        timeout=120, env=os.environ | trim, cwd=SCRIPT.parent,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     found = [line.split(" ", 1)[1] for line in done.stdout.splitlines()]
