@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "blas_torch.h"
 #include "cpu/simd.h"
+#include "plan/environment.h"
 #include "tape/replay.h"
 #include "tape/walk.h"
 
@@ -179,7 +180,7 @@ bool copy_tensors(const py::list& to, const py::list& from) {
   return true;
 }
 
-// The state of PyTorch's CPU generator, which takes a tenth of a microsecond to read or to set where get_rng_state takes several.
+// The state of PyTorch's CPU generator, read and set in a third of the time that a tensor of it takes.
 class CpuGeneratorState {
  public:
   CpuGeneratorState() : CpuGeneratorState(std::lock_guard(impl().mutex_)) {}
@@ -213,10 +214,11 @@ class CpuGeneratorState {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pgdfast: plans, sweeps, Gram matrices and solves on the CPU.";
   using namespace pgdfast;
-  blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
+  blas_name = fill_blas(nullptr);
   fill_maths();
   bind_jets(m);
   bind_plans(m);
+  bind_rules(m);
   bind_tapes(m);
   m.def("subtract", [](const py::list& params, const std::vector<double>& rates, py::handle direction) {
     if (!THPVariable_Check(direction.ptr())) throw py::type_error("direction must be a tensor");
@@ -229,6 +231,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("restore", &CpuGeneratorState::restore)
       .def("__eq__", [](const CpuGeneratorState& a, const CpuGeneratorState& b) { return a == b; });
+  m.def("configure", [] {
+    if (const char* name = std::getenv("PGDFAST_ISA")) choose_instruction_set(name);
+    if (const char* name = std::getenv("PGDFAST_BLAS")) blas_name = fill_blas(name);
+    number_from_environment("PGDFAST_PASS_BYTES", 0);
+  }, "Takes the switches from the environment; raises ValueError for a value that is not known.");
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
   m.def("instruction_set", [] { return std::string(simd_name()); });
   m.def("blas_threads", [](int count) { return set_blas_threads ? set_blas_threads(count) : 0; },

@@ -11,6 +11,8 @@ import re
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ..kernels.protocol import Traits
+
 # What autograd says where a backward pass cannot be differentiated.
 _NO_SECOND_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice|not differentiable")
 
@@ -27,12 +29,10 @@ def double_backward(trace, params, dtype, result) -> DoubleBackward:
     return operator
 
 
-class DoubleBackward:
+class DoubleBackward(Traits):
     """J and J^T as two backward passes; the outputs' scaling is that of the loss's blocks."""
 
     name = "double-backward"
-    fused = False
-    batches = False
 
     def __init__(self, blocks, edges, params, dtype):
         self._blocks, self._params, self._dtype = blocks, params, dtype
