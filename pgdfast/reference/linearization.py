@@ -152,9 +152,23 @@ def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block]]:
         )
     if isinstance(result, Tensor) and result.dim() == 0:
         return result.detach().double(), scalar_blocks(result, params)
+    if isinstance(result, Tensor) and result.numel() == 1 and _sums_squares(result, params):
+        raise ValueError(
+            f"pgdfast.reference: the closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does; "
+            "return loss.squeeze() to minimise it as the loss that it is, or the tuple (r,) if it is a residual"
+        )
     blocks = [residual_block(t) for t in tensors]
     loss = torch.zeros((), dtype=torch.float64, device=params[0].device)
     return loss + sum(0.5 * b.residual.square().sum() for b in blocks), blocks
+
+
+def _sums_squares(result: Tensor, params: list[Tensor]) -> bool:
+    """Whether a tensor of one entry is a loss that sums over several numbers."""
+    try:
+        blocks = scalar_blocks(result, params)
+    except ValueError:
+        return False
+    return any(block.residual.numel() > 1 for block in blocks)
 
 
 def _assemble(blocks: list[Block], params: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_any_dtype_under_any_default(default, dtype):
 ])  # fmt: skip
 def test_casts_down_lose_nothing(cast):
     w = torch.rand(5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    lin = reference.linearize(lambda: cast(w * w / 3), [w])
+    lin = reference.linearize(lambda: (cast(w * w / 3),), [w])
     expected = torch.diag(2 * w.detach().double() / 3)
     expected = expected if lin.num_residuals == 5 else expected.sum(0, keepdim=True)
     torch.testing.assert_close(lin.jacobian, expected, rtol=1e-15, atol=0)

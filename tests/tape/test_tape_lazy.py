@@ -207,9 +207,11 @@ def test_losses_with_dimensions_are_not_taken_for_residuals(name):
     q = rand(7, 5, seed=3).requires_grad_()
     closure = lambda: LOSSES[name](q)  # noqa: E731
     assert closure().numel() == 1 and closure().dim() > 0
-    for _ in range(2):
+    for backend in ("native", "native", "torch", "reference"):
+        if backend == "reference" and name == "product with its transpose":   # which it has no form for
+            continue
         with pytest.raises(ValueError, match=r"shape \(1.* ends as a loss .* return loss.squeeze\(\).* the tuple \(r,\)"):
-            pgdfast.LM([q]).step(closure)
+            pgdfast.LM([q], backend=backend).step(closure)
     loss = closure().squeeze()
     expected, = torch.autograd.grad(loss, q)
     assert relative(pgdfast.linearize(lambda: closure().squeeze(), [q]).gradient(), expected.reshape(-1)) < 1e-12

@@ -50,8 +50,8 @@ def _reader(names: tuple[str, ...]) -> Callable:
 
 
 def is_lazy(value) -> bool:
-    """Say whether a tensor's memory does not hold its entries: negated or conjugated when read, or zero without memory."""
-    return isinstance(value, torch.Tensor) and (value.is_neg() or value.is_conj() or value._is_zerotensor())
+    """Say whether a tensor's memory does not hold its entries: negated when they are read, or zero without memory."""
+    return isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor())
 
 
 def plain(value):
@@ -60,7 +60,7 @@ def plain(value):
         return value
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return value.resolve_neg().resolve_conj()
+    return value.resolve_neg()
 
 
 def reduced(dims, count: int) -> list[int]:
