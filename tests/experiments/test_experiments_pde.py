@@ -15,7 +15,7 @@ from pgdfast_experiments.measures import FAIL, OPEN, PASS
 from pgdfast_experiments.options import fill, task_parser
 from pgdfast_experiments.pde import burgers, heat_1d, helmholtz, inverse_heat, poisson_2d, worked
 from pgdfast_experiments.pde.references import cole_hopf, heat_modes
-from pgdfast_experiments.training import Run, train
+from pgdfast_experiments.training import Run, torch_threads, train
 
 PI = math.pi
 ALL = [poisson_2d, heat_1d, burgers, helmholtz, inverse_heat]
@@ -286,7 +286,8 @@ def test_one_optimizer_runs_alone(argv, tmp_path, capsys):
 def test_the_native_backend_agrees_with_the_reference(task):
     from pgdfast_experiments import verification
 
-    found = verification.compare(task.problem, torch.float64, "native")
+    with torch_threads(1):   # as `pgdfast verify` has it: more of them wait for each other where other work goes on
+        found = verification.compare(task.problem, torch.float64, "native")
     assert not found.violations(), found.violations()
 
 
