@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from operator import is_, itemgetter
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 import torch
 from torch.optim import optimizer
@@ -14,7 +16,10 @@ from .linear import check_stacked
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
+    Acceleration,
+    DampingRule,
     HostStep,
+    LineSearch,
     Parameters,
     StepOptions,
     StepTools,
@@ -32,7 +37,20 @@ from .step import (
 )
 
 
-def _hooked(step):
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+_Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
+_Mu = float | torch.Tensor | list[float] | Callable[[int], Any]
+_Result = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
+R = TypeVar("R", Report, EnsembleReport)   # Report for one network
+Rule = Literal["gain-ratio", "delayed", "sweep", "constant"] | DampingRule
+Correction = Literal["geodesic", "chord"] | Acceleration | None
+Search = Literal["armijo"] | LineSearch | None
+Scaling = Literal["identity", "marquardt"]
+Solver = Literal["auto", "dual", "primal", "cg", "lsmr", "eigh"]
+Backend = Literal["auto", "native", "triton", "torch", "reference"]
+
+
+def _hooked(step: _Step) -> _Step:
     """Step with torch.optim's hooks and profiler label, at their cost only where there are any.
 
     Optimizer wraps `step` itself unless it is marked as wrapped; its wrapper opens a profiler record at every call, which
@@ -48,14 +66,14 @@ def _hooked(step):
         )
         return (wrapped if wanted else step)(self, *args, **kwargs)
 
-    hooked.hooked = True
-    return hooked
+    hooked.hooked = True   # type: ignore[attr-defined]
+    return cast(_Step, hooked)
 
 
 _DAMPING = itemgetter("damping")
 
 
-class LM(torch.optim.Optimizer):
+class LM(torch.optim.Optimizer, Generic[R]):
     """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
 
     A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
@@ -94,13 +112,30 @@ class LM(torch.optim.Optimizer):
     """
 
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
-    report: Report | EnsembleReport | None
+    report: R
+
+    @overload
+    def __init__(
+        self: LM[Report], params: _Params, lr: float | torch.Tensor = 1.0, damping: _Mu = 1e-2, *,
+        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
+        weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
+        rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
+        norm_constraint: float | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: LM[EnsembleReport], params: _Params, lr: float | torch.Tensor | list[float] = 1.0, damping: _Mu = 1e-2, *,
+        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
+        weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
+        rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
+        norm_constraint: float | None = None,
+    ) -> None: ...
 
     def __init__(
-        self, params, lr: float = 1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None,
-        scaling: str = "identity", weight_decay: float = 0.0, solver: str = "auto", line_search=None,
-        cg: CG | None = None, rcond: float = 1e-8, ensemble: int | None = None, backend: str = "auto",
-        momentum: float = 0.0, norm_constraint: float | None = None,
+        self, params, lr=1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None, scaling="identity",
+        weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
+        norm_constraint=None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._options = StepOptions(
@@ -112,10 +147,13 @@ class LM(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
-        self._damping, self.ensemble, self.report = damping, ensemble, None
+        self._damping: Any = damping
+        self.ensemble: int | None = ensemble
+        none = [Report(math.nan, status="none", advice="no step was taken yet") for _ in range(ensemble or 1)]
+        self.report = none[0] if ensemble is None else EnsembleReport(none, {})
 
     @_hooked
-    def step(self, closure=None) -> torch.Tensor:
+    def step(self, closure: Callable[[], _Result] | None = None) -> torch.Tensor:   # type: ignore[override]
         """Take one step and return the loss before it, a 0-dim tensor; (B,) for an ensemble.
 
         closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it

@@ -11,6 +11,7 @@ from . import reference
 from .linear import losses_of, split_result
 from .problem import OneNetwork
 from .solve import CG, Solution, Solutions
+from .step.evaluate import Substituted
 from .step.rng_replay import MovedGenerators, RandomReplay
 
 
@@ -90,7 +91,7 @@ class ReferenceNetworks:
         if not math.isfinite(loss):
             return None
         replay.rewind()
-        found = reference.linearize(lambda: _of_member(closure(), b, self.count), self._params)
+        found = reference.linearize(lambda: _of_member(self._among_the_finite(closure, b), b, self.count), self._params)
         own = found.jacobian[:, self._columns[b]]
         if int(found.jacobian.count_nonzero()) != int(own.count_nonzero()):
             raise ValueError(
@@ -98,6 +99,18 @@ class ReferenceNetworks:
                 "residual of an ensemble must depend on one member's parameters alone."
             )
         return _ReferenceLinearization(replace(found, jacobian=own), self._params)
+
+    def _among_the_finite(self, closure, b: int):
+        """What the closure returns with member b's parameters, as constants, in the place of those of members that are lost.
+
+        Else a lost member's NaN, times a derivative of 0, would be in every row.
+        """
+        lost = torch.tensor([not math.isfinite(loss) for loss in self.losses], device=self._params[0].device)
+        if not lost.any():
+            return closure()
+        points = [torch.where(lost.view(-1, *[1] * (p.dim() - 1)), p.detach()[b], p) for p in self._params]
+        with Substituted(self._params, points):
+            return closure()
 
     def member(self, b: int) -> _ReferenceLinearization:
         """Member b's linearisation."""

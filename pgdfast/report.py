@@ -17,7 +17,7 @@ class Report:
     predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next.
     status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
     predicted reduction is at rounding level; a step that did not raise the loss was kept; or no step descends any more: three
-    rejected in a row, or mu at its bound); "empty" (no residuals).
+    rejected in a row, or mu at its bound); "empty" (no residuals); "none" (before the first step).
     advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
     residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
     correction: length of the second-order correction over that of the step, with acceleration.

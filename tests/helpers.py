@@ -1,5 +1,6 @@
 """The one comparison and the small problems that the tests share."""
 
+import copy
 import io
 import itertools
 import math
@@ -271,6 +272,42 @@ def through_a_file(state):
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+# A sine with noise that networks cannot fit: mu stays away from 0.
+NOISY_SINE = (
+    torch.linspace(-1, 1, 24, dtype=torch.float64)[:, None],
+    torch.sin(4 * torch.linspace(-1, 1, 24, dtype=torch.float64)[:, None]) + 0.3 * rand(24, 1, seed=7),
+)
+
+
+def networks_of(count, dtype=torch.float64, widths=(1, 5, 4, 1)):
+    """Networks of one shape, each from a seed of its own."""
+    return [mlp(*widths, seed=b, dtype=dtype) for b in range(count)]
+
+
+def stack_of(count, dtype=torch.float64):
+    """The same networks as an ensemble."""
+    return pgdfast.functional_ensemble(networks_of(count, dtype))
+
+
+def losses_of(networks, x=NOISY_SINE[0], y=NOISY_SINE[1]):
+    """The closure of an ensemble's mean squared errors, (B,)."""
+    return lambda: ((networks(x) - y) ** 2).mean((1, 2))
+
+
+def nudged(module):
+    """The same network with every parameter changed by about a rounding unit."""
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1 + torch.finfo(p.dtype).eps)
+    return twin
+
+
+def apart(a, b):
+    """The largest difference of a parameter of two networks."""
+    return float((flat(a.parameters()) - flat(b.parameters())).abs().max())
 
 
 class Correcting:

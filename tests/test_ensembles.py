@@ -9,28 +9,27 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import flat, mlp, rand, snapshot
+from helpers import (
+    NOISY_SINE,
+    apart,
+    flat,
+    losses_of,
+    memory_of,
+    mlp,
+    networks_of,
+    nudged,
+    rand,
+    snapshot,
+    stack_of,
+)
 from torch import nn
 
 import pgdfast
-from pgdfast.globalize import Delayed, GainRatio
+from pgdfast import Delayed, GainRatio
 from pgdfast.linear import ensemble as linear_ensemble
 
 B = 4
-X = torch.linspace(-1, 1, 24, dtype=torch.float64)[:, None]
-Y = torch.sin(4 * X) + 0.3 * rand(24, 1, seed=7)   # noise that the networks cannot fit: mu stays away from 0
-
-
-def members(count=B, dtype=torch.float64, widths=(1, 5, 4, 1)):
-    return [mlp(*widths, seed=b, dtype=dtype) for b in range(count)]
-
-
-def stack(count=B, dtype=torch.float64):
-    return pgdfast.functional_ensemble(members(count, dtype))
-
-
-def losses(networks, x=X, y=Y):
-    return lambda: ((networks(x) - y) ** 2).mean((1, 2))
+X, Y = NOISY_SINE
 
 
 OPTIONS = {
@@ -52,30 +51,17 @@ OPTIONS = {
 }
 
 
-def nudged(module):
-    """The same network with every parameter changed by about a rounding unit."""
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.mul_(1 + torch.finfo(p.dtype).eps)
-    return twin
-
-
-def apart(a, b):
-    return float((flat(a.parameters()) - flat(b.parameters())).abs().max())
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_trajectories_are_those_of_the_members_alone(name):
     """Float64, 50 steps, to 1e-10; or, where a rounding unit in the parameters grows beyond that, as well as can be said."""
     options = OPTIONS[name]
-    alone, twins, networks = members(), [nudged(m) for m in members()], stack()
+    alone, twins, networks = networks_of(B), [nudged(m) for m in networks_of(B)], stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **options)
     optimizers = [pgdfast.LM(m.parameters(), **copy.deepcopy(options)) for m in alone]
     others = [pgdfast.LM(m.parameters(), **copy.deepcopy(options)) for m in twins]
     attempts = set()
     for _ in range(50):
-        before = optimizer.step(losses(networks))
+        before = optimizer.step(losses_of(networks))
         for b in range(B):
             loss = optimizers[b].step(lambda m=alone[b]: F.mse_loss(m(X), Y))
             others[b].step(lambda m=twins[b]: F.mse_loss(m(X), Y))
@@ -94,7 +80,7 @@ def test_the_papers_lm_on_the_papers_network():
     """Task A: tanh 1-80-80-1, 100 points, lr 1e-2, mu 0.1, un-normalised residuals: 50 steps to 1e-10, without exception."""
     x = torch.linspace(-1, 1, 100, dtype=torch.float64)[:, None]
     y = sum(k * torch.sin((2 * k + 1) * math.pi * x - k) for k in (1, 2, 3)) / 3
-    alone = members(3, widths=(1, 80, 80, 1))
+    alone = networks_of(3, widths=(1, 80, 80, 1))
     networks = pgdfast.functional_ensemble(alone)
     options = dict(lr=1e-2, damping=0.1, damping_rule="constant")
     optimizer = pgdfast.LM(networks.parameters(), ensemble=3, **options)
@@ -110,53 +96,49 @@ def test_the_papers_lm_on_the_papers_network():
 def test_kernels_that_do_not_know_members_apart(name):
     """The torch backend's sweeps serve all members at once."""
     options = OPTIONS[name] | {"cg": pgdfast.CG(60, 1e-13)}
-    networks, known = stack(), stack()
+    networks, known = stack_of(B), stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **copy.deepcopy(options), backend="torch")
     other = pgdfast.LM(known.parameters(), ensemble=B, **copy.deepcopy(options))
     for _ in range(3):
-        optimizer.step(losses(networks))
-        other.step(losses(known))
+        optimizer.step(losses_of(networks))
+        other.step(losses_of(known))
         assert optimizer.report.status == other.report.status and optimizer.report.solver == other.report.solver
     for p, q in zip(networks.parameters(), known.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-7, atol=1e-9)
 
 
 def test_float32_follows_the_members_alone():
-    alone, networks = members(dtype=torch.float32), stack(dtype=torch.float32)
+    alone, networks = networks_of(B, dtype=torch.float32), stack_of(B, dtype=torch.float32)
     x, y = X.float(), Y.float()
     options = OPTIONS["the paper's"]
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **options)
     optimizers = [pgdfast.LM(m.parameters(), **options) for m in alone]
     for _ in range(30):
-        before = optimizer.step(losses(networks, x, y))
+        before = optimizer.step(losses_of(networks, x, y))
         for b, (m, o) in enumerate(zip(alone, optimizers, strict=True)):
             assert math.isclose(float(before[b]), float(o.step(lambda m=m: F.mse_loss(m(x), y))), rel_tol=1e-4)
 
 
 def test_float32_sums_in_float64_member_by_member():
     plain = dict(damping_rule="constant", lr=1e-3)
-    networks, dampings = stack(dtype=torch.float32), [1.0, 1e-7, 1.0, 1e-7]
+    networks, dampings = stack_of(B, dtype=torch.float32), [1.0, 1e-7, 1.0, 1e-7]
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping=dampings, **plain)
-    optimizer.step(losses(networks, X.float(), Y.float()))
+    optimizer.step(losses_of(networks, X.float(), Y.float()))
     wide = []
-    for m, mu in zip(members(dtype=torch.float32), dampings, strict=True):
+    for m, mu in zip(networks_of(B, dtype=torch.float32), dampings, strict=True):
         alone = pgdfast.LM(m.parameters(), damping=mu, **plain)
         alone.step(lambda m=m: F.mse_loss(m(X.float()), Y.float()))
-        wide.append(remembered(alone)["wide"])
-    assert remembered(optimizer)["wide"] == wide and len(set(wide)) == 2
-
-
-def remembered(optimizer):
-    return next(s for s in optimizer.state.values() if "wide" in s)
+        wide.append(memory_of(alone)["members"][0]["wide"])
+    assert [m["wide"] for m in memory_of(optimizer)["members"]] == wide and len(set(wide)) == 2
 
 
 def test_members_have_their_own_rates_and_dampings():
     rates, dampings = [0.1, 0.2, 0.3, 0.4], [1.0, 0.1, 0.01, 0.5]
-    alone, networks = members(), stack()
+    alone, networks = networks_of(B), stack_of(B)
     groups = [{"params": [p], "lr": rates if k % 2 == 0 else 0.05} for k, p in enumerate(networks.parameters())]
     optimizer = pgdfast.LM(groups, ensemble=B, damping=dampings, damping_rule="constant", line_search="armijo")
     for _ in range(5):
-        optimizer.step(losses(networks))
+        optimizer.step(losses_of(networks))
     for b, m in enumerate(alone):
         groups = [{"params": [p], "lr": rates[b] if k % 2 == 0 else 0.05} for k, p in enumerate(m.parameters())]
         o = pgdfast.LM(groups, damping=dampings[b], damping_rule="constant", line_search="armijo")
@@ -167,7 +149,7 @@ def test_members_have_their_own_rates_and_dampings():
 
 
 def test_residual_closures_are_summed_per_member():
-    networks, means = stack(), stack()
+    networks, means = stack_of(B), stack_of(B)
     a = pgdfast.LM(networks.parameters(), ensemble=B, damping=0.3)
     b = pgdfast.LM(means.parameters(), ensemble=B, damping=0.3)
     first = a.step(lambda: networks(X) - Y)
@@ -179,7 +161,7 @@ def test_residual_closures_are_summed_per_member():
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_a_member_that_is_lost_stays_and_disturbs_nobody(backend):
-    healthy, networks = stack(), stack()
+    healthy, networks = stack_of(B), stack_of(B)
     bad = [p.detach()[1].clone().fill_(math.nan) for p in networks.parameters()][0]
     with torch.no_grad():
         next(iter(networks.parameters()))[1] = bad
@@ -187,7 +169,7 @@ def test_a_member_that_is_lost_stays_and_disturbs_nobody(backend):
     one = pgdfast.LM(networks.parameters(), ensemble=B, backend=backend)
     two = pgdfast.LM(healthy.parameters(), ensemble=B, backend=backend)
     for _ in range(5):
-        found, wanted = one.step(losses(networks)), two.step(losses(healthy))
+        found, wanted = one.step(losses_of(networks)), two.step(losses_of(healthy))
         assert math.isnan(float(found[1])) and torch.equal(found[[0, 2, 3]], wanted[[0, 2, 3]])
     for p, q, kept in zip(networks.parameters(), healthy.parameters(), lost, strict=True):
         assert torch.equal(p[[0, 2, 3]], q[[0, 2, 3]])
@@ -197,17 +179,17 @@ def test_a_member_that_is_lost_stays_and_disturbs_nobody(backend):
     with torch.no_grad():   # given new parameters it goes on
         for p, q in zip(networks.parameters(), healthy.parameters(), strict=True):
             p[1] = q[1]
-    one.step(losses(networks))
+    one.step(losses_of(networks))
     assert one.report.status[1] != "failed"
 
 
 def test_no_member_goes_uphill():
-    networks = stack(8)
+    networks = stack_of(8)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=8, damping=1e-8)
     last = [math.inf] * 8
     for _ in range(30):
-        optimizer.step(losses(networks))
-        after = losses(networks)().tolist()
+        optimizer.step(losses_of(networks))
+        after = losses_of(networks)().tolist()
         assert all(a <= b for a, b in zip(after, last, strict=True))
         assert after == optimizer.report.loss_after
         last = after
@@ -216,20 +198,20 @@ def test_no_member_goes_uphill():
 def test_resuming_is_bit_for_bit():
     def run(networks, optimizer, steps):
         for _ in range(steps):
-            optimizer.step(losses(networks))
+            optimizer.step(losses_of(networks))
 
     options = dict(ensemble=B, scaling="marquardt", line_search="armijo")
-    straight = stack()
+    straight = stack_of(B)
     optimizer = pgdfast.LM(straight.parameters(), **options)
     run(straight, optimizer, 8)
-    broken = stack()
+    broken = stack_of(B)
     first = pgdfast.LM(broken.parameters(), **options)
     run(broken, first, 5)
     file = io.BytesIO()
     torch.save((broken.state_dict(), first.state_dict()), file)
     file.seek(0)
     values, state = torch.load(file, weights_only=True)
-    resumed = stack()
+    resumed = stack_of(B)
     resumed.load_state_dict(values)
     second = pgdfast.LM(resumed.parameters(), **options)
     second.load_state_dict(state)
@@ -240,16 +222,16 @@ def test_resuming_is_bit_for_bit():
 
 
 def test_an_exception_leaves_everything_as_it_was():
-    networks = stack()
+    networks = stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B)
-    optimizer.step(losses(networks))
+    optimizer.step(losses_of(networks))
     before, calls = snapshot(list(networks.parameters())), []
 
     def closure():
         calls.append(1)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return losses(networks)()
+        return losses_of(networks)()
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(closure)
@@ -257,11 +239,11 @@ def test_an_exception_leaves_everything_as_it_was():
 
 
 def test_one_tape_and_one_trial_serve_all():
-    networks, calls = stack(16), []
+    networks, calls = stack_of(16), []
 
     def closure():
         calls.append(torch.is_grad_enabled())
-        return losses(networks)()
+        return losses_of(networks)()
 
     optimizer = pgdfast.LM(networks.parameters(), ensemble=16)
     optimizer.step(closure)
@@ -269,19 +251,19 @@ def test_one_tape_and_one_trial_serve_all():
 
 
 def test_copies_and_deep_copies_go_on_alone():
-    networks = stack()
+    networks = stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B)
-    optimizer.step(losses(networks))
+    optimizer.step(losses_of(networks))
     other = copy.deepcopy(networks)
     assert all(torch.equal(p, q) and p is not q for p, q in zip(networks.parameters(), other.parameters(), strict=True))
     twin = copy.deepcopy(optimizer)
     assert twin.report.loss == optimizer.report.loss
-    optimizer.step(losses(networks))
+    optimizer.step(losses_of(networks))
 
 
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 def test_a_closure_without_tape_rules_trains_all_the_same():
-    alone, networks = members(), stack()
+    alone, networks = networks_of(B), stack_of(B)
     def bessel(out):
         return torch.special.i0(out) - Y
 
@@ -311,8 +293,8 @@ def test_functional_ensemble_of_a_function():
         assert torch.allclose(networks(X)[b], Scaled(b)(X), rtol=1e-13)
         assert torch.equal(networks.member(b)(X), Scaled(b)(X)) and torch.equal(networks.member(b).factor, Scaled(b).factor)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=3)
-    first = optimizer.step(losses(networks))
-    assert bool((losses(networks)() < first).all())
+    first = optimizer.step(losses_of(networks))
+    assert bool((losses_of(networks)() < first).all())
 
 
 def test_functional_ensemble_of_a_module_draws_the_others():
@@ -331,7 +313,7 @@ def test_functional_ensemble_of_a_module_draws_the_others():
 
 
 def test_residuals_with_derivatives_of_the_network():
-    networks = stack(3)
+    networks = stack_of(3)
 
     def slope(net):
         return torch.vmap(torch.func.grad(lambda t: net(t[None])[0, 0]))(X)[:, 0] - 1
@@ -352,12 +334,6 @@ BAD = {
     "another B": (dict(ensemble=B + 1), rf"parameter 0 of an ensemble of 5 has shape \({B}, 5, 1\); every parameter needs"),
     "rates": (dict(ensemble=B, lr=[1.0, 2.0]), r"lr of an ensemble of 4 is \[1.0, 2.0\]; it must be a finite number"),
     "dampings": (dict(ensemble=B, damping=[1.0, -1.0, 1.0, 1.0]), "damping of an ensemble of 4 is"),
-    "acceleration": (dict(ensemble=B, acceleration="geodesic"), "acceleration does not work with ensemble=4; leave it out"),
-    "momentum": (dict(ensemble=B, momentum=0.9), "momentum does not work with ensemble=4"),
-    "constraint": (dict(ensemble=B, norm_constraint=1.0), "norm_constraint does not work with ensemble=4"),
-    "truncation": (dict(ensemble=B, cg=pgdfast.CG(truncate=True)), r"cg=pgdfast.CG\(truncate=True\) does not work"),
-    "sweep": (dict(ensemble=B, damping_rule="sweep"), "damping_rule='sweep' does not work with ensemble=4"),
-    "reference": (dict(ensemble=B, backend="reference"), "backend='reference' does not work with ensemble=4"),
 }
 
 
@@ -365,7 +341,7 @@ BAD = {
 def test_bad_options(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        pgdfast.LM(stack().parameters(), **options)
+        pgdfast.LM(stack_of(B).parameters(), **options)
 
 
 def test_bad_members():
@@ -380,19 +356,19 @@ def test_bad_members():
     with pytest.raises(ValueError, match=r"Scaled \(the module itself\) has parameters but no reset_parameters"):
         pgdfast.functional_ensemble(Scaled(0), 2)
     with pytest.raises(IndexError, match="there is no member 4; they are numbered 0 to 3"):
-        stack().member(4)
+        stack_of(B).member(4)
 
 
 def test_a_bad_closure_changes_nothing():
-    networks = stack()
+    networks = stack_of(B)
     optimizer, before = pgdfast.LM(networks.parameters(), ensemble=B), snapshot(list(networks.parameters()))
     with pytest.raises(ValueError, match=r"ensemble of 4 returned \(\); it must return 4 losses, shape \(4,\)"):
-        optimizer.step(lambda: losses(networks)().mean())
+        optimizer.step(lambda: losses_of(networks)().mean())
     assert all(torch.equal(p.detach(), q) for p, q in zip(networks.parameters(), before, strict=True))
 
 
 def test_a_hybrid_is_for_one_network():
-    networks = stack()
+    networks = stack_of(B)
     parameters = list(networks.parameters())
     with pytest.raises(ValueError, match="lm trains an ensemble of 4, whose members would switch apart"):
         pgdfast.Hybrid(pgdfast.LM(parameters, ensemble=B), torch.optim.SGD(parameters, lr=0.1))
@@ -409,13 +385,13 @@ def test_no_tape_outlives_its_step(options, monkeypatch):
         create(self, *arguments)
 
     monkeypatch.setattr(kind, "__init__", spy)
-    networks = stack()
+    networks = stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **options)
     gc.collect()
     gc.disable()
     try:
         for _ in range(4):
-            optimizer.step(losses(networks))
+            optimizer.step(losses_of(networks))
         assert len(made) == 4 and sum(lin() is not None for lin in made) <= 1
     finally:
         gc.enable()

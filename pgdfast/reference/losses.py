@@ -149,7 +149,8 @@ def _weighted(edges: list, z: Tensor, weight: Tensor) -> Block:
         )
     _require_nonnegative(weight, "the square")
     factor = (2 * weight).sqrt()
-    return Block(_gradient_edges(edges), factor * z.detach(), lambda jac: factor[..., None] * jac)
+    residual = torch.where(factor == 0, 0.0, factor * z.detach())  # what has no weight may be NaN
+    return Block(_gradient_edges(edges), residual, lambda jac: factor[..., None] * jac)
 
 
 def _cross_entropy(node: Node, cotangent: Tensor) -> Block:

@@ -125,7 +125,7 @@ def function(model, source):
 @pytest.mark.parametrize("source", FROM)
 @pytest.mark.parametrize("options", [{}, {"damping_rule": "sweep"}, {"acceleration": "chord"}], ids=str)
 def test_code_that_is_shared_tells_nothing_of_what_another_closure_draws(options, source, make):
-    """The first draws nothing, so nothing is learnt of numpy; the second, of the same code, draws, and its trials see the same."""
+    """The first draws nothing, so nothing is learnt of numpy; the second, of equal code, draws, and its trials see it again."""
     model = mlp(2, 6, 1)
     still, drawing = make(model, None), make(model, source)
     optimizer = pgdfast.LM(model.parameters(), damping=0.1, **options)
