@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 
@@ -68,7 +69,7 @@ class LateReport:
     find: makes the Report.
     """
 
-    def __init__(self, find):
+    def __init__(self, find: Callable[[], Report]):
         self._find, self._found = find, None
 
     def now(self) -> Report:
@@ -92,7 +93,7 @@ class LateReport:
         return str(self._report)
 
 
-class EnsembleReport(Sequence):
+class EnsembleReport(Sequence[Report]):
     """The last step of an ensemble: `report[b]` is member b's Report, and any of its fields read off the whole is a list of B.
 
     seconds: wall time of the phases linearize, solve and trial, of all members together.
@@ -104,11 +105,17 @@ class EnsembleReport(Sequence):
     def __len__(self) -> int:
         return len(self._members)
 
-    def __getitem__(self, b):
+    @overload
+    def __getitem__(self, b: int) -> Report: ...
+
+    @overload
+    def __getitem__(self, b: slice) -> list[Report]: ...
+
+    def __getitem__(self, b: int | slice) -> Report | list[Report]:
         """The Report of member b."""
         return self._members[b]
 
-    def __getattr__(self, name: str) -> list:
+    def __getattr__(self, name: str) -> list[Any]:
         """A field of every member's report."""
         if name.startswith("_") or name not in Report.__slots__:
             raise AttributeError(f"neither a report nor one of an ensemble has {name!r}")

@@ -56,7 +56,7 @@ def test_it_is_lm_and_then_the_other_bit_for_bit(first_order):
 def test_the_phase_groups_state_and_report_are_those_of_the_active_optimizer():
     params, closure = fit()
     optimizer = hybrid(params, 2)
-    assert optimizer.active is optimizer.lm and optimizer.report is None
+    assert optimizer.active is optimizer.lm and optimizer.report.status == "none"
     assert optimizer.param_groups is optimizer.lm.param_groups and optimizer.param_groups[0]["lr"] == 1.0
     optimizer.step(closure)
     assert optimizer.switched_at is None and optimizer.why == "" and optimizer.report is optimizer.lm.report

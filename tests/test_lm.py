@@ -236,7 +236,7 @@ def test_adding_a_group_between_steps():
 def test_string_of_the_report():
     params, closure = fit()
     optimizer = pgdfast.LM(params, damping=0.1, solver="cg")
-    assert optimizer.report is None
+    assert optimizer.report.status == "none" and optimizer.report.advice == "no step was taken yet"
     optimizer.step(closure)
     assert str(optimizer.report).startswith("accepted: loss ") and "cg (" in str(optimizer.report)
     assert set(optimizer.report.seconds) >= {"linearize", "solve", "trial"}
