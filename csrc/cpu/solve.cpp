@@ -88,16 +88,16 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
 
 template <class T>
 bool Solver<T>::normal_pays() const {
-  if (!layout.local || layout.max_sections < 2) return false;
+  if (!layout.local || layout.max_outputs < 2) return false;
   double factored = 0, explicit_columns = 0;   // of J, by form
   for (const Use& use : layout.uses) {
     const MatMul& g = structure.instructions[std::size_t(use.instruction)].matmul;
     if (use.form == Form::factored) factored += double(g.m) * double(g.k);
     else explicit_columns += double(structure.buffers[std::size_t(use.parameter)].size);
   }
-  // Explicit columns pass through products of single elements, about eight times as slow, and sums over sections.
+  // Explicit columns pass through products of single elements, about eight times as slow, and sums over outputs.
   const double single = explicit_columns * (factored + explicit_columns), P = double(structure.num_parameters);
-  const double own = factored * factored + (8 + 3 * double(layout.max_sections)) * single;
+  const double own = factored * factored + (8 + 3 * double(layout.max_outputs)) * single;
   return double(layout.num_rows) * own < double(structure.num_residuals) * P * P;
 }
 
@@ -182,7 +182,7 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
   each_item(threads, K, [&](index k, int thread) {
     const T* u = U + k * M;
     T* own = large ? arena_data() : arenas.data() + thread * size;
-    if (unit_cotangents_valid && layout.max_sections == 1) {
+    if (unit_cotangents_valid && layout.max_outputs == 1) {
       thread_local std::vector<T> ordered;
       ensure(ordered, M);
       for (index e = 0; e < M; ++e) ordered[std::size_t(layout.k_of[std::size_t(e)])] = u[e];
