@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "../plan/blas.h"
 #include "simd.h"
@@ -11,12 +12,14 @@ namespace pgdfast {
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
   const Structure& s = *program.structure;
+  const bool valid = std::exchange(work.unit_cotangents_valid, false);   // not where memory runs out on the way
   ensure(work.arenas, s.arena_size * layout.max_outputs);
   ensure(work.unit, s.num_residuals);
   for (index o = 0; o < layout.max_outputs; ++o) {
     for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.output_of[std::size_t(e)] == o;
     adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
   }
+  work.unit_cotangents_valid = valid;   // the same as before
 }
 
 template <class T>

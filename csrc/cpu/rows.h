@@ -12,6 +12,7 @@ namespace pgdfast {
 template <class T>
 struct Workspace {
   std::vector<T> arenas;                // one arena per output
+  bool unit_cotangents_valid = false;   // they hold the unit sweeps of the present constants
   std::vector<T> unit;                  // M: a unit cotangent
   std::vector<T> rows;                  // M x P_explicit: Jacobian of the parameters whose uses are explicit
   std::vector<T> packed, shared, copy;  // panels of factors, products of constants that outputs share, a factor in K's order

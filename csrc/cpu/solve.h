@@ -49,7 +49,7 @@ struct Solver {
   // To be called whenever constants change: what is held belongs to the old ones.
   void invalidate() {
     held = Held::nothing;
-    explicit_J = unit_cotangents_valid = false;
+    explicit_J = work.unit_cotangents_valid = false;
   }
 
   // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
@@ -88,7 +88,6 @@ struct Solver {
   bool solve_direct(index ld, index n, D&& added, const std::vector<index>* positions, T* x, T* delta, Outcome& outcome);
 
   bool explicit_J = false;   // J holds the rows of the current constants
-  bool unit_cotangents_valid = false;   // work.arenas holds the unit sweeps of the present constants
 };
 
 }  // namespace pgdfast
