@@ -32,6 +32,16 @@ def test_every_threshold_is_a_constant_of_python():
 
 
 @needs_core
+@pytest.mark.parametrize(("words", "alphas", "message"), [
+    ([1, 0], [], "ends early"), ([0, 0, 7], [], "left over"), ([0, 1], [], "one factor too few"),
+    ([1, 0, 4, 4, 1, 0, 0, 0, 9, 0, -1, 0, 4, 1, 4, 1, 1, 1, 1, 1, 1], [1.0], "a buffer that there is not"),
+])
+def test_a_program_that_does_not_read_well_is_refused(words, alphas, message):
+    with pytest.raises(RuntimeError, match=message):
+        core.PlanDouble(torch.tensor(words), alphas, [], [])
+
+
+@needs_core
 def test_status_is_numbered_alike():
     assert core.STATUS == protocol.STATUS
 
