@@ -124,7 +124,7 @@ class Parameters:
         if len(members) == len(self.away):
             self.all_back()
         elif members:
-            places = torch.tensor(members, device=self.params[0].device)
+            places, self.touched = torch.tensor(members, device=self.params[0].device), True
             with torch.no_grad():
                 for p, saved in zip(self.params, self._saved, strict=True):
                     p.index_copy_(0, places, saved.index_select(0, places))
@@ -133,6 +133,7 @@ class Parameters:
     def all_back(self) -> None:
         """Return all members to theta, bit for bit."""
         if self.away:
+            self.touched = True
             self._copy(self.params, self._saved)
             self.away.clear()
 
