@@ -1,6 +1,6 @@
 """The door to the two ways to a step: the fast path, and the reference that it is checked against.
 
-Both make a problem of a closure: what one step of LM asks of the network that is trained, or of the members of an ensemble.
+Both linearize a closure and hand back what one step of LM asks of the network, or networks, that it trains (networks.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from . import kernels
 from .linear import EnsembleLinearizer, Linearizer
-from .problem import ManyNetworks, OneNetwork
+from .networks import ManyNetworks, OneNetwork
 from .reference_backend import Reference
 from .solve import solve
 
@@ -35,8 +35,8 @@ class Fast:
             self._linearizer = current = made
         return current(closure)
 
-    def problem(self, closure, parameters) -> OneNetwork | ManyNetworks:
-        """The problem of a closure over a step.parameters.Parameters. Cost: one run of the closure."""
+    def networks(self, closure, parameters) -> OneNetwork | ManyNetworks:
+        """The networks of a closure over a step.parameters.Parameters. Cost: one run of the closure."""
         if parameters.stacked:
             return ManyNetworks(self.linearize(closure, parameters.params, parameters.count))
         return OneNetwork(self.linearize(closure, parameters.params), solve)

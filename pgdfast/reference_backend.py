@@ -9,7 +9,7 @@ import torch
 
 from . import reference
 from .linear import losses_of, split_result
-from .problem import OneNetwork
+from .networks import OneNetwork
 from .solve import CG, Solution, Solutions
 from .step.evaluate import Substituted
 from .step.rng_replay import MovedGenerators, RandomReplay
@@ -24,8 +24,8 @@ class Reference:
         """An explicit Jacobian."""
         return _ReferenceLinearization(reference.linearize(closure, params), params)
 
-    def problem(self, closure, parameters) -> OneNetwork | ReferenceNetworks:
-        """The problem of a closure; of an ensemble by one Jacobian, over all parameters, per member."""
+    def networks(self, closure, parameters) -> OneNetwork | ReferenceNetworks:
+        """The networks of a closure; of an ensemble by one Jacobian, over all parameters, per member."""
         if not parameters.stacked:
             return OneNetwork(self.linearize(closure, parameters.params), _reference_solve)
         return ReferenceNetworks(closure, parameters)
@@ -57,7 +57,7 @@ def _reference_solve(linearization, damping, *, scale, solver, cg: CG, rcond, pr
 
 
 class ReferenceNetworks:
-    """An ensemble's problem: every member's Jacobian by a run of the closure of its own."""
+    """An ensemble: every member's Jacobian by a run of the closure of its own."""
 
     separates = True
 

@@ -85,7 +85,7 @@ class HostStep:
         self.seconds = {"linearize": 0.0, "solve": 0.0, "trial": 0.0}
         self.pending: list[Member] = []
         self.members: list[Member] = []
-        self._problem = self._replay = self._scale = self.loss = self.report = None
+        self._networks = self._replay = self._scale = self.loss = self.report = None
         self._step, self._decaying = memory["step"], any(map(any, decays))
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
@@ -106,8 +106,8 @@ class HostStep:
     def release(self) -> None:
         """Let go of the tape."""
         self.parameters.away.clear()
-        if self._problem is not None:
-            self._problem.lin.release()
+        if self._networks is not None:
+            self._networks.lin.release()
 
     # --- linearise --------------------------------------------------------------------------------------------------------
 
@@ -117,14 +117,14 @@ class HostStep:
         again = options.predicts or options.acceleration is not None
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
-        self._problem = problem = self.tools.backend.problem(self.closure, parameters)
-        if options.acceleration is not None and not problem.lin.has_squares_only:
+        self._networks = networks = self.tools.backend.networks(self.closure, parameters)
+        if options.acceleration is not None and not networks.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
         if again:
             self._replay.linearised()
-        self.loss, lin = problem.loss, problem.lin
+        self.loss, lin = networks.loss, networks.lin
         empty = lin.num_residuals == 0 and not lin.penalties
-        for b, loss in enumerate(problem.losses):
+        for b, loss in enumerate(networks.losses):
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
             member = Member(b, self.memory["members"][b], self._mus[b], report)
             self.members.append(member)
@@ -152,7 +152,7 @@ class HostStep:
     def _running_maximum(self) -> torch.Tensor:
         """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
         parameters, rows = self.parameters, []
-        for p, part in zip(parameters.params, self._problem.lin.diagonal().split(parameters.sizes, -1), strict=True):
+        for p, part in zip(parameters.params, self._networks.lin.diagonal().split(parameters.sizes, -1), strict=True):
             seen, known = part.reshape(p.shape).to(p.dtype), self.optimizer_state.get(p, {}).get("scale")
             self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
             rows.append(self._scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
@@ -167,7 +167,7 @@ class HostStep:
         unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
         if unsolved:
             there = self._at_linearisation() if self.parameters.touched else None
-            self._problem.solve(unsolved, self._scale, options, self._step)
+            self._networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
@@ -185,8 +185,8 @@ class HostStep:
 
         Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
         """
-        there = None if self._problem.separates else self.parameters.set_aside()
-        self._problem.unchanged()
+        there = None if self._networks.separates else self.parameters.set_aside()
+        self._networks.unchanged()
         self.parameters.touched = False
         return there
 
@@ -240,7 +240,7 @@ class HostStep:
         rate = self.parameters.one_rate(m.number)
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            return self._with_products(m, lambda: predicted_reduction(self._problem.member(m.number), direction, t))
+            return self._with_products(m, lambda: predicted_reduction(self._networks.member(m.number), direction, t))
         reduction = m.solution.reduction(rate * t)
         # Up to a rate of 2 and without a prior only rounding makes this negative.
         return max(reduction, 0.0) if m.prior is None and rate <= 2 else reduction
@@ -284,18 +284,18 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        lin = self._problem.lin
+        lin = self._networks.lin
         result = self.tools.evaluator.run(
             self.closure, self.parameters.params, lin.tape_bytes >= LARGE_TAPE and lin.tapeless, self._replay
         )
-        return self._problem.losses_at(result)
+        return self._networks.losses_at(result)
 
     def _searched(self, m: Member):
         """Line search along member m's step."""
         rate = self.parameters.one_rate(m.number)
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            slope = float(torch.dot(self._problem.member(m.number).gradient(), direction))
+            slope = float(torch.dot(self._networks.member(m.number).gradient(), direction))
         else:
             slope = rate * m.solution.gain
         search = self.options.search.search(m.report.loss, slope)
@@ -338,7 +338,7 @@ class HostStep:
         """The second-order correction of member m's step."""
         parameters, b = self.parameters, m.number
         delta = parameters.scaled(b, m.solution.step)
-        model = _CorrectedStep(self._problem.member(b), m.solution, parameters, b)
+        model = _CorrectedStep(self._networks.member(b), m.solution, parameters, b)
         correct, answer = self.options.acceleration.correct(model, delta), None
         while True:
             try:
@@ -357,12 +357,12 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        lin, params = self._problem.lin, self.parameters.params
+        lin, params = self._networks.lin, self.parameters.params
         tapeless = lin.tapeless and not lin.residuals_need_tape and lin.tape_bytes >= LARGE_TAPE
         run = partial(self.tools.evaluator.run, self.closure, params, tapeless, self._replay)
-        found = self._problem.residuals_at(run)
+        found = self._networks.residuals_at(run)
         self.parameters.back(points)
-        self._problem.unchanged()
+        self._networks.unchanged()
         return found
 
     # --- decide -----------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ class HostStep:
         self.pending = pending
 
     def _curvature(self, m: Member) -> float:
-        return self._with_products(m, partial(curvature, partial(self._problem.member, m.number), m.solution))
+        return self._with_products(m, partial(curvature, partial(self._networks.member, m.number), m.solution))
 
     def _with_products(self, m: Member, find):
         """find(), which takes products with member m's J: the member returns to theta for them."""

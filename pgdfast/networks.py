@@ -10,7 +10,7 @@ from .step.evaluate import half_square
 
 
 class OneNetwork:
-    """One network's problem: `lin`, its loss, and the door to its solver.
+    """One network: `lin`, its loss, and the door to its solver.
 
     losses: the loss as a list of one number. separates: do the kernels know members apart?
     """
@@ -48,7 +48,7 @@ class OneNetwork:
 
 
 class ManyNetworks:
-    """An ensemble's problem: as OneNetwork, for B members."""
+    """An ensemble: as OneNetwork, for B members."""
 
     __slots__ = ("lin", "loss", "losses")
 
