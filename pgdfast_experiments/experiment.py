@@ -87,7 +87,7 @@ def _run_in(folder, task, settings):
         "resumed": resumed,
         "quick": settings.quick,
     }
-    with records.all_or_nothing(folder) as scratch:
+    with records.all_or_nothing(folder, "; make room; --resume then writes them without training again") as scratch:
         records.write_csv(scratch / f"{called}.csv", runs)
         records.write_json(scratch / f"{called}.json", record)
         for suffix, (figure, _) in pictures.items():

@@ -70,12 +70,12 @@ def write_whole(path, content):
 
 
 @contextlib.contextmanager
-def all_or_nothing(folder):
+def all_or_nothing(folder, advice=""):
     """Yield a scratch folder whose files move into `folder` when the block ends well, the record (JSON) last.
 
     When it does not (an error, Ctrl-C, a full disk), the scratch folder goes and `folder` is as it was. Each
     file is put in place by a rename, so that a reader never sees half of one; a process that is killed between two
-    renames leaves whole files, some of them new.
+    renames leaves whole files, some of them new. `advice` ends the message of a WriteError.
     """
     scratch = None
     try:
@@ -83,7 +83,7 @@ def all_or_nothing(folder):
         yield scratch
         _move(sorted(scratch.iterdir(), key=lambda file: (file.suffix == ".json", file.name)), folder, scratch / ".before")
     except OSError as error:
-        raise WriteError(f"could not write the results to {str(folder)!r}: {error.strerror or error}") from error
+        raise WriteError(f"could not write the results to {str(folder)!r}: {error.strerror or error}{advice}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -113,10 +113,10 @@ def _move(files, folder, before):
 
 def _second_name(old, new):
     """Give an existing file another name as well: a link, or a copy where there are none."""
+    if not old.exists():
+        return
     try:
         os.link(old, new)
-    except FileNotFoundError:
-        pass
     except OSError:
         shutil.copy2(old, new)
 

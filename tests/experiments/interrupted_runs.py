@@ -6,12 +6,14 @@ prints a line of JSON for each: its exit status (negative: the signal) and what 
 after every step.
 """
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from pgdfast_experiments import checkpoints, plotting, records, regression_1d, report
@@ -74,26 +76,32 @@ MOMENTS = {
 
 def run(moment, argv):
     """Run `argv` in a fork that ends at the moment; returns (status, stderr)."""
-    with tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            os.dup2(said.fileno(), 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            checkpoints.Checkpoint.keep = lambda self, states: self.write(states())
-            regression_1d.pictures = lambda *_: {"": (None, "nothing to see")}
-            plotting.save = lambda figure, path: Path(path).write_bytes(bytes(1000))
-            MOMENTS[moment]()
-            code = 99   # of a traceback
-            try:
-                code = main(argv)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        return status, said.read().decode()
+    reads, writes = os.pipe()   # not a file, which fill_up would limit
+    child = os.fork()
+    if child == 0:
+        os.dup2(writes, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        MOMENTS[moment]()
+        code = 99   # of a traceback
+        try:
+            code = main(argv)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writes)
+    with os.fdopen(reads) as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
 if __name__ == "__main__":
+    checkpoints.Checkpoint.keep = lambda self, states: self.write(states())
+    regression_1d.pictures = lambda *_: {"": (None, "nothing to see")}
+    plotting.save = lambda figure, path: Path(path).write_bytes(bytes(1000))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):   # what is imported late, once for all
+        main(["run", "regression-1d", "--optimizers", "adam,lm-1", "--steps", "1", "--seeds", "2", "--threads", "1",
+              "--out", folder])
     for moment, argv in json.loads(sys.argv[1]):
         print(json.dumps(run(moment, argv)), flush=True)

@@ -106,13 +106,13 @@ def test_a_killed_run_loses_nothing_and_goes_on_bit_for_bit(base, moment, capsys
 def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(base, moment, capsys):
     base, ended = base
     folder = base / moment.replace(" ", "-")
-    code, said = ended[moment]
+    code, said = ended[moment][0], ended[moment][1].strip()   # a progress bar that vanishes leaves an empty line
     assert code == 1 and "could not write" in said and os.strerror(errno.EFBIG) in said, said
-    assert said.count("\n") == 1 and str(folder) in said
+    assert len(said.split("\n")) == 1 and str(folder) in said
     assert _unchanged(base, folder) == RESULTS
     later = [f"{TASK}.checkpoint"] if moment in FULL[2:6] else ["report.html"] if moment == FULL[-1] else []
     assert _names(folder) == sorted([*RESULTS, *later])
-    assert ("--resume" in said) == (moment == "full at a later checkpoint")
+    assert ("--resume" in said) == (moment in FULL[2:6])
     if moment == FULL[-1]:
         assert (folder / "report.html").read_text() == "an earlier page"
         return
