@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pgdfast_experiments import options, records
-from pgdfast_experiments.errors import UsageError
+from pgdfast_experiments.errors import UsageError, WriteError
 
 SECTIONS = ("A", "B", "C", "D", "E", "F", "G", "pde", "dampings", "ensembles", "sweeps", "memory")
 ROUNDS, QUICK_ROUNDS = 40, 6
@@ -66,11 +66,17 @@ def run(arguments):
     command = [sys.executable, "-m", "bench", "--output", str(output), "--rounds", str(arguments.rounds),
                *(["--quick"] if arguments.quick else []), *arguments.problems]
     with subprocess.Popen(command, cwd=folder) as process:
-        while True:
+        while process.returncode is None:
             try:
-                return process.wait() if process.returncode is None else process.returncode
+                process.wait()
             except KeyboardInterrupt:   # the benchmarks are interrupted, too, and write what they have
                 continue
+    if process.returncode < 0:
+        raise WriteError(
+            f"signal {-process.returncode} ended the benchmarks before they wrote their results (9 is often a lack of memory); "
+            f"what was in {str(output)!r} is as it was"
+        )
+    return process.returncode
 
 
 def find(start):

@@ -1,12 +1,13 @@
 """What survives an interruption: finished runs and the states of those under way, in one file."""
 
-import os
+import io
 import time
 
 import numpy as np
 import torch
 
-from pgdfast_experiments.errors import UsageError
+from pgdfast_experiments import records
+from pgdfast_experiments.errors import UsageError, WriteError
 from pgdfast_experiments.training import Run
 
 
@@ -40,9 +41,7 @@ class Checkpoint:
             raise UsageError(
                 f"--resume: {str(self.path)!r} cannot be read ({type(error).__name__}); delete it and start again"
             ) from error
-        other = [name for name in {**settings, **self.settings} if settings.get(name) != self.settings.get(name)]
-        if other:
-            told = "; ".join(f"{name} was {settings.get(name)!r}, is {self.settings.get(name)!r}" for name in other[:3])
+        if told := records.differences(settings, self.settings):
             raise UsageError(
                 f"--resume: {str(self.path)!r} was made with other settings ({told}); give the same ones, or delete it"
             )
@@ -73,14 +72,22 @@ class Checkpoint:
             self.write(states())
 
     def write(self, states=()):
-        """Write the file now."""
+        """Write the file now.
+
+        Raises WriteError if that fails, a full disk for one; the file of the last write is then as it was.
+        """
         self.note(states)
         values = {
             "settings": self.settings, "runs": [_values(run) for run in self.runs], "current": list(self.current.values()),
         }
-        scratch = self.path.with_name(self.path.name + ".part")
-        torch.save(values, scratch)
-        os.replace(scratch, self.path)
+        content = io.BytesIO()
+        torch.save(values, content)   # in memory: a file that torch.save cannot write is no OSError
+        try:
+            records.write_whole(self.path, content.getbuffer())
+        except OSError as error:
+            advice = ("make room; --resume then goes on from the checkpoint written before" if self.exists else
+                      "there is no earlier one to go on from")
+            raise WriteError(f"could not write {str(self.path)!r}: {error.strerror or error}; {advice}") from error
         self._written = time.monotonic()
 
     def remove(self):

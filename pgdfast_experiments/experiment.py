@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgdfast_experiments import options, plotting, records, terminal
+from pgdfast_experiments import locks, options, plotting, records, report, terminal
 from pgdfast_experiments.checkpoints import Checkpoint
 from pgdfast_experiments.errors import UsageError
 from pgdfast_experiments.measures import FAIL, OPEN, PASS, Check
@@ -34,9 +34,21 @@ def run(task, arguments):
     settings = options.fill(task, arguments)
     terminal.require_extras("matplotlib", "rich")
     folder = records.prepare_folder(settings.out)
+    with locks.only_run(folder):
+        records.clear_leftovers(folder)
+        return _run_in(folder, task, settings)
+
+
+def _run_in(folder, task, settings):
+    """Run a task in a folder that no other run writes to; returns the exit code."""
     called = result_name(task, settings)
     checkpoint = Checkpoint(folder / f"{called}.checkpoint", settings.plain())
     _continue_or_start(task, checkpoint, settings.resume)
+    if settings.resume and not checkpoint.exists:
+        if complete(folder, called, settings.plain()):
+            print(f"{called} is complete in {folder} with these settings; without --resume it runs anew")
+            return 0
+        print(f"note: --resume: {called} starts from the beginning: {_why_anew(folder, called, settings.plain())}")
 
     started, clock = time.gmtime(), time.perf_counter()
     with torch_threads(settings.threads):
@@ -75,7 +87,7 @@ def run(task, arguments):
         "resumed": resumed,
         "quick": settings.quick,
     }
-    with records.all_or_nothing(folder) as scratch:
+    with records.all_or_nothing(folder, "; make room; --resume then writes them without training again") as scratch:
         records.write_csv(scratch / f"{called}.csv", runs)
         records.write_json(scratch / f"{called}.json", record)
         for suffix, (figure, _) in pictures.items():
@@ -91,6 +103,29 @@ def run(task, arguments):
 def result_name(task, settings):
     """Return the name of the result files: the task's, or that of a variant of it."""
     return task.name(settings) if hasattr(task, "name") else task.NAME
+
+
+def complete(folder, called, settings):
+    """Whether the folder holds all results of a run with these settings, and no checkpoint of a later one."""
+    try:
+        record = report.read(folder / f"{called}.json")
+    except report.Unreadable:
+        return False
+    files = [f"{called}.csv", *(figure["file"] for figure in record["figures"])]
+    return (record["settings"] == records.as_read(settings) and all((folder / file).is_file() for file in files)
+            and not (folder / f"{called}.checkpoint").exists())
+
+
+def _why_anew(folder, called, settings):
+    """Return why there is nothing to go on with in a folder that has no checkpoint."""
+    try:
+        record = report.read(folder / f"{called}.json")
+    except report.Unreadable:
+        return f"{str(folder)!r} has no checkpoint of it"
+    other = records.differences(record["settings"], records.as_read(settings))
+    which = f"with other settings ({other})" if other else "that lacks some of its files"
+    return (f"{str(folder)!r} has a finished run {which}, and a finished run leaves no checkpoint to go on from; its files "
+            "stay until the new ones are written")
 
 
 def _continue_or_start(task, checkpoint, resume):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import os
@@ -15,40 +16,138 @@ import numpy as np
 
 from pgdfast_experiments.errors import UsageError, WriteError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE = 1 << 16   # bytes
+_SCRATCH, _PART = ".unfinished-", ".part"
+
 
 def prepare_folder(path, option="--out"):
-    """Make the folder `path`, which `option` named, where missing, prove that a file can be made in it, and return it."""
+    """Make the folder `path`, which `option` named, where missing, prove that a file can be written in it, and return it.
+
+    Raises WriteError if there is no room for a small file, UsageError for any other reason.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(_PROBE))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in _FULL:
+            raise WriteError(f"could not write to {str(path)!r}: {reason}; make room, or give another folder") from error
         raise UsageError(
             f"{option}: got {str(path)!r} ({reason}); needed: a folder that can be made and written to"
         ) from error
     return path
 
 
-@contextlib.contextmanager
-def all_or_nothing(folder):
-    """Yield a scratch folder whose files move into `folder` when the block ends well.
+def clear_leftovers(folder):
+    """Remove what runs that were killed while they wrote have left in `folder`; for the holder of its lock."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    for part in folder.glob(f"*.checkpoint*{_PART}"):
+        with contextlib.suppress(OSError):
+            part.unlink()
 
-    When it does not (an error, Ctrl-C), the scratch folder goes and `folder` is as it was. Each
-    file is put in place by a rename, so that a reader never sees half of one.
+
+def write_whole(path, content):
+    """Write the bytes `content` to `path`, which has its old or its new contents at any moment, even if the machine stops.
+
+    What fails (OSError) or is interrupted leaves the old file, and nothing beside it; a killed process may leave a file
+    whose name ends in ".part".
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}{_PART}")   # of this process alone
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            _settle(file)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    _settle_folder(path.parent)
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder, advice=""):
+    """Yield a scratch folder whose files move into `folder` when the block ends well, the record (JSON) last.
+
+    When it does not (an error, Ctrl-C, a full disk), the scratch folder goes and `folder` is as it was. Each
+    file is put in place by a rename, so that a reader never sees half of one; a process that is killed between two
+    renames leaves whole files, some of them new. `advice` ends the message of a WriteError.
     """
     scratch = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
         yield scratch
-        for file in sorted(scratch.iterdir()):
-            os.replace(file, folder / file.name)
+        _move(sorted(scratch.iterdir(), key=lambda file: (file.suffix == ".json", file.name)), folder, scratch / ".before")
     except OSError as error:
-        raise WriteError(f"could not write the results to {str(folder)!r}: {error}") from error
+        raise WriteError(f"could not write the results to {str(folder)!r}: {error.strerror or error}{advice}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move(files, folder, before):
+    """Move `files` into `folder`, all or none; `before` is a folder to be made, for those that they replace."""
+    before.mkdir()
+    for file in files:
+        with open(file, "rb+") as written:
+            _settle(written)
+        _second_name(folder / file.name, before / file.name)
+    begun = []
+    try:
+        for file in files:
+            begun.append(file.name)
+            os.replace(file, folder / file.name)
+    except BaseException:
+        for name in begun:
+            if (before / name).exists():
+                os.replace(before / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        raise
+    _settle_folder(folder)
+
+
+def _second_name(old, new):
+    """Give an existing file another name as well: a link, or a copy where there are none."""
+    if not old.exists():
+        return
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
+def _settle(file):
+    """Have the disk hold what was written to an open file: what has no room fails here at the latest."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _settle_folder(folder):
+    """Have the disk hold the names of a folder's files, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def differences(before, now):
+    """Return in words how settings differ, the first three of them, or "" where they do not."""
+    other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {_told(before.get(name))}, is {_told(now.get(name))}" for name in other[:3])
+
+
+def _told(value):
+    """Return a setting as text; one that is the same for every optimizer once."""
+    if isinstance(value, dict) and value and all(item == next(iter(value.values())) for item in value.values()):
+        value = next(iter(value.values()))
+    return repr(value)
 
 
 def write_csv(path, runs):

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pgdfast_experiments import records, tasks, terminal
-from pgdfast_experiments.errors import UsageError
+from pgdfast_experiments.errors import UsageError, WriteError
 from pgdfast_experiments.measures import FAIL, OPEN, PASS
 
 SUMMARY = """\
@@ -52,7 +52,8 @@ def run(arguments):
 def write(folder, out=None):
     """Write the page about `folder` to `out` (default: report.html in it), and print where and what is wrong with it.
 
-    Raises UsageError if the folder has no record that can be read, `out` cannot be a page, or jinja2 is missing.
+    Raises UsageError if the folder has no record that can be read, `out` cannot be a page, or jinja2 is missing; WriteError
+    if the page cannot be written.
     """
     terminal.require_extras("jinja2")
     folder = Path(folder)
@@ -62,8 +63,10 @@ def write(folder, out=None):
     found, damaged = collect(folder)
     records.prepare_folder(out.parent)
     page, notes = render(folder, found, damaged, out.parent)
-    with records.all_or_nothing(out.parent) as scratch:
-        (scratch / out.name).write_text(page, encoding="utf-8")
+    try:
+        records.write_whole(out, page.encode())
+    except OSError as error:
+        raise WriteError(f"could not write {str(out)!r}: {error.strerror or error}") from error
     for note in notes:
         print(f"note: {note}")
     print(f"wrote {out}")

@@ -2,7 +2,7 @@
 
 import traceback
 
-from pgdfast_experiments import experiment, options, records, report, tasks, terminal
+from pgdfast_experiments import experiment, locks, options, records, report, tasks, terminal
 from pgdfast_experiments.errors import UsageError, WriteError
 from pgdfast_experiments.methods import check_backend
 
@@ -32,15 +32,19 @@ def run(arguments):
     """Run all tasks and make the report; return 0, or 1 if a task failed."""
     terminal.require_extras("matplotlib", "rich", "jinja2")
     folder = records.prepare_folder(arguments.out)
-    check_backend(options.methods(("lm",))("lm"), arguments.backend)  # once, instead of a failure of every task
+    with locks.only_run(folder):
+        check_backend(options.methods(("lm",))("lm"), arguments.backend)  # once, instead of a failure of every task
+        return _run_in(folder, arguments)
 
+
+def _run_in(folder, arguments):
     failed = []
     for number, (name, command) in enumerate(tasks.ALL.items(), 1):
         place = f"{number} of {len(tasks.ALL)}: {name}"
         try:
             task = tasks.load(command[0])
             own = _arguments(task, command[1:], arguments)
-            if arguments.resume and _complete(folder, name, options.fill(task, own).plain()):
+            if arguments.resume and experiment.complete(folder, name, options.fill(task, own).plain()):
                 terminal.say(f"{place} is complete in {folder} with these settings: skipped\n", "bold")
                 continue
             terminal.say(place, "bold")
@@ -67,14 +71,3 @@ def _arguments(task, command, given):
         if hasattr(own, name) and value is not None:
             setattr(own, name, value)
     return own
-
-
-def _complete(folder, name, settings):
-    """Whether the folder holds all results of a run with these settings, and no checkpoint of a later one."""
-    try:
-        record = report.read(folder / f"{name}.json")
-    except report.Unreadable:
-        return False
-    files = [f"{name}.csv", *(figure["file"] for figure in record["figures"])]
-    return (record["settings"] == records.as_read(settings) and all((folder / file).is_file() for file in files)
-            and not (folder / f"{name}.checkpoint").exists())
