@@ -115,6 +115,18 @@ class Substituted(TorchFunctionMode):
         return value
 
 
+def modes() -> tuple[bool, int]:
+    """Whether gradients are enabled, and how many modes for functions there are."""
+    return torch.is_grad_enabled(), torch._C._len_torch_function_stack()
+
+
+def restore_modes(before: tuple[bool, int]) -> None:
+    """Go back to the modes of before: an interruption at the end of a `with` leaves its context entered."""
+    while torch._C._len_torch_function_stack() > before[1]:
+        torch._C._pop_torch_function_stack()
+    torch._C._set_grad_enabled(before[0])
+
+
 def loss_of(result) -> float:
     """The loss, as a number, of what a closure returned."""
     if isinstance(result, torch.Tensor) and result.dim() == 0:

@@ -16,7 +16,7 @@ from ..report import EnsembleReport, Report, advice, stall
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .correction import Acceleration
-from .evaluate import LARGE_TAPE, Evaluator
+from .evaluate import LARGE_TAPE, Evaluator, modes, restore_modes
 from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
@@ -90,11 +90,14 @@ class HostStep:
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
+        self._modes = modes()
 
     def __enter__(self) -> HostStep:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            restore_modes(self._modes)
         if kind is not None and self.memory["step"] == self._step:   # else it stood already
             self.parameters.all_back()
             for own, name, value in self._written:
