@@ -121,6 +121,18 @@ class Substituted(TorchFunctionMode):
         return value
 
 
+def modes() -> tuple[bool, int]:
+    """Whether gradients are enabled, and how many modes for functions there are."""
+    return torch.is_grad_enabled(), torch._C._len_torch_function_stack()
+
+
+def restore_modes(before: tuple[bool, int]) -> None:
+    """Go back to the modes of before: an interruption at the end of a `with` leaves its context entered."""
+    while torch._C._len_torch_function_stack() > before[1]:
+        torch._C._pop_torch_function_stack()
+    torch._C._set_grad_enabled(before[0])
+
+
 def half_square(result) -> torch.Tensor:
     """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached."""
     parts = result if isinstance(result, (tuple, list)) else [result]

@@ -16,7 +16,7 @@ from ..report import EnsembleReport, Report, advice, stall
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .correction import Acceleration
-from .evaluate import LARGE_TAPE, Evaluator
+from .evaluate import LARGE_TAPE, Evaluator, modes, restore_modes
 from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
@@ -90,9 +90,11 @@ class HostStep:
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
+        self._modes = modes()
 
     def undo(self) -> None:
         """Leave everything as it was before the step, unless that stood already."""
+        restore_modes(self._modes)
         if self.memory["step"] != self._step:
             return
         self.parameters.all_back()
