@@ -1,14 +1,18 @@
 // The module, and tapes in Python. Only the binding files know pybind11: they unpack tensors into pointers, check them and
 // release the GIL.
+#include <ATen/CPUGeneratorImpl.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <mutex>
 
 #include "bindings.h"
 #include "blas_torch.h"
 #include "cpu/simd.h"
+#include "plan/environment.h"
 #include "tape/replay.h"
 #include "tape/walk.h"
 
@@ -36,14 +40,23 @@ struct Known {
 struct Reader : Walker {
   using Walker::Walker;
   std::unordered_map<int, std::vector<Known>> known;
+
+  // A walk; what is known of structures goes with these.
+  Walk walk(const std::vector<at::Tensor>& roots) {
+    const int before = generation();
+    Walk found = Walker::walk(roots);
+    if (generation() != before) known.clear();
+    return found;
+  }
 };
 
+// (number of the structure, is it new, nodes, positions of active nodes with hooks).
 py::tuple walk(Reader& reader, const py::list& roots) {
   const Walker::Walk found = reader.walk(unpack(roots));
   py::list nodes(found.nodes.size());
   for (std::size_t i = 0; i < found.nodes.size(); ++i)
     PyList_SET_ITEM(nodes.ptr(), Py_ssize_t(i), torch::autograd::functionToPyObject(found.nodes[i]));
-  return py::make_tuple(found.structure, found.fresh, nodes);
+  return py::make_tuple(found.structure, found.fresh, nodes, found.hooked);
 }
 
 // (attached, loss, its value, residual or None, constants, nodes asked for) of a closure's result; None if no replay fits it.
@@ -63,7 +76,7 @@ py::object read(Reader& reader, const py::object& result) {
   try {
     const Walker::Walk walk = reader.walk(results);
     const auto found = reader.known.find(walk.structure);
-    if (walk.fresh || found == reader.known.end()) return py::none();
+    if (walk.fresh || !walk.hooked.empty() || found == reader.known.end()) return py::none();
     for (Known& known : found->second) {
       Replay::Reading reading;
       const auto outcome = known.replay->run(walk.nodes, results, loss, reading);
@@ -117,8 +130,11 @@ void bind_tapes(py::module_& m) {
              reader.known[structure].push_back({std::move(replay), std::move(attached), std::move(places)});
            })
       .def("detach", [](Reader& reader, int structure, py::handle attached) {
-        std::erase_if(reader.known[structure], [&](const Known& known) { return known.attached.is(attached); });
-      });
+        const auto found = reader.known.find(structure);
+        if (found == reader.known.end()) return;   // forgotten with its generation
+        std::erase_if(found->second, [&](const Known& known) { return known.attached.is(attached); });
+      })
+      .def_property_readonly("generation", &Reader::generation);
 }
 
 // theta_l -= rate_l * direction_l for contiguous CPU parameters of one dtype; false, with nothing done, if one is not.
@@ -140,16 +156,69 @@ bool subtract(const std::vector<at::Tensor>& params, const std::vector<double>& 
   return true;
 }
 
+// Contiguous CPU tensors copied one by one; false, with nothing done, where a pair differs in dtype or size or is not such.
+bool copy_tensors(const py::list& to, const py::list& from) {
+  const Py_ssize_t count = PyList_GET_SIZE(to.ptr());
+  if (PyList_GET_SIZE(from.ptr()) != count) return false;
+  const auto tensor = [](const py::list& list, Py_ssize_t i) -> const at::Tensor& {
+    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
+    if (!THPVariable_Check(item)) throw py::type_error("expected tensors");
+    return THPVariable_Unpack(item);
+  };
+  const auto plain = [](const at::Tensor& t) {
+    return t.device().is_cpu() && t.layout() == at::kStrided && t.is_contiguous() && !t.is_neg() && !t.is_conj() && t.has_storage();
+  };
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const at::Tensor &a = tensor(to, i), &b = tensor(from, i);
+    if (!plain(a) || !plain(b) || a.is_inference() || a.scalar_type() != b.scalar_type() || a.numel() != b.numel()) return false;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const at::Tensor &a = tensor(to, i), &b = tensor(from, i);
+    if (a.numel() > 0) std::memmove(a.mutable_data_ptr(), b.const_data_ptr(), a.nbytes());
+    a.unsafeGetTensorImpl()->bump_version();
+  }
+  return true;
+}
+
+// The state of PyTorch's CPU generator, read and set in a third of the time that a tensor of it takes.
+class CpuGeneratorState {
+ public:
+  CpuGeneratorState() : CpuGeneratorState(std::lock_guard(impl().mutex_)) {}
+  void restore() const {
+    const std::lock_guard guard(impl().mutex_);
+    impl().set_engine(engine_);
+    impl().set_next_float_normal_sample(single_);
+    impl().set_next_double_normal_sample(wide_);
+  }
+  bool operator==(const CpuGeneratorState& other) const {
+    const at::mt19937_data_pod a = engine_.data(), b = other.engine_.data();
+    return a.left_ == b.left_ && a.seeded_ == b.seeded_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.state_ == b.state_ &&
+           single_ == other.single_ && wide_ == other.wide_;
+  }
+
+ private:
+  // An engine made by itself would be seeded, which takes longer than all else.
+  explicit CpuGeneratorState(const std::lock_guard<std::mutex>&)
+      : engine_(impl().engine()), single_(impl().next_float_normal_sample()), wide_(impl().next_double_normal_sample()) {}
+  static at::CPUGeneratorImpl& impl() {
+    return *static_cast<at::CPUGeneratorImpl*>(at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl());
+  }
+  at::mt19937 engine_;
+  std::optional<float> single_;
+  std::optional<double> wide_;
+};
+
 }  // namespace
 }  // namespace pgdfast
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pgdfast: plans, sweeps, Gram matrices and solves on the CPU.";
   using namespace pgdfast;
-  blas_name = fill_blas(std::getenv("PGDFAST_BLAS"));
+  blas_name = fill_blas(nullptr);
   fill_maths();
   bind_jets(m);
   bind_plans(m);
+  bind_rules(m);
   bind_tapes(m);
   m.def("subtract", [](const py::list& params, const std::vector<double>& rates, py::handle direction) {
     if (!THPVariable_Check(direction.ptr())) throw py::type_error("direction must be a tensor");
@@ -157,6 +226,16 @@ PYBIND11_MODULE(_C, m) {
     const at::Tensor& d = THPVariable_Unpack(direction.ptr());
     return d.scalar_type() == at::kFloat ? subtract<float>(tensors, rates, d) : subtract<double>(tensors, rates, d);
   });
+  m.def("copy_tensors", &copy_tensors);
+  py::class_<CpuGeneratorState>(m, "CpuGeneratorState")
+      .def(py::init<>())
+      .def("restore", &CpuGeneratorState::restore)
+      .def("__eq__", [](const CpuGeneratorState& a, const CpuGeneratorState& b) { return a == b; });
+  m.def("configure", [] {
+    if (const char* name = std::getenv("PGDFAST_ISA")) choose_instruction_set(name);
+    if (const char* name = std::getenv("PGDFAST_BLAS")) blas_name = fill_blas(name);
+    number_from_environment("PGDFAST_PASS_BYTES", 0);
+  }, "Takes the switches from the environment; raises ValueError for a value that is not known.");
   m.attr("torch_version") = PGDFAST_TORCH_VERSION;
   m.def("instruction_set", [] { return std::string(simd_name()); });
   m.def("blas_threads", [](int count) { return set_blas_threads ? set_blas_threads(count) : 0; },

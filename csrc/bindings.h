@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <mutex>
 #include <string>
 
 #include "plan/blas.h"
@@ -16,10 +17,21 @@ namespace py = pybind11;
 template <class T>
 constexpr at::ScalarType scalar_type = std::is_same_v<T, float> ? at::kFloat : at::kDouble;
 
-// While the core works: no GIL, and as many threads as PyTorch may use at that moment.
+// While the core works: no GIL, as many threads as PyTorch may use at that moment, and alone at what the mutex guards.
 struct Running {
   Running() { max_threads = at::get_num_threads(); }
-  py::gil_scoped_release release;
+  explicit Running(std::mutex& mutex) : Running() { lock = std::unique_lock(mutex); }
+  py::gil_scoped_release release;     // waits for the GIL again when the lock is gone
+  std::unique_lock<std::mutex> lock;
+};
+
+// The same with the GIL, which whoever holds the mutex may need: it is let go while the mutex is waited for.
+struct Locked {
+  explicit Locked(std::mutex& mutex) {
+    const py::gil_scoped_release release;
+    lock = std::unique_lock(mutex);
+  }
+  std::unique_lock<std::mutex> lock;
 };
 
 // A contiguous CPU tensor of T with exactly `count` elements, as a pointer.
@@ -41,5 +53,6 @@ T* optional_pointer(py::handle object, index count, const char* name) {
 
 void bind_jets(py::module_& m);
 void bind_plans(py::module_& m);
+void bind_rules(py::module_& m);
 
 }  // namespace pgdfast

@@ -1,11 +1,13 @@
 // Plans in Python: a program with its constants, its products and its solves.
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+
+#include <mutex>
 
 #include "bindings.h"
 #include "cpu/members.h"
 #include "cpu/simd.h"
 #include "cpu/solve.h"
+#include "plan/read.h"
 
 namespace pgdfast {
 namespace {
@@ -16,14 +18,47 @@ struct ConstantLayout {
   Function function = Function::identity;
 };
 
+// A contiguous CPU tensor of 64-bit integers: what plan/read.h reads.
+std::pair<const index*, index> words_of(py::handle object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("words must be a tensor");
+  const at::Tensor& t = THPVariable_Unpack(object.ptr());
+  if (t.scalar_type() != at::kLong || !t.device().is_cpu() || !t.is_contiguous())
+    throw py::value_error("words must be a contiguous CPU tensor of 64-bit integers");
+  return {t.const_data_ptr<std::int64_t>(), t.numel()};
+}
+
+// A factor that Python holds; see Solver::dual.
+template <class T>
+class FactorHandle {
+ public:
+  explicit FactorHandle(std::shared_ptr<Factor<T>> factor) : factor_(std::move(factor)) {}
+
+  void solve(py::handle b, py::handle x) {
+    const T* from = pointer<T>(b, order(), "b");
+    T* to = pointer<T>(x, order(), "x");
+    const Running running;
+    factor_->solve(from, to);
+  }
+  void dual_vector(py::handle y) const {
+    if (!is_dual()) throw py::value_error("a factor of the primal matrix has no dual vector");
+    std::copy_n(factor_->dual_vector.data(), order(), pointer<T>(y, order(), "y"));
+  }
+  index order() const { return factor_->order(); }
+  bool is_dual() const { return factor_->is_dual(); }
+  index bytes() const { return factor_->bytes(); }
+
+ private:
+  std::shared_ptr<Factor<T>> factor_;
+};
+
+// A program with its constants. One call at a time works on it: others wait, without the GIL.
 template <class T>
 class Plan {
  public:
-  Plan(const std::vector<std::pair<int, index>>& buffers, const std::vector<index>& live, const py::list& instructions,
-       const py::list& constants, const std::vector<int>& functions) {
-    auto& s = solver_.structure;
-    for (const auto& [role, size] : buffers) s.buffers.push_back({static_cast<Role>(role), size, live.at(s.buffers.size())});
-    for (py::handle item : instructions) s.instructions.push_back(read_instruction(py::cast<py::tuple>(item)));
+  // words and alphas: the program, as plan/read.h has it. constants: per constant (sizes, strides), or None for a number.
+  Plan(py::handle words, const std::vector<double>& alphas, const py::list& constants, const std::vector<int>& functions) {
+    const auto [numbers, count] = words_of(words);
+    solver_.structure = read_program(numbers, count, alphas.data(), index(alphas.size()));
     for (py::handle item : constants) {
       if (item.is_none()) layouts_.push_back({true, {}, {}, {}});
       else {
@@ -31,13 +66,15 @@ class Plan {
         layouts_.push_back({false, sizes, strides, static_cast<Function>(functions.at(layouts_.size()))});
       }
     }
-    s.finalize();
+    for (const Instruction& op : solver_.structure.instructions)
+      if (op.constant >= int(layouts_.size())) throw py::value_error("an instruction with a constant that there is not");
     solver_.program.constants.resize(layouts_.size());
   }
 
   // Points the constants at this step's tensors. False if one differs in layout from those the plan was built for.
   bool bind(const py::list& constants) {
     if (constants.size() != layouts_.size()) return false;
+    const Locked locked(mutex_);
     solver_.invalidate();
     members_.sources.assign(members_.count ? layouts_.size() : 0, {});
     for (std::size_t i = 0; i < layouts_.size(); ++i) {
@@ -75,7 +112,7 @@ class Plan {
       auto& source = members_.sources[i];
       if (!source.raw && !source.narrow) source.first = solver_.program.constants[i];
     }
-    if (members_.count) select(0);
+    if (members_.count) place(0);
     for (const Instruction& op : solver_.structure.instructions) {
       if (op.kind != Kind::gather) continue;
       const index* positions = solver_.program.constants[std::size_t(op.constant)].positions;
@@ -89,41 +126,29 @@ class Plan {
   void set_members(index count, std::vector<index> shifts, std::vector<index> spans) {
     if (count < 1 || shifts.size() != layouts_.size() || spans.size() != layouts_.size())
       throw py::value_error("one shift and one span per constant, and a member or more");
+    const Locked locked(mutex_);
     members_.count = count;
     members_.shifts = std::move(shifts);
     members_.spans = std::move(spans);
   }
   void select(index member) {
     if (member < 0 || member >= members_.count) throw py::index_error("no such member");
-    members_.place(member, solver_.program.constants, own_);
-    solver_.invalidate();
+    const Locked locked(mutex_);
+    place(member);
   }
 
   void clear_rows() {
+    const Locked locked(mutex_);
     solver_.layout = {};
     solver_.invalidate();
     members_.forget();
   }
 
-  void set_rows(index num_rows, index max_sections, std::vector<index> section_of, std::vector<index> k_of,
-                const std::vector<std::array<index, 4>>& blocks, const std::vector<std::array<index, 7>>& uses,
-                const py::dict& labels) {
-    auto& layout = solver_.layout;
-    layout = {};
-    layout.num_rows = num_rows;
-    layout.max_sections = max_sections;
-    layout.section_of = std::move(section_of);
-    layout.k_of = std::move(k_of);
-    for (const auto& b : blocks) layout.blocks.push_back({b[0], b[1], b[2], b[3]});
-    for (const auto& u : uses)
-      layout.uses.push_back({int(u[0]), int(u[1]), static_cast<Form>(u[2]), u[3], u[4] != 0, int(u[5]), u[6] != 0});
-    layout.labels.resize(solver_.structure.buffers.size());
-    for (auto item : labels) {
-      const auto values = py::cast<py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>>(item.second);
-      layout.labels[py::cast<std::size_t>(item.first)].assign(values.data(), values.data() + values.size());
-    }
-    layout.finalize();
-    layout.local = true;
+  // words: the row layout, as plan/read.h has it.
+  void set_rows(py::handle words) {
+    const auto [numbers, count] = words_of(words);
+    const Locked locked(mutex_);
+    solver_.layout = read_rows(numbers, count, solver_.structure);
     solver_.invalidate();
     members_.forget();
   }
@@ -131,35 +156,35 @@ class Plan {
   void jvp(py::handle v, py::handle u) {
     const T* from = pointer<T>(v, P(), "v");
     T* to = pointer<T>(u, M(), "u");
-    const Running running;
+    const Running running(mutex_);
     solver_.product(from, to);
   }
   void vjp(py::handle u, py::handle v) {
     const T* from = pointer<T>(u, M(), "u");
     T* to = pointer<T>(v, P(), "v");
-    const Running running;
+    const Running running(mutex_);
     solver_.adjoint_product(from, to);
   }
   void vjps(py::handle U, index K, py::handle V) {
     const T* from = pointer<T>(U, K * M(), "U");
     T* to = pointer<T>(V, K * P(), "V");
-    const Running running;
+    const Running running(mutex_);
     solver_.adjoint_products(from, K, to);
   }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");
-    const Running running;
+    const Running running(mutex_);
     pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
   }
   void gram(py::handle K) {
     require_rows("gram");
     T* to = pointer<T>(K, M() * M(), "K");
-    const Running running;
+    const Running running(mutex_);
     solver_.gram_matrix(to);
   }
   void diagonal(py::handle d) {
     T* to = pointer<T>(d, P(), "d");
-    const Running running;
+    const Running running(mutex_);
     pgdfast::diagonal(solver_.program, solver_.layout, solver_.work, to);
   }
   py::tuple dual(py::handle r, py::handle weights, double shift, py::handle q, py::handle delta) {
@@ -168,27 +193,14 @@ class Plan {
     const T* w_ = pointer<T>(weights, solver_.structure.num_parameter_buffers, "weights");
     const T* q_ = optional_pointer<T>(q, P(), "q");
     T* delta_ = pointer<T>(delta, P(), "delta");
-    return solved([&] { return solver_.dual(r_, w_, shift, q_, delta_); });
+    return solved_by_factor([&] { return solver_.dual(r_, w_, shift, q_, delta_); });
   }
   py::tuple primal(py::handle r, py::handle d, py::handle q, py::handle delta) {
     const T* r_ = pointer<T>(r, M(), "r");
     const T* d_ = pointer<T>(d, P(), "d");
     const T* q_ = optional_pointer<T>(q, P(), "q");
     T* delta_ = pointer<T>(delta, P(), "delta");
-    return solved([&] { return solver_.primal(r_, d_, q_, delta_); });
-  }
-  // Solves with the factor of the last dual or primal step.
-  void correct(py::handle b, py::handle x) {
-    if (solver_.held == Solver<T>::Held::nothing) throw py::value_error("correct needs a dual or primal step before it");
-    const index n = solver_.held == Solver<T>::Held::gram ? M() : P();
-    const T* from = pointer<T>(b, n, "b");
-    T* to = pointer<T>(x, n, "x");
-    const Running running;
-    solver_.correct(from, to);
-  }
-  void dual_vector(py::handle y) {
-    if (solver_.held != Solver<T>::Held::gram) throw py::value_error("dual_vector needs a dual step before it");
-    std::copy_n(solver_.dual_vector(), M(), pointer<T>(y, M(), "y"));
+    return solved_by_factor([&] { return solver_.primal(r_, d_, q_, delta_); });
   }
   // V and c: a sketch's rows (rank, P) and coefficients (rank,), or None; path: (slots, P) or None. The last item of the
   // result lists the iterates kept there: (slot, iteration, gain, square, slack).
@@ -225,7 +237,7 @@ class Plan {
     T* steps_ = pointer<T>(steps, index(mu.size()) * P(), "steps");
     std::vector<Outcome> outcomes;
     {
-      const Running running;
+      const Running running(mutex_);
       outcomes = solver_.multishift(r_, q_, mu.data(), index(mu.size()), scale_, penalty_, max_iterations, tolerance, absolute,
                                     steps_);
     }
@@ -244,7 +256,7 @@ class Plan {
   }
 
   // Solves for the members listed. r: members x M; mu: members, double; penalty: c per parameter buffer, or empty; scale and q:
-  // members x P or None; delta: members x P, of which the rows of those listed are written; out: listed x 7, double: what
+  // members x P or None; delta: members x P, of which the rows of those listed are written; out: listed x kOutcomeNumbers, double: what
   // `solved` returns. By CG also inverse, the diagonal that preconditions, and start: members x P or None.
   void members_dual(const std::vector<index>& listed, py::handle r, py::handle mu, const std::vector<double>& penalty,
                     py::handle q, py::handle delta, py::handle out) {
@@ -301,11 +313,28 @@ class Plan {
       simd<T>().evaluate_float(layouts_[i].function, span, t.const_data_ptr<float>(), own_[i].data());
     return own_[i].data();
   }
+  void place(index member) {
+    members_.place(member, solver_.program.constants, own_);
+    solver_.invalidate();
+  }
+  // Behind the numbers of the outcome: the factor, None where there is none.
+  template <class F>
+  py::tuple solved_by_factor(F&& run) {
+    Outcome o;
+    std::shared_ptr<Factor<T>> factor;
+    {
+      const Running running(mutex_);
+      o = run();
+      if (o.status == Status::solved) factor = solver_.factor;
+    }
+    const py::object held = factor ? py::cast(FactorHandle<T>(std::move(factor))) : py::none();
+    return py::make_tuple(int(o.status), o.iterations, o.residual_norm, o.gain, o.square, o.trace, o.slack, held);
+  }
   template <class F>
   py::tuple solved(F&& run) {
     Outcome outcome;
     {
-      const Running running;
+      const Running running(mutex_);
       outcome = run();
     }
     return tuple_of(outcome);
@@ -313,6 +342,7 @@ class Plan {
   static py::tuple tuple_of(const Outcome& o) {
     return py::make_tuple(int(o.status), o.iterations, o.residual_norm, o.gain, o.square, o.trace, o.slack);
   }
+  static constexpr index kNumbers = limits::kOutcomeNumbers;
   // One member's (mu scale + c + J^T J) delta = J^T r + q.
   struct System {
     index member;
@@ -335,14 +365,14 @@ class Plan {
     const T* scale_ = optional_pointer<T>(scale, B * P(), "scale");
     const T* q_ = optional_pointer<T>(q, B * P(), "q");
     T* delta_ = pointer<T>(delta, B * P(), "delta");
-    double* out_ = pointer<double>(out, index(listed.size()) * 7, "out");
-    const Running running;
+    double* out_ = pointer<double>(out, index(listed.size()) * kNumbers, "out");
+    const Running running(mutex_);
     members_.each(solver_, listed, [&](Solver<T>& solver, index i, index b) {
       const System system{b, r_ + b * M(), mu_[b], scale_ ? scale_ + b * P() : nullptr, q_ ? q_ + b * P() : nullptr,
                           delta_ + b * P()};
       const Outcome o = solve(solver, system);
-      const double values[7] = {double(o.status), double(o.iterations), o.residual_norm, o.gain, o.square, o.trace, o.slack};
-      std::copy_n(values, 7, out_ + 7 * i);
+      const double values[kNumbers] = {double(o.status), double(o.iterations), o.residual_norm, o.gain, o.square, o.trace, o.slack};
+      std::copy_n(values, kNumbers, out_ + kNumbers * i);
     });
   }
   std::vector<T> diagonal_of(const System& system, const std::vector<double>& penalty) const {
@@ -358,67 +388,26 @@ class Plan {
   void require_rows(const char* what) const {
     if (!solver_.layout.local) throw py::value_error(std::string(what) + " needs a row layout: call set_rows first");
   }
-  static Instruction read_instruction(const py::tuple& t) {
-    // (kind, y, y_offset, x, x_offset, constant, c_offset, alpha, extents...)
-    Instruction op{};
-    op.kind = static_cast<Kind>(py::cast<int>(t[0]));
-    op.y = py::cast<int>(t[1]);
-    op.y_offset = py::cast<index>(t[2]);
-    op.x = py::cast<int>(t[3]);
-    op.x_offset = py::cast<index>(t[4]);
-    op.constant = py::cast<int>(t[5]);
-    op.c_offset = py::cast<index>(t[6]);
-    op.alpha = py::cast<double>(t[7]);
-    const auto list = py::cast<std::vector<std::vector<index>>>(t[8]);
-    if (op.kind == Kind::matmul) {
-      const auto& g = list.at(0);
-      op.matmul = {g.at(0), g.at(1), g.at(2),  g.at(3),  g.at(4),  g.at(5), g.at(6),
-                   g.at(7), g.at(8), g.at(9), g.at(10), g.at(11), g.at(12), g.at(13), g.at(14), g.at(15), g.at(16)};
-    } else if (op.kind == Kind::gather) {
-      const auto& g = list.at(0);
-      op.gather = {g.at(0), g.at(1), g.at(2), g.at(3), g.at(4)};
-    } else if (op.kind == Kind::project) {
-      Project& p = op.project;
-      p.ndim = int(list.at(0).size());
-      const std::size_t operands = list.size() - 5;   // all but shape, strides of y and x, numbers and offsets
-      if (p.ndim > kMaxDims + 1 || operands > p.constants.size()) throw py::value_error("a projection beyond the limits");
-      p.terms = int(operands - 1) / 2;
-      for (std::size_t d = 0; d < list[0].size(); ++d) {
-        p.shape[d] = list[0][d];
-        p.ys[d] = list.at(1).at(d);
-        p.xs[d] = list.at(2).at(d);
-        for (std::size_t c = 0; c < operands; ++c) p.cs[c][d] = list.at(3 + c).at(d);
-      }
-      for (std::size_t c = 0; c < operands; ++c) {
-        p.constants[c] = int(list[list.size() - 2].at(c));
-        p.offsets[c] = list.back().at(c);
-      }
-    } else {
-      op.muladd.ndim = int(list.at(0).size());
-      if (op.muladd.ndim > kMaxDims) throw py::value_error("more than 6 dimensions in one instruction");
-      for (std::size_t d = 0; d < list[0].size(); ++d) {
-        op.muladd.shape[d] = list[0][d];
-        op.muladd.ys[d] = list.at(1).at(d);
-        op.muladd.xs[d] = list.at(2).at(d);
-        op.muladd.cs[d] = list.at(3).at(d);
-      }
-    }
-    return op;
-  }
-
   Solver<T> solver_;
   std::vector<ConstantLayout> layouts_;
   std::vector<std::vector<T>> own_;
   Members<T> members_;
+  std::mutex mutex_;
 };
 
 template <class T>
-void bind_plan(py::module_& m, const char* name) {
+void bind_plan(py::module_& m, const char* name, const char* factor_name) {
+  using F = FactorHandle<T>;
+  py::class_<F>(m, factor_name)
+      .def("solve", &F::solve)
+      .def("dual_vector", &F::dual_vector)
+      .def_property_readonly("order", &F::order)
+      .def_property_readonly("is_dual", &F::is_dual)
+      .def_property_readonly("bytes", &F::bytes);
   using P = Plan<T>;
   py::class_<P>(m, name)
-      .def(py::init<const std::vector<std::pair<int, index>>&, const std::vector<index>&, const py::list&, const py::list&,
-                    const std::vector<int>&>(),
-           py::arg("buffers"), py::arg("live"), py::arg("instructions"), py::arg("constants"), py::arg("functions"))
+      .def(py::init<py::handle, const std::vector<double>&, const py::list&, const std::vector<int>&>(), py::arg("words"),
+           py::arg("alphas"), py::arg("constants"), py::arg("functions"))
       .def("bind", &P::bind)
       .def("set_members", &P::set_members)
       .def("select", &P::select)
@@ -435,8 +424,6 @@ void bind_plan(py::module_& m, const char* name) {
       .def("diagonal", &P::diagonal)
       .def("dual", &P::dual)
       .def("primal", &P::primal)
-      .def("correct", &P::correct)
-      .def("dual_vector", &P::dual_vector)
       .def("cg", &P::cg)
       .def("multishift", &P::multishift)
       .def("lsmr", &P::lsmr)
@@ -451,8 +438,8 @@ void bind_plan(py::module_& m, const char* name) {
 }  // namespace
 
 void bind_plans(py::module_& m) {
-  bind_plan<float>(m, "PlanFloat");
-  bind_plan<double>(m, "PlanDouble");
+  bind_plan<float>(m, "PlanFloat", "FactorFloat");
+  bind_plan<double>(m, "PlanDouble", "FactorDouble");
 }
 
 }  // namespace pgdfast

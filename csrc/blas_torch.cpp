@@ -13,6 +13,7 @@
 
 #include "blas_torch.h"
 #include "plan/blas.h"
+#include "plan/environment.h"
 
 namespace pgdfast {
 namespace {
@@ -76,11 +77,14 @@ void use_mkl() {
 }  // namespace
 
 const char* fill_blas(const char* wanted) {
+  const bool best = wanted == nullptr;
+  if (!best && std::strcmp(wanted, "mkl") != 0 && std::strcmp(wanted, "aten") != 0)
+    throw unknown_switch("PGDFAST_BLAS", wanted, "mkl, aten");
   use_aten<float>();
   use_aten<double>();
   set_blas_threads = nullptr;
 #ifndef _WIN32
-  if (wanted == nullptr || std::strcmp(wanted, "mkl") == 0) {
+  if (best || std::strcmp(wanted, "mkl") == 0) {
     void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
     if (library) {
       auto threads = reinterpret_cast<int (*)(int)>(dlsym(library, "MKL_Set_Num_Threads_Local"));
@@ -93,6 +97,8 @@ const char* fill_blas(const char* wanted) {
     }
   }
 #endif
+  if (!best && std::strcmp(wanted, "mkl") == 0)
+    throw std::invalid_argument("pgdfast: PGDFAST_BLAS is 'mkl', and this PyTorch exports no MKL; use aten.");
   return "aten";
 }
 

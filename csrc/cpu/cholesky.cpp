@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace pgdfast {
 namespace {
@@ -100,17 +98,7 @@ bool Cholesky<T>::factor(const T* matrix, index ld, index n, const T* added, int
       if (item == 0 && good) diagonal(first + height, block);
     }
   };
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    for (index number = 0; number < steps; ++number) {
-      step(number, blocks_[std::size_t(omp_get_thread_num())]);
-#pragma omp barrier
-    }
-    return good;
-  }
-#endif
-  for (index number = 0; number < steps; ++number) step(number, blocks_[0]);
+  in_steps(threads, steps, [&](index number, int thread) { step(number, blocks_[std::size_t(thread)]); });
   return good;
 }
 
@@ -139,6 +127,13 @@ void Cholesky<T>::solve(T* x) const {
     t.subtract_columns(p * width_, panel(p), z, x_.data());
   }
   std::copy(x_.begin(), x_.begin() + n_, x);
+}
+
+template <class T>
+index Cholesky<T>::bytes() const {
+  std::size_t numbers = panels_.size() + inverse_.size() + added_.size() + x_.size();
+  for (const std::vector<T>& block : blocks_) numbers += block.size();
+  return index(numbers * sizeof(T));
 }
 
 template class Cholesky<float>;

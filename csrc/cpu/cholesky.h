@@ -19,6 +19,7 @@ class Cholesky {
   bool factor(const T* matrix, index ld, index n, const T* added, int threads);
   // x <- (U^T U)^-1 x. Costs 2 n^2 operations.
   void solve(T* x) const;
+  index bytes() const;
 
  private:
   T* panel(index p) { return panels_.data() + width_ * width_ * (p * (p + 1) / 2); }

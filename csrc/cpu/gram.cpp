@@ -1,18 +1,18 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
 #include "../plan/blas.h"
+#include "../plan/environment.h"
+#include "../plan/limits.h"
 #include "factors.h"
 #include "parallel.h"
 
 namespace pgdfast {
 namespace {
 
-constexpr index kPassBytes = index(64) << 20;   // what a pass may pack at least; a quarter of K beyond (solve/memory.py)
 constexpr index kDepth = 256;   // depth of panels that one tile sums at once: three of them stay in the first-level cache
 
 // C C'^T of two uses whose rows have several residuals, found once for all of those.
@@ -25,8 +25,9 @@ struct Shared {
 // What one pass may pack; PGDFAST_PASS_BYTES forces it, for tests.
 template <class T>
 index pass_elements(index num_residuals) {
-  if (const char* forced = std::getenv("PGDFAST_PASS_BYTES")) return index(std::atoll(forced)) / index(sizeof(T));
-  return std::max(kPassBytes / index(sizeof(T)), num_residuals * num_residuals / 4);
+  const index forced = number_from_environment("PGDFAST_PASS_BYTES", -1);
+  if (forced >= 0) return forced / index(sizeof(T));
+  return std::max(limits::kPassBytes / index(sizeof(T)), num_residuals * num_residuals / limits::kPassPart);
 }
 
 // Pointers to the panels of one group of columns.

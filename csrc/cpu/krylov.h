@@ -34,9 +34,4 @@ struct Kept {
   double gain = 0, square = 0, slack = 0;   // as in Outcome
 };
 
-template <class T>
-void ensure_size(std::vector<T>& buffer, index size) {
-  if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
-}
-
 }  // namespace pgdfast

@@ -29,9 +29,9 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
   const index M = structure.num_residuals, P = structure.num_parameters;
   const Simd<T>& body = simd<T>();
   T* arena_ = arena_data();
-  for (auto* x : {&rhs, &cg_r, &cg_p, &cg_Ap, &cg_z}) ensure_size(*x, P);
-  ensure_size(cg_u, M);
-  ensure_size(scratch_u, M);
+  for (auto* x : {&rhs, &cg_r, &cg_p, &cg_Ap, &cg_z}) ensure(*x, P);
+  ensure(cg_u, M);
+  ensure(scratch_u, M);
   T *t = cg_r.data(), *v = cg_p.data(), *h = cg_Ap.data(), *hbar = cg_z.data(), *u = cg_u.data(), *Jx = scratch_u.data();
   const auto scaled = [&](const T* x, T* out) {   // out = W x
     if (root) body.muladd(P, T(1), root, 1, x, 1, out, 1, true);

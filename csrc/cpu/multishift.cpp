@@ -17,11 +17,9 @@
 namespace pgdfast {
 namespace {
 
-constexpr index kPanel = 32;      // residuals kept between two updates of all x_k and p_k
-constexpr index kProbes = 2;      // random combinations of all true residuals that are computed at the end
+constexpr index kPanel = limits::kShiftPanel, kProbes = limits::kShiftProbes;
+constexpr double kEarly = limits::kShiftEarly, kDrift = limits::kShiftDrift;
 static_assert(kPanel > 4 * kProbes, "the panel's memory serves the probes, their products and one residual at the end");
-constexpr double kEarly = 0.6;    // of the tolerance: where a shift claims to have arrived, so that rounding has room
-constexpr double kDrift = 1.1;    // true over recurrence's residual beyond which the recurrence is given up
 
 // What shift k knows: x = X + e P + sum_j cx_j r_j and p = a P + sum_j cp_j r_j, X and P of the block's beginning.
 struct Shift {
@@ -46,12 +44,12 @@ std::vector<Outcome> Solver<T>::multishift(const T* r, const T* q, const double*
   const index M = structure.num_residuals, P = structure.num_parameters;
   const Simd<T>& body = simd<T>();
   T* arena_ = arena_data();
-  for (auto* v : {&rhs, &cg_r, &cg_p, &cg_Ap, &cg_z}) ensure_size(*v, P);
-  ensure_size(cg_u, M);
-  ensure_size(shift_p, (K - 1) * P);
-  ensure_size(shift_r, (kPanel + kProbes) * P);
-  ensure_size(small, 2 * K * kPanel);
-  ensure_size(cg_safe, scale ? 2 * P : P);
+  for (auto* v : {&rhs, &cg_r, &cg_p, &cg_Ap, &cg_z}) ensure(*v, P);
+  ensure(cg_u, M);
+  ensure(shift_p, (K - 1) * P);
+  ensure(shift_r, (kPanel + kProbes) * P);
+  ensure(small, 2 * K * kPanel);
+  ensure(cg_safe, scale ? 2 * P : P);
   T *b = rhs.data(), *res = cg_r.data(), *p = cg_p.data(), *Ap = cg_Ap.data(), *t = cg_z.data(), *x = steps;
   T *panel = shift_r.data(), *claimed = panel + kPanel * P, *coefficients = small.data();
   // In the variables D^1/2 delta: the matrix is W (J^T J + c) W + mu I with W = D^-1/2.
@@ -163,7 +161,7 @@ std::vector<Outcome> Solver<T>::multishift(const T* r, const T* q, const double*
       if (s.active && s.zeta * norm <= kEarly * target) freeze(k, Status::solved);
     }
     if (active == 0) break;
-    if (i % 50 == 0) {   // what the recurrence says of the base, against the truth
+    if (i % limits::kCheckEvery == 0) {   // what the recurrence says of the base, against the truth
       apply(x, Ap);
       body.axpby(P, T(1), b, T(-1), Ap);
       if (!(norm_of(Ap) <= kDrift * norm)) {
@@ -207,7 +205,7 @@ std::vector<Outcome> Solver<T>::multishift(const T* r, const T* q, const double*
   const index room = std::max<index>(structure.arena_size, 1);
   const int threads = int(std::min<index>(probes, threads_for(0.5 * double(probes) * structure.flops)));
   T *pushed = panel + (3 * kProbes + 1) * P, *products = panel + (2 * kProbes + 1) * P;
-  const bool apart = threads > 1 && !W && room * index(sizeof(T)) <= kOneArenaBytes / 8 && kProbes * M <= (kPanel - 4 * kProbes) * P;
+  const bool apart = threads > 1 && !W && room * index(sizeof(T)) <= limits::kOneArenaBytes / 8 && kProbes * M <= (kPanel - 4 * kProbes) * P;
   if (apart) {
     ensure(arenas, index(threads) * room);
     each_item(threads, probes, [&](index m, int thread) {

@@ -18,11 +18,6 @@ struct Workspace {
   std::vector<std::vector<T>> scratch;  // one per thread
 };
 
-template <class T>
-void ensure(std::vector<T>& buffer, index size) {
-  if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
-}
-
 // Fills one arena per section with the cotangents that unit residuals produce.
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work);

@@ -2,8 +2,11 @@
 
 #include "tiles.h"
 
-#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../plan/environment.h"
 
 namespace pgdfast {
 
@@ -44,20 +47,30 @@ const Variant variants[] = {
     {"baseline", [] { return true; }, simd_float_baseline, simd_double_baseline, tiles_float_baseline, tiles_double_baseline},
 };
 
-const Variant* find(const char* name) {
+const Variant* best() {
   for (const Variant& variant : variants)
-    if ((name == nullptr || std::strcmp(name, variant.name) == 0) && variant.runs_here()) return &variant;
+    if (variant.runs_here()) return &variant;
   return nullptr;
 }
 
-const Variant* start() {
-  const Variant* forced = find(std::getenv("PGDFAST_ISA"));
-  return forced ? forced : find(nullptr);
-}
-
-const Variant* const current = start();
+const Variant* current = best();
 
 }  // namespace
+
+void choose_instruction_set(const char* name) {
+  std::string all, here;
+  for (const Variant& variant : variants) {
+    all += (all.empty() ? "" : ", ") + std::string(variant.name);
+    if (variant.runs_here()) here += (here.empty() ? "" : ", ") + std::string(variant.name);
+    if (std::strcmp(name, variant.name) != 0) continue;
+    if (!variant.runs_here())
+      throw std::invalid_argument(std::string("pgdfast: PGDFAST_ISA is '") + name + "', which this processor does not run; use " +
+                                  "one of " + here + ".");
+    current = &variant;
+    return;
+  }
+  throw unknown_switch("PGDFAST_ISA", name, all);
+}
 
 template <>
 const Simd<float>& simd<float>() {

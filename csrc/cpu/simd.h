@@ -51,7 +51,9 @@ struct Simd {
 template <class T>
 const Simd<T>& simd();
 
-// "avx512", "avx2" or "baseline"; the best this processor runs unless PGDFAST_ISA names another it can run.
+// "avx512", "avx2" or "baseline"; the best that this processor runs unless another was chosen.
 const char* simd_name();
+// Takes another from now on. Raises std::invalid_argument for one that there is not or that this processor does not run.
+void choose_instruction_set(const char* name);
 
 }  // namespace pgdfast

@@ -1,9 +1,9 @@
 #include "solve.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "../plan/blas.h"
 #include "normal.h"
@@ -16,16 +16,13 @@ namespace {
 // So many products with J^T are worth forming J, where it is smaller than what each sweep reads and writes (PINNs).
 constexpr index kManyProducts = 4;
 
-// Threads worth starting for a factor of this order.
-int threads_for_factor(index n) { return n < 256 ? 1 : threads_for(double(n) * double(n) * double(n) / 3.0); }
-
 }  // namespace
 
 template <class T>
 T* Solver<T>::arena_data() {
   // A large program has one arena, that of the unit sweeps, whose cotangents are then lost.
-  if (structure.arena_size * index(sizeof(T)) > kOneArenaBytes && index(work.arenas.size()) >= structure.arena_size) {
-    units_kept = false;
+  if (structure.arena_size * index(sizeof(T)) > limits::kOneArenaBytes && index(work.arenas.size()) >= structure.arena_size) {
+    unit_cotangents_valid = false;
     return work.arenas.data();
   }
   ensure(arena, std::max<index>(structure.arena_size, 1));
@@ -40,14 +37,13 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   const index ld = gram_stride<T>(M);
   if (fresh) {
     held = Held::nothing;
+    unit_cotangents_valid = false;   // until the sweeps are done: memory may run out in them
     ensure(matrix, M * ld);
     gram(program, layout, weights, work, matrix.data());
-    units_kept = true;
+    unit_cotangents_valid = true;
     weights_used.assign(weights, weights + buffers);
     held = Held::gram;
   }
-  Outcome outcome;
-  for (index e = 0; e < M; ++e) outcome.trace += double(matrix[std::size_t(e * ld + e)]) / shift;
   ensure(rhs, M);
   ensure(scratch_u, M);
   T* arena_ = arena_data();
@@ -66,20 +62,18 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     std::copy(r, r + M, scratch_u.begin());
   }
   for (index e = 0; e < M; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = scratch_u[std::size_t(e)];
-  if (!factor(matrix, ld, M, [&](index) { return shift; })) {
-    std::fill(delta, delta + P, T(0));
-    outcome.status = Status::not_positive_definite;
-    return outcome;
-  }
-  solve_in_place(rhs.data());
+  Outcome outcome;
+  if (!solve_direct(ld, M, [&](index) { return shift; }, &layout.k_of, rhs.data(), delta, outcome)) return outcome;
   // J delta = r - s y: the predicted reduction needs no further product.
+  std::vector<T>& dual_vector = factor->dual_vector;
+  dual_vector.resize(std::size_t(M));
   for (index e = 0; e < M; ++e) {
     const T y = rhs[std::size_t(layout.k_of[std::size_t(e)])];
-    scratch_u[std::size_t(e)] = y;
+    dual_vector[std::size_t(e)] = y;
     outcome.gain += double(r[e]) * (double(r[e]) - shift * double(y));
   }
-  if (!units_kept || !vjp_from_units(program, layout, work, rhs.data(), delta, arena_))
-    vjp(program, scratch_u.data(), delta, arena_);
+  if (!unit_cotangents_valid || !vjp_from_units(program, layout, work, rhs.data(), delta, arena_))
+    vjp(program, dual_vector.data(), delta, arena_);
   if (q) {
     each_parameter([&](T w, index i) {
       delta[i] = w * (delta[i] + q[i] / T(shift));
@@ -124,19 +118,13 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
     }
     held = Held::normal;
   }
-  Outcome outcome;
-  for (index i = 0; i < P; ++i) outcome.trace += double(matrix[std::size_t(i * ld + i)]) / double(d[i]);
   ensure(rhs, P);
   adjoint_product(r, rhs.data());
   if (q)
     for (index i = 0; i < P; ++i) rhs[std::size_t(i)] += q[i];
-  if (!factor(matrix, ld, P, [&](index i) { return d[i]; })) {
-    std::fill(delta, delta + P, T(0));
-    outcome.status = Status::not_positive_definite;
-    return outcome;
-  }
   std::copy(rhs.begin(), rhs.begin() + P, delta);
-  solve_in_place(delta);
+  Outcome outcome;
+  if (!solve_direct(ld, P, [&](index i) { return d[i]; }, nullptr, delta, delta, outcome)) return outcome;
   outcome.gain = simd<T>().dot(P, rhs.data(), delta);
   outcome.square = simd<T>().dot(P, delta, delta);
   return outcome;
@@ -144,32 +132,19 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
 
 template <class T>
 template <class D>
-bool Solver<T>::factor(const std::vector<T>& from, index ld, index n, D added) {
-  order = n;
-  wide = std::is_same_v<T, float> && n <= kDoubleFactor;
-  if (!wide) {
-    ensure(diagonal, n);
-    for (index i = 0; i < n; ++i) diagonal[std::size_t(i)] = T(added(i));
-    return narrow_factor.factor(from.data(), ld, n, diagonal.data(), threads_for_factor(n));
+bool Solver<T>::solve_direct(index ld, index n, D&& added, const std::vector<index>* positions, T* x, T* delta,
+                             Outcome& outcome) {
+  for (index i = 0; i < n; ++i) outcome.trace += double(matrix[std::size_t(i * ld + i)]) / double(added(i));
+  if (!factor || factor.use_count() > 1) factor = std::make_shared<Factor<T>>();
+  std::atomic_thread_fence(std::memory_order_acquire);   // whoever let go of it may have done so on another thread
+  factor->dual_vector.clear();
+  if (factor->factor(matrix, ld, n, added, positions, factor_scratch)) {
+    factor->solve_in_place(x);
+    return true;
   }
-  ensure(wide_matrix, n * n);
-  wide_diagonal.resize(std::size_t(n));
-  for (index i = 0; i < n; ++i) {
-    std::copy(from.data() + i * ld + i, from.data() + i * ld + n, wide_matrix.data() + i * n + i);
-    wide_diagonal[std::size_t(i)] = double(added(i));
-  }
-  return wide_factor.factor(wide_matrix.data(), n, n, wide_diagonal.data(), 1);
-}
-
-template <class T>
-void Solver<T>::solve_in_place(T* x) {
-  if (!wide) {
-    narrow_factor.solve(x);
-    return;
-  }
-  wide_x.assign(x, x + order);
-  wide_factor.solve(wide_x.data());
-  std::copy(wide_x.begin(), wide_x.end(), x);
+  std::fill(delta, delta + structure.num_parameters, T(0));
+  outcome.status = Status::not_positive_definite;
+  return false;
 }
 
 template <class T>
@@ -201,13 +176,13 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
     return gemm<T>(K, P, M, T(1), U, M, 1, J.data(), P, 1, T(0), V, P, 1);
   }
   // Large arenas are not multiplied: a large sweep has threads of its own.
-  const bool large = size * index(sizeof(T)) > kOneArenaBytes / 8;
+  const bool large = size * index(sizeof(T)) > limits::kOneArenaBytes / 8;
   const int threads = large ? 1 : int(std::min<index>(K, threads_for(0.5 * double(K) * structure.flops)));
   if (!large) ensure(arenas, index(threads) * size);
   each_item(threads, K, [&](index k, int thread) {
     const T* u = U + k * M;
     T* own = large ? arena_data() : arenas.data() + thread * size;
-    if (units_kept && layout.max_sections == 1) {
+    if (unit_cotangents_valid && layout.max_sections == 1) {
       thread_local std::vector<T> ordered;
       ensure(ordered, M);
       for (index e = 0; e < M; ++e) ordered[std::size_t(layout.k_of[std::size_t(e)])] = u[e];
@@ -218,25 +193,12 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
 }
 
 template <class T>
-void Solver<T>::correct(const T* b, T* x) {
-  if (held == Held::normal) {
-    std::copy(b, b + order, x);
-    solve_in_place(x);
-    return;
-  }
-  ensure(rhs, order);
-  for (index e = 0; e < order; ++e) rhs[std::size_t(layout.k_of[std::size_t(e)])] = b[e];
-  solve_in_place(rhs.data());
-  for (index e = 0; e < order; ++e) x[e] = rhs[std::size_t(layout.k_of[std::size_t(e)])];
-}
-
-template <class T>
 void Solver<T>::gram_matrix(T* K) {
   const index M = structure.num_residuals, ld = gram_stride<T>(M);
   std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
   std::vector<T> ordered(std::size_t(M * ld));
   gram(program, layout, ones.data(), work, ordered.data());
-  units_kept = true;
+  unit_cotangents_valid = true;
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];

@@ -3,17 +3,16 @@
 // D is diagonal: `shift` times the inverse of one weight per parameter buffer (dual), or a full vector (CG, primal).
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "cholesky.h"
+#include "../plan/limits.h"
+#include "../plan/status.h"
+#include "factor.h"
 #include "gram.h"
 #include "krylov.h"
 
 namespace pgdfast {
-
-enum class Status : int {
-  solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4, progress = 5
-};
 
 struct Outcome {
   Status status = Status::solved;
@@ -25,13 +24,6 @@ struct Outcome {
   double slack = 0;           // (b - A x) . x: 0 for solves that are exact
 };
 
-// Up to this order the matrix of a float program is factored in double, and its normal matrix summed so. Beyond, float is
-// twice as fast and, for the conditions that float sums are good for at all, loses little (bench/NOTES.md); for others the
-// caller refines with `correct` and products of a double program.
-constexpr index kDoubleFactor = 192;
-
-constexpr index kOneArenaBytes = index(64) << 20;   // larger arenas serve unit sweeps and products alike (solve/memory.py)
-
 template <class T>
 struct Solver {
   Structure structure;
@@ -39,13 +31,11 @@ struct Solver {
   Bound<T> program{&structure, {}};
   Workspace<T> work;
 
-  // The Gram or the normal matrix of the current constants, kept for further dampings, and the factor of the last one:
-  // `narrow` in T, or `wide` in double for small float programs.
-  std::vector<T> matrix;
-  std::vector<double> wide_matrix, wide_diagonal, wide_x;
-  Cholesky<T> narrow_factor;
-  Cholesky<double> wide_factor;
-  std::vector<T> weights_used, diagonal;
+  // The Gram or the normal matrix of the current constants, kept for further dampings, and the factor of the last damping. Its
+  // memory serves the next one unless somebody still holds it.
+  std::vector<T> matrix, weights_used;
+  std::shared_ptr<Factor<T>> factor;
+  FactorScratch<T> factor_scratch;
   enum class Held { nothing, gram, normal } held = Held::nothing;
 
   std::vector<T> J, arena, arenas, scratch_u, rhs;
@@ -59,7 +49,7 @@ struct Solver {
   // To be called whenever constants change: what is held belongs to the old ones.
   void invalidate() {
     held = Held::nothing;
-    explicit_J = units_kept = false;
+    explicit_J = unit_cotangents_valid = false;
   }
 
   // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
@@ -87,25 +77,18 @@ struct Solver {
   // of Fong and Saunders (2011) are a hundredth of the rounding unit.
   Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
-  // Solves with the factor of the last dual step (x, b: M, residual order) or primal step (P); x may be b.
-  void correct(const T* b, T* x);
-  // y of the last dual step, M, residual order.
-  const T* dual_vector() const { return scratch_u.data(); }
-
   void gram_matrix(T* K);   // full symmetric, residual order
   // Does J^T J come cheaper from factors summed over sections (normal.h) than from J?
   bool normal_pays() const;
 
  private:
-  // Factors matrix + diag(added) and keeps the factor; false if it is not positive definite.
+  // The part that direct solves share: x <- (matrix + diag(added))^-1 x, n x n with rows `ld` apart, and the trace. False, with
+  // a zero step, where the matrix is not positive definite. positions: as for Factor.
   template <class D>
-  bool factor(const std::vector<T>& from, index ld, index n, D added);
-  void solve_in_place(T* x);
+  bool solve_direct(index ld, index n, D&& added, const std::vector<index>* positions, T* x, T* delta, Outcome& outcome);
 
-  index order = 0;
-  bool wide = false;
   bool explicit_J = false;   // J holds the rows of the current constants
-  bool units_kept = false;   // work.arenas holds the unit sweeps of the present constants
+  bool unit_cotangents_valid = false;   // work.arenas holds the unit sweeps of the present constants
 };
 
 }  // namespace pgdfast

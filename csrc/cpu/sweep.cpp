@@ -3,10 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "../plan/blas.h"
 #include "../plan/cut.h"
 #include "parallel.h"
@@ -20,25 +16,6 @@ namespace {
 constexpr index kParallelWork = 1 << 18;
 constexpr index kSparseRows = 16, kSparseSize = 1 << 12;   // products worth a look whether most of the constant is zero
 constexpr index kSmallProduct = 1 << 13;       // multiply-adds below which a call of the BLAS costs more than it saves
-
-// Runs body(begin, end) over [0, n), split over the threads where the work is worth it. Every part writes elements of its
-// own, so results do not depend on the number of threads.
-template <class F>
-void in_parts(index n, bool worth, F&& body) {
-#ifdef _OPENMP
-  const index threads = std::min<index>(thread_limit(), n);
-  if (worth && threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-    {
-      const index part = omp_get_thread_num(), parts = omp_get_num_threads();
-      body(n * part / parts, n * (part + 1) / parts);
-    }
-    return;
-  }
-#endif
-  (void)worth;
-  body(index(0), n);
-}
 
 // Offsets of the rows of a strided index space, one after the other: dimensions before the last, for several operands.
 template <int operands>
@@ -124,7 +101,7 @@ bool mostly_zero(index rows, index columns, const T* b, index row, index column)
 template <class T>
 void gemm_nonzero(index m, index n, index k, T alpha, const T* a, index a_row, index a_col, const T* b, index b_row,
                   index b_col, T* c, index c_row, index c_col, bool overwrite) {
-  static thread_local std::vector<T> packed, sums;
+  static thread_local std::vector<T> packed, sums;   // grown where an exception is caught: see parallel.h
   const Simd<T>& body = simd<T>();
   const T* from = a;
   index from_col = a_col, to_col = c_col;

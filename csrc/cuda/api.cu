@@ -39,11 +39,11 @@ PGDFAST_API int pgdfast_cuda_set_device([[maybe_unused]] int device) {
 #endif
 }
 
-PGDFAST_API void* pgdfast_cuda_new(int wide, const index* words, index count, const double* alphas) {
+PGDFAST_API void* pgdfast_cuda_new(int wide, const index* words, index count, const double* alphas, index num_alphas) {
   auto plan = std::make_unique<Plan>();
   const int failed = guarded([&] {
     plan->wide = wide != 0;
-    plan->s = read_program(words, count, alphas);
+    plan->s = read_program(words, count, alphas, num_alphas);
     plan->forward = schedule(plan->s, Direction::forward);
     plan->adjoint = schedule(plan->s, Direction::adjoint);
     plan->inner = schedule(plan->s, Direction::adjoint, Part::inner);

@@ -2,24 +2,15 @@
 
 #include <algorithm>
 
+#include "../plan/cg_rules.h"
+
 namespace pgdfast::cuda {
 namespace {
 
 constexpr int kBlocks = 128, kSums = 5;   // partial sums: at most so many per quantity, added up in their order
-constexpr double kFall = 1e-3;            // see ../cpu/cg.cpp
-constexpr int kEvery = 50;                // iterations from one true residual to the next
-constexpr int kClaims = 34;               // further true residuals: a claim that fails has to halve the last one
-
-enum Phase : int { direction = 0, starting = 1, checking = 2, restored = 3, ended = 4 };
-// As in ../cpu/solve.h.
-enum Status : int { solved = 0, max_iterations = 2, breakdown = 3, stagnated = 4, progress = 5 };
-
-// The scalars of the iteration. Every block of a kernel works out the next state for itself from the last one and the partial
-// sums; the first block writes it down, beside the old one, which the others may still be reading.
-struct State {
-  int phase, status, iteration, claimed, broken, slot, keep_safe, restore;
-  double b_norm, target, norm, rz, before, beta, step, value, recurrence, last_claim, safe, gain, square, slack;
-};
+// Every block of a kernel works out the next state for itself from the last one and the partial sums; the first block writes it
+// down, beside the old one, which the others may still be reading.
+using State = CGState;
 
 template <class T>
 struct Vectors {
@@ -30,6 +21,7 @@ template <class T>
 struct Args {
   index P;
   CGProblem<T> problem;
+  CGLimits rules;
   Vectors<T> v;
   State *states;           // two
   double *values;          // the model's reduction at every iterate
@@ -79,13 +71,7 @@ __global__ void first_state(Args<T> a) {
   __shared__ double scratch[32];
   const double square = total(a.second, 0, a.blocks, scratch);
   if (threadIdx.x != 0) return;
-  State s{};
-  s.phase = a.problem.start ? starting : checking;   // without a start the first residual is b, true already
-  s.status = max_iterations;
-  s.b_norm = s.last_claim = sqrt(square);
-  s.target = a.problem.tolerance * s.b_norm > a.problem.absolute ? a.problem.tolerance * s.b_norm : a.problem.absolute;
-  s.iteration = 0;
-  if (s.b_norm == 0) s.phase = ended, s.status = solved;
+  const State s = cg_begin(sqrt(square), a.rules, a.problem.start != nullptr);
   a.states[0] = a.states[1] = s;
 }
 
@@ -93,7 +79,7 @@ __global__ void first_state(Args<T> a) {
 template <class T>
 __global__ void damp(Args<T> a) {
   __shared__ double scratch[32];
-  if (a.states[0].phase == ended) return;
+  if (a.states[0].phase == CGPhase::ended) return;
   double curvature = 0, along = 0;
   PGDFAST_EACH(i) {
     const T w = a.v.w[i], Ap = a.v.Ap[i] + a.problem.d[i] * w;
@@ -110,26 +96,21 @@ template <class T>
 __global__ void advance(Args<T> a) {
   __shared__ double scratch[32];
   State s = a.states[0];
-  if (s.phase == ended) {
+  if (s.phase == CGPhase::ended) {
     if (blockIdx.x == 0 && threadIdx.x == 0) a.states[1] = s;
     return;
   }
   const double curvature = total(a.first, 0, a.blocks, scratch), along = total(a.first, 1, a.blocks, scratch);
+  const bool moves = s.phase == CGPhase::iterate || s.phase == CGPhase::start;
   s.step = 0;
-  if (s.phase == direction) {
-    s.broken = !(curvature > 0 && s.rz > 0);   // exact solution in a singular direction, or lost to rounding
-    if (!s.broken) s.step = s.rz / curvature;
-    s.before = s.rz;
-  } else if (s.phase == starting && isfinite(along) && curvature > 0 && isfinite(curvature)) {
-    s.step = along / curvature;
-    s.value = 0.5 * s.step * along;
-  }
+  if (s.phase == CGPhase::iterate) cg_step(s, curvature);
+  else if (s.phase == CGPhase::start) cg_start(s, along, curvature);
   const T step = T(s.step);
   double sums[kSums] = {};
   PGDFAST_EACH(i) {
     const T b = a.v.b[i];
     T x = a.v.x[i], res = a.v.res[i];
-    if (s.phase == direction || s.phase == starting) {
+    if (moves) {
       if (s.step != 0) {
         x += step * a.v.w[i];
         res -= step * a.v.Ap[i];
@@ -154,7 +135,7 @@ __global__ void advance(Args<T> a) {
 template <class T>
 __global__ void sketch(Args<T> a) {
   __shared__ double scratch[32];
-  if (a.states[1].phase == ended) return;
+  if (a.states[1].phase == CGPhase::ended) return;
   const T* row = a.problem.V + blockIdx.x * a.P;
   double sum = 0;
   for (index i = threadIdx.x; i < a.P; i += blockDim.x) sum += double(row[i]) * double(a.v.res[i]);
@@ -166,7 +147,7 @@ __global__ void sketch(Args<T> a) {
 template <class T>
 __global__ void unsketch(Args<T> a) {
   __shared__ double scratch[32];
-  if (a.states[1].phase == ended) return;
+  if (a.states[1].phase == CGPhase::ended) return;
   double weighted = 0;
   PGDFAST_EACH(i) {
     T z = preconditioned(a, i, a.v.res[i]);
@@ -177,74 +158,13 @@ __global__ void unsketch(Args<T> a) {
   leave(weighted, a.second, 1, scratch);
 }
 
-// What follows from the sums: the end, the next direction, or a true residual.
-__device__ void judge(State& s, int limit, double progress_bound, index slots, const double* values, bool has_path) {
-  const auto end = [&](int status) {
-    s.phase = ended;
-    s.status = status;
-  };
-  const auto go_on = [&](bool restart) {
-    const int i = s.iteration, k = i / 10 > 10 ? i / 10 : 10;
-    if (progress_bound > 0 && i > k && s.value - values[i - k] < k * progress_bound * s.value) return end(progress);
-    if (i >= limit) return end(max_iterations);
-    s.beta = restart || s.before == 0 ? 0.0 : s.rz / s.before;
-    s.phase = direction;
-  };
-  s.slot = -1;
-  s.keep_safe = s.restore = 0;
-  switch (s.phase) {
-    case starting:
-      s.safe = s.value;
-      s.keep_safe = 1;
-      if (s.norm <= s.target) return end(solved);
-      return go_on(true);
-    case direction: {
-      if (s.broken) return end(breakdown);
-      const int i = ++s.iteration;
-      s.value += 0.5 * s.step * s.before;
-      if (has_path && (i & (i - 1)) == 0) {
-        int power = 0;
-        while (i >> (power + 1)) ++power;
-        s.slot = power % int(slots);
-      }
-      s.claimed = s.norm <= s.target;
-      if (s.claimed || i % kEvery == 0) {
-        s.recurrence = s.norm;
-        s.phase = checking;
-        return;
-      }
-      return go_on(false);
-    }
-    case checking: {
-      if (s.norm <= s.target) return end(solved);
-      if (s.iteration == 0) return go_on(true);   // the first residual of a solve from zero
-      const double reached = 0.5 * (s.gain + s.slack);
-      if (!(reached >= (1 - kFall) * s.safe)) {
-        s.restore = 1;
-        s.phase = restored;
-        return;
-      }
-      if (s.iteration % kEvery == 0) {
-        s.safe = reached;
-        s.keep_safe = 1;
-      }
-      const bool restart = s.claimed || s.norm > 1.1 * s.recurrence;
-      if (restart && s.norm > 0.5 * s.last_claim) return end(stagnated);
-      if (restart) s.last_claim = s.norm;
-      return go_on(restart);
-    }
-    default:
-      return end(stagnated);   // restored: the residual of the iterate that CG went back to is known now
-  }
-}
-
 // States[0] from states[1]: judges, and makes what the next product is taken of.
 template <class T>
 __global__ void turn(Args<T> a) {
   __shared__ double scratch[32];
   State s = a.states[1];
   const bool writes = blockIdx.x == 0 && threadIdx.x == 0;
-  if (s.phase == ended) {
+  if (s.phase == CGPhase::ended) {
     if (writes) a.states[0] = s;
     return;
   }
@@ -253,18 +173,18 @@ __global__ void turn(Args<T> a) {
   s.gain = total(a.second, 2, a.blocks, scratch);
   s.square = total(a.second, 3, a.blocks, scratch);
   s.slack = total(a.second, 4, a.blocks, scratch);
-  judge(s, a.problem.max_iterations, a.problem.progress, a.problem.slots, a.values, a.problem.path != nullptr);
+  cg_judge(s, a.rules, a.values);
   const T beta = T(s.beta);
   PGDFAST_EACH(i) {
-    const T x = s.restore ? a.v.safe[i] : a.v.x[i];
-    if (s.restore) a.v.x[i] = x;
+    const T x = s.restore_safe ? a.v.safe[i] : a.v.x[i];
+    if (s.restore_safe) a.v.x[i] = x;
     if (s.keep_safe) a.v.safe[i] = x;
     if (s.slot >= 0) a.problem.path[s.slot * a.P + i] = x;
-    if (s.phase == direction) {
+    if (s.phase == CGPhase::iterate) {
       const T z = a.problem.V ? a.v.z[i] : preconditioned(a, i, a.v.res[i]);
       const T p = s.beta == 0 ? z : z + beta * a.v.p[i];
       a.v.p[i] = a.v.w[i] = p;
-    } else if (s.phase == checking || s.phase == restored) {
+    } else if (s.phase == CGPhase::check || s.phase == CGPhase::restore) {
       a.v.w[i] = x;
     }
   }
@@ -275,7 +195,7 @@ __global__ void turn(Args<T> a) {
     double* kept = a.problem.report + 6 + 5 * s.slot;
     kept[0] = s.iteration, kept[1] = s.gain, kept[2] = s.square, kept[3] = s.slack;
   }
-  if (s.phase == ended && a.problem.ended) {
+  if (s.phase == CGPhase::ended && a.problem.ended) {
     *a.problem.ended = 1;
     threadfence_system();
   }
@@ -285,7 +205,7 @@ template <class T>
 __global__ void finish(Args<T> a) {
   const State s = a.states[0];
   double* report = a.problem.report;
-  report[0] = s.status;
+  report[0] = int(s.status);
   report[1] = s.iteration;
   report[2] = s.b_norm > 0 ? s.norm / s.b_norm : 0;
   report[3] = s.gain;
@@ -305,7 +225,9 @@ void cg(const Bound<T>& program, const Schedule& forward, const Schedule& adjoin
   const Structure& s = *program.structure;
   const index P = s.num_parameters, M = s.num_residuals;
   T* w = problem.work;
-  Args<T> args{P, problem, {w, problem.delta, w + P, w + 2 * P, w + 3 * P, w + 4 * P, w + 5 * P, w + 6 * P, w + 7 * P, w + 7 * P + M},
+  const CGLimits rules{problem.max_iterations, problem.tolerance, problem.absolute, problem.progress,
+                       problem.path ? int(problem.slots) : 0};
+  Args<T> args{P, problem, rules, {w, problem.delta, w + P, w + 2 * P, w + 3 * P, w + 4 * P, w + 5 * P, w + 6 * P, w + 7 * P, w + 7 * P + M},
                nullptr, nullptr, nullptr, nullptr, 0};
   double* at = problem.scalars;
   args.states = reinterpret_cast<State*>(at);
@@ -327,7 +249,8 @@ void cg(const Bound<T>& program, const Schedule& forward, const Schedule& adjoin
     precondition();
     launch(turn<T>, blocks, kThreads, 0, stream, args);
   }
-  const int products = problem.max_iterations + problem.max_iterations / kEvery + kClaims + (problem.start != nullptr);
+  const int claims = limits::claims_within(std::min(problem.tolerance, limits::kLeastTolerance));
+  const int products = problem.max_iterations + problem.max_iterations / limits::kCheckEvery + claims + (problem.start != nullptr);
   for (int i = 0; i < products; ++i) {
     if (problem.ended && *problem.ended) break;   // a look, no wait: what is enqueued beyond the end does nothing
     run(program, forward, Direction::forward, Memory<T>{args.v.w, args.v.u, arena, scratch}, stream);

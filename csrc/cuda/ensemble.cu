@@ -2,14 +2,11 @@
 
 #include <algorithm>
 
+#include "../plan/cg_rules.h"
 #include "ensemble_sweep.h"
 
 namespace pgdfast::cuda {
 namespace {
-
-constexpr index kDoubleFactor = 192;   // as in ../cpu/solve.h
-constexpr int kEvery = 50;             // iterations from one true residual to the next
-enum Status : int { solved = 0, not_positive_definite = 1, max_iterations = 2, breakdown = 3, stagnated = 4 };
 
 // What a block needs, in shared memory as long as it fits, in this order; else in its part of the workspace.
 enum Region : int { matrix = 0, dual_vector = 1, residuals = 2, arenas = 3, explicit_rows = 4, vectors = 5, regions = 6 };
@@ -211,7 +208,8 @@ __device__ PGDFAST_NOINLINE void substitute(index M, const F* L, F* y) {
 }
 
 struct Outcome {
-  int status = solved, iterations = 0;
+  Status status = Status::solved;
+  int iterations = 0;
   double norm = 0, gain = 0, square = 0, trace = 0, slack = 0;
 };
 
@@ -237,7 +235,7 @@ __device__ PGDFAST_NOINLINE Outcome solve_dual(const Args<T>& a, Member<T>& memb
   outcome.trace = block_sum(trace, scratch);
   __syncthreads();
   if (!cholesky(a.M, K)) {
-    outcome.status = not_positive_definite;
+    outcome.status = Status::not_positive_definite;
     return outcome;
   }
   PGDFAST_EACH(e, a.M) y[e] = F(r[e]);
@@ -253,7 +251,7 @@ __device__ PGDFAST_NOINLINE Outcome solve_dual(const Args<T>& a, Member<T>& memb
   member.arena = all;
   member_adjoint(member, a.plan, a.problem.table, true);
   outcome.square = dot(a.P, step, step, scratch);
-  if (!isfinite(outcome.gain) || !isfinite(outcome.square)) outcome.status = not_positive_definite;
+  if (!isfinite(outcome.gain) || !isfinite(outcome.square)) outcome.status = Status::not_positive_definite;
   return outcome;
 }
 
@@ -275,12 +273,6 @@ __device__ PGDFAST_NOINLINE Outcome solve_cg(const Args<T>& a, Member<T>& member
     __syncthreads();
     return dot(P, w, Ap, scratch);
   };
-  const auto true_residual = [&] {
-    apply(x);
-    PGDFAST_EACH(i, P) res[i] = b[i] - Ap[i];
-    __syncthreads();
-    return dot(P, res, res, scratch);
-  };
   PGDFAST_EACH(e, a.M) u[e] = r[e];
   __syncthreads();
   member.v = b, member.u = u;
@@ -292,65 +284,47 @@ __device__ PGDFAST_NOINLINE Outcome solve_cg(const Args<T>& a, Member<T>& member
   }
   __syncthreads();
   Outcome outcome;
-  double rr = dot(P, b, b, scratch), safe_value = 0;
-  const double b_norm = sqrt(rr), wanted = a.problem.tolerance * b_norm;
-  const double target = wanted > a.problem.absolute ? wanted : a.problem.absolute;
-  if (b_norm == 0) return outcome;
-  double norm = b_norm, last_claim = b_norm;
-  outcome.status = norm <= target ? solved : max_iterations;
-  while (outcome.status == max_iterations && outcome.iterations < a.problem.max_iterations) {
-    const double curvature = apply(p);
-    if (!(curvature > 0 && rr > 0)) {
-      outcome.status = breakdown;
-      break;
-    }
-    const double step = rr / curvature, before = rr;
-    PGDFAST_EACH(i, P) {
-      x[i] += T(step) * p[i];
-      res[i] -= T(step) * Ap[i];
+  const CGLimits rules{a.problem.max_iterations, a.problem.tolerance, a.problem.absolute, 0, 0};
+  const double square = dot(P, b, b, scratch);
+  CGState s = cg_begin(sqrt(square), rules, false);
+  if (s.phase == CGPhase::ended) return outcome;
+  s.norm = s.b_norm;
+  s.rz = square;
+  for (;;) {
+    cg_judge(s, rules, nullptr);
+    if (s.restore_safe) PGDFAST_EACH(i, P) x[i] = safe[i];
+    if (s.keep_safe) PGDFAST_EACH(i, P) safe[i] = x[i];
+    if (s.phase == CGPhase::ended) break;
+    if (s.phase == CGPhase::iterate) {
+      const T beta = T(s.beta);
+      PGDFAST_EACH(i, P) p[i] = res[i] + beta * p[i];
+      __syncthreads();
+      if (!cg_step(s, apply(p))) continue;
+      const T step = T(s.step);
+      PGDFAST_EACH(i, P) {
+        x[i] += step * p[i];
+        res[i] -= step * Ap[i];
+      }
+    } else {
+      __syncthreads();
+      apply(x);
+      PGDFAST_EACH(i, P) res[i] = b[i] - Ap[i];
     }
     __syncthreads();
-    rr = dot(P, res, res, scratch);
-    norm = sqrt(rr);
-    ++outcome.iterations;
-    bool restart = false;
-    const bool claim = norm <= target;
-    if (claim || outcome.iterations % kEvery == 0) {
-      const double recurrence = norm;
-      rr = true_residual();
-      norm = sqrt(rr);
-      if (norm <= target) {
-        outcome.status = solved;
-        break;
-      }
-      const double reached = 0.5 * (dot(P, b, x, scratch) + dot(P, res, x, scratch));
-      if (!(reached >= (1 - 1e-3) * safe_value)) {   // rounding has taken over: back to the last check
-        PGDFAST_EACH(i, P) x[i] = safe[i];
-        __syncthreads();
-        norm = sqrt(true_residual());
-        outcome.status = stagnated;
-        break;
-      }
-      if (outcome.iterations % kEvery == 0) {
-        safe_value = reached;
-        PGDFAST_EACH(i, P) safe[i] = x[i];
-      }
-      restart = claim || norm > 1.1 * recurrence;
-      if (restart && norm > 0.5 * last_claim) {
-        outcome.status = stagnated;
-        break;
-      }
-      if (restart) last_claim = norm;
-    }
-    const T beta = restart ? T(0) : T(rr / before);
-    PGDFAST_EACH(i, P) p[i] = res[i] + beta * p[i];
-    __syncthreads();
+    s.rz = dot(P, res, res, scratch);
+    s.norm = sqrt(s.rz);
+    if (s.phase != CGPhase::check) continue;
+    s.gain = dot(P, b, x, scratch);
+    s.slack = dot(P, res, x, scratch);
   }
-  outcome.norm = norm / b_norm;
+  __syncthreads();
+  outcome.status = s.status;
+  outcome.iterations = s.iteration;
+  outcome.norm = s.norm / s.b_norm;
   outcome.gain = dot(P, b, x, scratch);
   outcome.square = dot(P, x, x, scratch);
   outcome.slack = dot(P, res, x, scratch);
-  if (!isfinite(outcome.gain) || !isfinite(outcome.square)) outcome.status = breakdown;
+  if (!isfinite(outcome.gain) || !isfinite(outcome.square)) outcome.status = Status::breakdown;
   return outcome;
 }
 
@@ -387,15 +361,15 @@ __global__ void __launch_bounds__(256, 1) members(const __grid_constant__ Args<T
     const double mu = a.problem.mu[b];
     const Outcome outcome = a.problem.method == Method::dual ? solve_dual<T, F>(a, member, r, mu, at, scratch)
                                                              : solve_cg<T>(a, member, r, mu, at, scratch);
-    const bool usable = outcome.status != not_positive_definite && outcome.status != breakdown;
-    const bool partial = outcome.status == breakdown && outcome.gain > 0 && isfinite(outcome.square);
+    const bool usable = outcome.status != Status::not_positive_definite && outcome.status != Status::breakdown;
+    const bool partial = outcome.status == Status::breakdown && outcome.gain > 0 && isfinite(outcome.square);
     __syncthreads();
     if (!usable && !partial)
       PGDFAST_EACH(i, a.P) step[i] = T(0);
     else if (a.problem.parameters)
       update(a, b, step);
     if (threadIdx.x == 0) {
-      report[0] = outcome.status;
+      report[0] = int(outcome.status);
       report[1] = outcome.iterations;
       report[2] = outcome.norm;
       report[3] = usable || partial ? outcome.gain : 0;
@@ -408,7 +382,7 @@ __global__ void __launch_bounds__(256, 1) members(const __grid_constant__ Args<T
 }
 
 Places places(const Structure& s, const EnsemblePlan& plan, Method method, bool wide, index limit) {
-  const index M = s.num_residuals, P = s.num_parameters, T = wide ? 8 : 4, F = wide || M <= kDoubleFactor ? 8 : 4;
+  const index M = s.num_residuals, P = s.num_parameters, T = wide ? 8 : 4, F = wide || M <= limits::kDoubleFactor ? 8 : 4;
   const bool dual = method == Method::dual;
   const index bytes[regions] = {dual ? M * M * F : 0, dual ? M * F : 0, M * T, s.arena_size * T * (dual ? plan.sections : 1),
                                 dual ? M * plan.columns * T : 0, dual ? 0 : 5 * P * T};
@@ -447,7 +421,7 @@ void ensemble(const Structure& s, const EnsemblePlan& plan, const EnsembleProble
     allow_shared(kernel, shared);
     launch(kernel, blocks, kThreads, shared, stream, args);
   };
-  if (wide || s.num_residuals <= kDoubleFactor) go(members<T, double>);
+  if (wide || s.num_residuals <= limits::kDoubleFactor) go(members<T, double>);
   else go(members<T, T>);
 }
 

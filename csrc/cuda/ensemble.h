@@ -1,6 +1,7 @@
 // Many members in one launch: each block owns one, from its constants to its updated parameters, and takes the next when done.
 #pragma once
 
+#include "../plan/limits.h"
 #include "ensemble_plan.h"
 #include "platform.h"
 
@@ -13,7 +14,7 @@ struct EnsembleConstant {
   index shift;
 };
 
-constexpr int kReport = 7;
+constexpr int kReport = limits::kOutcomeNumbers;
 
 enum class Method : int { dual = 0, cg = 1 };
 
@@ -27,7 +28,7 @@ struct EnsembleProblem {
   const unsigned char* active;         // (B,); members that are not keep what they have
   void* step;                          // (B, P): zero where a solve failed or the member is not active
   double* report;                      // (B, kReport): status (-1: not active), iterations, residual norm, gain, square, trace,
-                                       // slack (../cpu/solve.h)
+                                       // slack (../plan/status.h)
   int max_iterations;
   double tolerance, absolute;
   void* const* parameters;             // null, or one pointer per parameter buffer to (B, size) numbers ...

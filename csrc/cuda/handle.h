@@ -5,7 +5,7 @@
 
 #include "ensemble_plan.h"
 #include "gram.h"
-#include "read.h"
+#include "../plan/read.h"
 
 #define PGDFAST_API extern "C" __attribute__((visibility("default")))
 

@@ -1,7 +1,8 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <cstdlib>
+
+#include "../plan/environment.h"
 
 namespace pgdfast::cuda {
 namespace {
@@ -222,8 +223,8 @@ Launch product(const Structure& s, int number, Direction d) {
     p.right = {g.co, g.cb, g.cn, g.ck};
     p.out = {g.xo, g.xb, g.xm, g.xk};
   }
-  const char* forced = std::getenv("PGDFAST_SMALL_PRODUCT");
-  const bool small = p.m * p.n * p.k <= (forced ? std::atoll(forced) : kSmallProduct) && p.k <= kShortSum;
+  const index largest = number_from_environment("PGDFAST_SMALL_PRODUCT", kSmallProduct);
+  const bool small = p.m * p.n * p.k <= largest && p.k <= kShortSum;
   if (small || !fits_blas(p)) result.task = Task::small_product;
   return result;
 }

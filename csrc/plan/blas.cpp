@@ -17,13 +17,13 @@ Blas<double>& blas<double>() {
 }
 
 int (*set_blas_threads)(int) = nullptr;
-int max_threads = 1;
+std::atomic<int> max_threads{1};
 
 static thread_local bool alone = false;
 Alone::Alone() : before_(std::exchange(alone, true)) {}
 Alone::~Alone() { alone = before_; }
 
-int thread_limit() { return alone ? 1 : max_threads; }
+int thread_limit() { return alone ? 1 : max_threads.load(); }
 
 int threads_for(double flops) {
   // One more thread per 3 million operations, some 30 microseconds at a core's rate for small products: two threads

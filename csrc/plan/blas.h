@@ -1,6 +1,8 @@
 // Dense linear algebra as a table of function pointers. The binding fills it; kernels never link a BLAS.
 #pragma once
 
+#include <atomic>
+
 #include "plan.h"
 
 namespace pgdfast {
@@ -20,7 +22,7 @@ Blas<T>& blas();
 extern int (*set_blas_threads)(int);
 
 // Threads that the caller allows at most, the number worth using for `flops` of work, and the limit here (see Alone).
-extern int max_threads;
+extern std::atomic<int> max_threads;
 int threads_for(double flops);
 int thread_limit();
 

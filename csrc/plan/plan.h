@@ -16,6 +16,12 @@ namespace pgdfast {
 using index = std::int64_t;
 constexpr int kMaxDims = 6;
 
+// Grows a buffer that is kept between calls; what it held is kept, too.
+template <class T>
+void ensure(std::vector<T>& buffer, index size) {
+  if (index(buffer.size()) < size) buffer.resize(std::size_t(size));
+}
+
 enum class Role : int { parameter = 0, residual = 1, workspace = 2 };
 
 // Where a tangent (or, in the adjoint sweep, a cotangent) lives. `offset` counts elements from the start of

@@ -22,12 +22,16 @@ class Walker {
     int structure;                      // number of the structure
     bool fresh;                         // not seen before: `nodes` holds all nodes, else the wanted ones
     std::vector<NodePointer> nodes;     // inputs before users
+    std::vector<int> hooked;            // positions of active nodes with hooks that may change a gradient
   };
   // Walks from the tensors' gradient edges down to the leaves.
   Walk walk(const std::vector<at::Tensor>& roots);
 
   // From now on, walks of this structure hand over the nodes at these positions only.
   void want(int structure, std::vector<int> positions) { wanted_[structure] = std::move(positions); }
+
+  // How often all structures have been forgotten; what others keep by a structure's number is worthless when this has changed.
+  int generation() const { return generation_; }
 
  private:
   struct Hash {
@@ -36,10 +40,11 @@ class Walker {
   std::unordered_map<const void*, std::int64_t> parameter_number_;   // by TensorImpl
   std::unordered_map<std::vector<std::int64_t>, int, Hash> known_;
   std::unordered_map<int, std::vector<int>> wanted_;
-  int next_ = 0;
+  int next_ = 0, generation_ = 0;
   // Kept between walks for their memory.
   std::vector<std::int64_t> key_;
   std::vector<const NodePointer*> order_, stack_;
+  std::vector<char> active_;   // per node of order_: does a parameter reach it
   std::unordered_map<const torch::autograd::Node*, int> index_;
 };
 

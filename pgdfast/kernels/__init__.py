@@ -52,7 +52,7 @@ def serves_members(device: torch.device, dtype: torch.dtype, backend: str) -> bo
     """Whether the kernels of a program would solve for the members of an ensemble in one call."""
     for name, module in IMPLEMENTATIONS.items():
         if backend in ("auto", name.split()[0]) and module.applies(device, dtype) and not module.available():
-            return hasattr(module.Kernels, "members_solve")
+            return module.Kernels.solves_members
     return False
 
 

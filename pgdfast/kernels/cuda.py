@@ -9,10 +9,11 @@ import torch
 
 from . import cuda_library as lib
 from . import cuda_members
-from .native import STATUS
+from .encoding import encoded, encoded_rows
+from .limits import DOUBLE_FACTOR
+from .protocol import STATUS, Outcome, TensorFactor, Traits
 
 LIMITS = "on NVIDIA GPUs of compute capability 8.0 and later in float32 and float64"
-WIDE_FACTOR = 192   # up to this order a float32 matrix is factored in float64 (csrc/cpu/solve.h)
 
 available = lib.unusable
 
@@ -22,24 +23,23 @@ def applies(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.float32, torch.float64)
 
 
-class Kernels:
-    """A program's plan on one GPU. Bind constants, then call; results are new tensors of `dtype` on the constants' device.
+class Kernels(Traits):
+    """A program's plan on one GPU (kernels.protocol.Kernels). Results are on the constants' device.
 
     library: the kernels to use; the emulated ones of the tests take CPU tensors. Nothing waits for the GPU but what hands
     numbers back: one transfer per solve.
     """
 
     name = "native"
-    fused = True
-    batches = False         # products take one vector
-    sums_sections = False   # J^T J comes from J
+    fused = has_cg = solves_members = True
 
     def __init__(self, program, dtype: torch.dtype, library: lib.Library | None = None):
         self.library = library or lib.library()
         self.dtype, self._program = dtype, program
         self._wide = dtype == torch.float64
-        words, alphas = lib.encoded(program)
-        self.plan = self.library.new(self._wide, words.data_ptr(), len(words), alphas.data_ptr())
+        words, alphas = encoded(program)
+        alphas = torch.tensor(alphas, dtype=torch.float64)
+        self.plan = self.library.new(self._wide, words.data_ptr(), len(words), alphas.data_ptr(), len(alphas))
         if not self.plan:
             raise RuntimeError(f"pgdfast's CUDA kernels: {self.library.error().decode()}")
         self.num_residuals, self.num_parameters, self.arena_size, self._scratch_size = map(self._info, range(4))
@@ -58,7 +58,7 @@ class Kernels:
         return self.library.info(self.plan, what)
 
     def _forget(self) -> None:
-        self._constants = self._memory = self._matrix = self._factor = self._held = self._y = None
+        self._constants = self._memory = self._matrix = self._held = None
 
     # --- constants and rows -------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class Kernels:
         sizes = [8 if p == b"\1" else self.dtype.itemsize for p in positions]
         at = [d + member * s * size if d else None for d, s, size in zip(data, self.shifts, sizes, strict=True)]
         self.library.bind(self.plan, len(at), (ctypes.c_void_p * len(at))(*at), positions, values)
-        self._matrix = self._factor = None
+        self._matrix = None
 
     def _evaluated(self, i: int, c: torch.Tensor, function: str) -> torch.Tensor:
         """function(c) in the plan's dtype under the strides of c: c itself, or memory of the plan's own."""
@@ -131,7 +131,7 @@ class Kernels:
         if rows is None:
             self.library.set_rows(self.plan, None, 0)
             return
-        words = lib.encoded_rows(rows)
+        words = encoded_rows(rows)
         self.library.set_rows(self.plan, words.data_ptr(), len(words))
 
     @property
@@ -256,34 +256,23 @@ class Kernels:
 
     # --- solves -------------------------------------------------------------------------------------------------------------
 
-    def _factored(self, diagonal) -> torch.Tensor:
-        """Factors the matrix held plus this diagonal; returns the device's flag, 0 where that went well."""
-        order = len(self._matrix)
-        matrix = self._matrix.double() if order <= WIDE_FACTOR else self._matrix.clone()
-        matrix = matrix.clone() if matrix is self._matrix else matrix
+    def _factored(self, diagonal) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of the matrix held plus this diagonal, and the device's flag, 0 where that went well."""
+        matrix = self._matrix.to(torch.float64 if len(self._matrix) <= DOUBLE_FACTOR else self.dtype, copy=True)
         matrix.diagonal().add_(diagonal)
-        self._factor, info = torch.linalg.cholesky_ex(matrix)
-        return info
+        return torch.linalg.cholesky_ex(matrix)
 
-    def _solved(self, rhs: torch.Tensor) -> torch.Tensor:
-        x = torch.cholesky_solve(rhs.to(self._factor.dtype).unsqueeze(1), self._factor)
-        return x.squeeze(1).to(self.dtype)
-
-    def _outcome(self, step, info, gain, trace):
+    def _outcome(self, step, info, gain, trace, factor) -> Outcome:
         """The result of a direct solve: the numbers in one transfer, a zero step where there is no factor."""
         good = (info == 0) & torch.isfinite(gain)
         step = torch.where(good, step, torch.zeros((), dtype=step.dtype, device=step.device))
         numbers = torch.stack([good.double(), gain, _dot(step, step), trace]).tolist()
         if not numbers[0]:
-            return step, "not_positive_definite", 0, 0.0, 0.0, 0.0, numbers[3], 0.0
-        return step, "solved", 0, 0.0, *numbers[1:], 0.0
+            return Outcome(step, "not_positive_definite", trace=numbers[3])
+        return Outcome(step, "solved", 0, 0.0, *numbers[1:], 0.0, factor)
 
-    def dual(self, r, weights, shift, q):
-        """The dual step; needs rows. Cost: one Gram matrix, M^3/3, one VJP.
-
-        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T,
-        (g - A step) . step).
-        """
+    def dual(self, r, weights, shift, q) -> Outcome:
+        """The dual step; needs rows."""
         r = self._of(r)
         host = None if weights is None else tuple(weights.tolist()) if weights.device.type == "cpu" else weights
         if self._matrix is None or self._held != ("gram", host):
@@ -294,42 +283,30 @@ class Kernels:
         if weights is not None:
             W = torch.cat([self._new(n).fill_(w) for n, w in zip(self.parameter_sizes, host, strict=True)])
         rhs = r if q is None else r - self.jvp(W * q / shift if W is not None else q / shift)
-        info = self._factored(shift)
-        self._y = y = self._solved(rhs)
+        lower, info = self._factored(shift)
+        y = TensorFactor(lower).solve(rhs)
         step = self.vjp(y)
         step = step if q is None else step + q / shift
         step = step if W is None else W * step
         gain = _dot(r, r.double() - shift * y.double())
         gain = gain if q is None else gain + _dot(q, step)
-        return self._outcome(step, info, gain, self._matrix.diagonal().double().sum() / shift)
+        return self._outcome(step, info, gain, self._matrix.diagonal().double().sum() / shift, TensorFactor(lower, y))
 
-    def primal(self, r, d, q):
-        """The primal step; the same result as `dual`. Cost: J, M P^2, P^3/3."""
+    def primal(self, r, d, q) -> Outcome:
+        """The primal step."""
         r = self._of(r)
         if self._matrix is None or self._held != ("normal", None):
             self._matrix, self._held = self._normal(), ("normal", None)
         g = self.vjp(r)
         g = g if q is None else g + q
-        info = self._factored(d)
-        step = self._solved(g)
-        return self._outcome(step, info, _dot(g, step), (self._matrix.diagonal().double() / d.double()).sum())
-
-    def correct(self, b: torch.Tensor) -> torch.Tensor:
-        """Solve with the factor of the last dual step (b: M) or primal step (P)."""
-        if self._factor is None:
-            raise ValueError("pgdfast: correct needs a dual or primal step before it.")
-        return self._solved(b)
-
-    def dual_vector(self) -> torch.Tensor:
-        """Y of the last dual step, (M,)."""
-        if self._y is None:
-            raise ValueError("pgdfast: dual_vector needs a dual step before it.")
-        return self._y.clone()
+        lower, info = self._factored(d)
+        factor = TensorFactor(lower)
+        step = factor.solve(g)
+        return self._outcome(step, info, _dot(g, step), (self._matrix.diagonal().double() / d.double()).sum(), factor)
 
     def cg(self, r, d, q, preconditioner, start, path, options):
-        """A whole CG solve: the same result as `dual`, and the iterates kept in `path`.
+        """A whole CG solve.
 
-        preconditioner: (inverse, V, c), each None or a tensor; start: (P,) or None; path: (slots, P) to be written, or None.
         Nothing waits for the GPU before the result. A flag in host memory, which the GPU sets, ends the enqueuing early.
         """
         r, d = self._of(r), self._of(d)
@@ -352,16 +329,13 @@ class Kernels:
         status, iterations, norm, gain, square, slack, *kept = report.tolist()   # the one wait, after which `ended` may go
         kept = [kept[5 * k : 5 * k + 4] for k in range(slots)]
         found = [(slot, int(i), *rest) for slot, (i, *rest) in enumerate(kept) if i > 0]
-        return (step, STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack), found
-
+        return Outcome(step, STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack), found
 
     def members_solve(self, name, listed, r, mu, penalty, scale, q, options, inverse=None, start=None, update=None):
-        """Whole solves by "dual", "primal" or "cg" for the members listed: one launch where each block owns a member.
+        """Whole solves for the members listed: one launch where each block owns a member.
 
-        r: (B, M); mu: (B,), float64; penalty: c per parameter, or empty; scale, q, inverse (the diagonal preconditioner of CG)
-        and start: (B, P) or None; update: (parameters (B, ...), rates (B,)), from which rates * step is subtracted in the same
-        launch. Returns the steps, (B, P), rows of members not listed being zero, and for each listed what `dual` returns after
-        the step. "primal", and problems with a penalty, scale, q, inverse or start, run one member after the other.
+        update: (parameters (B, ...), rates (B,)), from which rates * step is subtracted in the same launch. "primal", and
+        problems with a penalty, scale, q, inverse or start, run one member after the other.
         """
         return cuda_members.solve(self, name, listed, r, mu, penalty, scale, q, options, inverse, start, update)
 

@@ -18,7 +18,7 @@ _SIGNATURES = {
     "load_blas": (_TEXT, _TEXT),
     "built_for": (_TEXT,),
     "set_device": (None, _INT),
-    "new": (_POINTER, _INT, _POINTER, _NUMBER, _POINTER),
+    "new": (_POINTER, _INT, _POINTER, _NUMBER, _POINTER, _NUMBER),
     "free": (_POINTER, _POINTER),
     "info": (_NUMBER, _POINTER, _INT),
     "flops": (ctypes.c_double, _POINTER),
@@ -127,41 +127,6 @@ def built() -> str:
     )
 
 
-def words(numbers: list[int]) -> torch.Tensor:
-    """A list of numbers in memory that C reads."""
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
 def pointers(tensors) -> ctypes.Array:
     """An array of pointers to tensors; None is null."""
     return (_POINTER * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-
-
-def encoded(program) -> tuple[torch.Tensor, torch.Tensor]:
-    """A program as csrc/cuda/read.h has it: words and alphas."""
-    numbers = [len(program.buffers)]
-    for (role, size), live in zip(program.buffers, program.live, strict=True):
-        numbers += [role, size, live]
-    numbers.append(len(program.instructions))
-    for op in program.instructions:
-        numbers += [op.kind, op.y, op.y_offset, op.x, op.x_offset, op.constant, op.c_offset, len(op.extents)]
-        for extent in op.extents:
-            numbers += [len(extent), *extent]
-    alphas = torch.tensor([op.alpha for op in program.instructions], dtype=torch.float64)
-    return words(numbers), alphas
-
-
-def encoded_rows(rows) -> torch.Tensor:
-    """A row layout as csrc/cuda/read.h has it."""
-    numbers = [rows.num_rows, rows.max_sections]
-    for values in (rows.section_of, rows.k_of):
-        numbers += [len(values), *values]
-    for group in (rows.blocks, rows.uses):
-        numbers.append(len(group))
-        for item in group:
-            numbers += item
-    numbers.append(len(rows.labels))
-    parts = [words(numbers)]
-    for buffer, label in rows.labels.items():
-        parts += [words([buffer, len(label)]), torch.from_numpy(label).to(torch.int64)]
-    return torch.cat(parts)

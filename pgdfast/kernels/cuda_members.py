@@ -7,10 +7,10 @@ import ctypes
 import torch
 
 from . import cuda_library as lib
-from .native import STATUS
+from .limits import OUTCOME_NUMBERS
+from .protocol import STATUS
 
 _METHODS = {"dual": 0, "cg": 1}
-_REPORT = 7   # numbers per member (csrc/cuda/ensemble.h)
 
 
 def solve(kernels, name, listed, r, mu, penalty, scale, q, options, inverse, start, update):
@@ -23,7 +23,7 @@ def solve(kernels, name, listed, r, mu, penalty, scale, q, options, inverse, sta
     for b in listed:
         kernels.select(b)
         mine = [None if x is None else x[b] for x in (scale, q, inverse, start)]
-        steps[b], *rest = _one(kernels, name, r[b], float(mu[b]), penalty, *mine, options)
+        steps[b], *rest, _ = _one(kernels, name, r[b], float(mu[b]), penalty, *mine, options)
         found.append(tuple(rest))
         if update is not None and rest[0] in ("solved", "max_iterations", "stagnated", "progress"):
             _subtract(kernels, update, b, steps[b])
@@ -66,7 +66,7 @@ def _together(kernels, name, listed, r, mu, options, update):
     with kernels.here():
         table, constants = kernels.table(2), _constants(kernels, device)
         steps = torch.empty(count, P, dtype=kernels.dtype, device=device)
-        report = torch.empty(count, _REPORT, dtype=torch.float64, device=device)
+        report = torch.empty(count, OUTCOME_NUMBERS, dtype=torch.float64, device=device)
         size = kernels.library.ensemble_bytes(kernels.plan, _METHODS[name], count)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         mu = mu.to(device, torch.float64).contiguous()

@@ -8,6 +8,9 @@ import importlib
 import torch
 from torch.autograd import forward_ad
 
+from .encoding import encoded, encoded_rows
+from .protocol import STATUS, Outcome, Traits
+
 REBUILD = "rebuild it with: pip install --force-reinstall --no-deps --no-cache-dir . (in the pgdfast source folder)"
 
 try:
@@ -19,9 +22,11 @@ except ImportError as error:
         f"pgdfast's C++ core does not load into PyTorch {torch.__version__}, most likely because it was built against "
         f"another one ({error}); {REBUILD}."
     ) from error
+if _C is not None:
+    _C.configure()   # an unknown value of PGDFAST_ISA or PGDFAST_BLAS is a ValueError
 
+_NUMBERS = 0 if _C is None else _C.limits()["kOutcomeNumbers"]   # limits.py takes the core from here
 LIMITS = "on the CPU in float32 and float64"
-STATUS = ("solved", "not_positive_definite", "max_iterations", "breakdown", "stagnated", "progress")   # csrc/cpu/solve.h
 
 
 def available() -> str | None:
@@ -99,17 +104,47 @@ def jet_adjoint(weights, directions, kept, y_bar) -> torch.Tensor:
     return z_bar
 
 
-class Kernels:
-    """A program's plan. Bind constants, then call; results are new tensors of `dtype`, which may be wider than theirs."""
+class NativeFactor:
+    """A factor in the core (kernels.protocol.Factor)."""
+
+    __slots__ = ("_dtype", "_held")
+
+    def __init__(self, held, dtype: torch.dtype):
+        self._held, self._dtype = held, dtype
+
+    order = property(lambda self: self._held.order, doc="M or P.")
+    is_dual = property(lambda self: self._held.is_dual, doc="True for the matrix of the residuals.")
+    bytes = property(lambda self: self._held.bytes, doc="Memory held.")
+
+    def solve(self, b: torch.Tensor) -> torch.Tensor:
+        """See kernels.protocol.Factor."""
+        given = b.to(self._dtype).contiguous()
+        x = torch.empty_like(given)
+        self._held.solve(given, x)
+        return x.to(b.dtype)
+
+    @property
+    def dual_vector(self) -> torch.Tensor:
+        """Y of the solve, (M,)."""
+        if not self.is_dual:
+            raise ValueError("pgdfast: a factor of the primal matrix has no dual vector.")
+        y = torch.empty(self.order, dtype=self._dtype)
+        self._held.dual_vector(y)
+        return y
+
+
+class Kernels(Traits):
+    """A program's plan (kernels.protocol.Kernels). Results are of `dtype`, which may be wider than the constants'.
+
+    Threads may share it: one call at a time works, others wait.
+    """
 
     name = "native"
-    fused = True
-    batches = True   # products with J^T take (K, M)
+    fused = batches = has_cg = has_lsmr = has_multishift = solves_members = True
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
-        instructions = [op.as_tuple() for op in program.instructions]
-        self._plan = plan(program.buffers, program.live, instructions, program.layouts, program.function_numbers())
+        self._plan = plan(*encoded(program), program.layouts, program.function_numbers())
         self.dtype = dtype
         self.num_residuals = self._plan.num_residuals
         self.num_parameters = self._plan.num_parameters
@@ -139,10 +174,8 @@ class Kernels:
         """Give the plan the row structure that Gram and dense forms need, or take it away with None."""
         if rows is None:
             self._plan.clear_rows()
-            return
-        self._plan.set_rows(
-            rows.num_rows, rows.max_sections, rows.section_of, rows.k_of, rows.blocks, rows.uses, rows.labels
-        )
+        else:
+            self._plan.set_rows(encoded_rows(rows))
 
     @property
     def rows_of_parts(self) -> list[int]:
@@ -191,57 +224,35 @@ class Kernels:
         self._plan.diagonal(d)
         return d
 
-    def dual(self, r, weights, shift, q):
-        """The dual step in one call; needs rows.
-
-        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T,
-        (g - A step) . step).
-        """
+    def dual(self, r, weights, shift, q) -> Outcome:
+        """The dual step in one call; needs rows."""
         step = self._new(self.num_parameters)
         weights = self._unit_weights if weights is None else weights
-        status, *rest = self._plan.dual(r, weights, shift, q, step)
-        return step, STATUS[status], *rest
+        return self._outcome(step, *self._plan.dual(r, weights, shift, q, step))
 
-    def primal(self, r, d, q):
-        """The primal step in one call; the same result as `dual`."""
+    def primal(self, r, d, q) -> Outcome:
+        """The primal step in one call."""
         step = self._new(self.num_parameters)
-        status, *rest = self._plan.primal(r, d, q, step)
-        return step, STATUS[status], *rest
+        return self._outcome(step, *self._plan.primal(r, d, q, step))
 
-    def correct(self, b: torch.Tensor) -> torch.Tensor:
-        """Solve with the factor of the last dual step (b: M) or primal step (P)."""
-        x = torch.empty_like(b)
-        self._plan.correct(b, x)
-        return x
-
-    def dual_vector(self) -> torch.Tensor:
-        """Y of the last dual step, (M,)."""
-        y = self._new(self.num_residuals)
-        self._plan.dual_vector(y)
-        return y
+    def _outcome(self, step, status, *numbers) -> Outcome:
+        *numbers, factor = numbers
+        return Outcome(step, STATUS[status], *numbers, factor and NativeFactor(factor, self.dtype))
 
     def cg(self, r, d, q, preconditioner, start, path, options):
-        """A whole CG solve in one call: the same result as `dual`, and the iterates kept in `path`.
-
-        preconditioner: (inverse, V, c), each None or a tensor; start: (P,) or None; path: (slots, P) to be written, or None.
-        """
+        """A whole CG solve in one call."""
         step = self._new(self.num_parameters)
         (status, *rest), kept = self._plan.cg(
             r, d, q, *preconditioner, start, path, options.max_iterations, options.tolerance, options.absolute,
             options.progress, step,
         )
-        return (step, STATUS[status], *rest), kept
+        return Outcome(step, STATUS[status], *rest), kept
 
     def members_solve(self, name, listed, r, mu, penalty, scale, q, options, inverse=None, start=None):
-        """Whole solves by "dual", "primal" or "cg" for the members listed, several at a time, in one call.
-
-        r: (B, M); mu: (B,), float64; penalty: c per parameter, or empty; scale, q, inverse (the diagonal preconditioner of CG)
-        and start: (B, P) or None. Returns the steps, (B, P), rows of members not listed being zero, and for each listed what
-        `dual` returns after the step.
-        """
+        """Whole solves for the members listed in one call."""
         new = torch.empty if len(listed) == len(r) else torch.zeros
         steps = new(len(r), self.num_parameters, dtype=self.dtype)
-        out = torch.empty(len(listed), 7, dtype=torch.float64)
+        out = torch.empty(len(listed), _NUMBERS, dtype=torch.float64)
         if name == "dual":
             self._plan.members_dual(listed, r, mu, penalty, q, steps, out)
         elif name == "primal":
@@ -265,7 +276,7 @@ class Kernels:
         return steps, [(STATUS[status], *rest) for status, *rest in found]
 
     def lsmr(self, r, d, root, damp, q, max_iterations, tolerance):
-        """A whole LSMR solve in one call; the same result as `dual`."""
+        """A whole LSMR solve in one call."""
         step = self._new(self.num_parameters)
         status, *rest = self._plan.lsmr(r, d, root, damp, q, max_iterations, tolerance, step)
-        return step, STATUS[status], *rest
+        return Outcome(step, STATUS[status], *rest)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .limits import WIDE_FACTOR
+from .protocol import Outcome, TensorFactor, Traits
 from .row_tables import FACTORED, PARAMETER, ROWS, Tables
-
-FACTOR_WIDE = 2048   # float32 matrices up to this order are factored in float64; WIDE_FACTOR of solve/problem.py
 
 
 @dataclass(slots=True)
@@ -39,25 +39,24 @@ class Factors:
         return x if self.sections == 1 else x.repeat_interleave(self.sections, 0)
 
 
-class RowForms:
+class RowForms(Traits):
     """Gram, dense and diagonal forms, dual and primal solves. A subclass has the products and the sweeps.
 
     It provides dtype, device, num_residuals, num_parameters, jvp, vjp, dense_by_batches and unit_sweeps(units), which gives
     for every buffer the cotangents (O, size) that the unit residuals `units` (O, M) produce.
     """
 
-    sums_sections = False   # J^T J always comes from J
     _tables: Tables | None = None
-    _held = _factor = None
+    _held = None
 
     def set_rows(self, rows) -> None:
         """Take the row structure that Gram and dense forms need, or drop it with None."""
-        self._held = self._factor = None
+        self._held = None
         self._tables = None if rows is None else Tables(self._program, rows)
 
     def forget(self) -> None:
         """Drop what belongs to other constants."""
-        self._held = self._factor = None
+        self._held = None
 
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
@@ -157,12 +156,8 @@ class RowForms:
         return d
 
     @torch.no_grad()
-    def dual(self, r, weights, shift, q):
-        """The dual step; needs rows: delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s.
-
-        Returns (step, status, iterations, residual norm, g . step, ||step||^2, trace of J D^-1 J^T,
-        (g - A step) . step); its numbers reach the host in one transfer.
-        """
+    def dual(self, r, weights, shift, q) -> Outcome:
+        """The dual step; needs rows. Its numbers reach the host in one transfer."""
         kept = None if weights is None else weights.tolist()
         if self._held is None or self._held[:2] != ("gram", kept):
             self.forget()
@@ -170,8 +165,8 @@ class RowForms:
         K = self._held[2]
         by_entry = None if weights is None else self._by_entry(kept)
         rhs = r if q is None else r - self.jvp(by_entry * q / shift)
-        bad = self._factorise(K, shift)
-        y = self._dual_vector = self.correct(rhs)
+        lower, bad = self._factorise(K, shift)
+        y = TensorFactor(lower).solve(rhs)
         step = self.vjp(y)
         step = step if q is None else step + q / shift
         step = step if by_entry is None else by_entry * step
@@ -179,48 +174,39 @@ class RowForms:
         gain = torch.dot(r.double(), r.double() - shift * y.double())
         if q is not None:
             gain = gain + torch.dot(q.double(), step.double())
-        return self._outcome(step, bad, gain, K.diagonal().sum(dtype=torch.float64) / shift)
+        return self._outcome(step, bad, gain, K.diagonal().sum(dtype=torch.float64) / shift, TensorFactor(lower, y))
 
     @torch.no_grad()
-    def primal(self, r, d, q):
-        """The primal step, by Cholesky of diag(d) + J^T J; the same result as `dual`."""
+    def primal(self, r, d, q) -> Outcome:
+        """The primal step, by Cholesky of diag(d) + J^T J."""
         if self._held is None or self._held[0] != "normal":
             self.forget()
             J = self.dense()
             self._held = "normal", None, J.T @ J
         H = self._held[2]
         g = self.vjp(r) if q is None else self.vjp(r) + q
-        bad = self._factorise(H, d)
-        step = self.correct(g)
+        lower, bad = self._factorise(H, d)
+        factor = TensorFactor(lower)
+        step = factor.solve(g)
         gain = torch.dot(g.double(), step.double())
-        return self._outcome(step, bad, gain, (H.diagonal().double() / d.double()).sum())
+        return self._outcome(step, bad, gain, (H.diagonal().double() / d.double()).sum(), factor)
 
     def _by_entry(self, weights: list[float]) -> torch.Tensor:
         sizes = [size for role, size in self._program.buffers if role == PARAMETER]
         parts = [torch.full((n,), w, dtype=self.dtype, device=self.device) for n, w in zip(sizes, weights, strict=True)]
         return torch.cat(parts)
 
-    def _factorise(self, matrix: torch.Tensor, added) -> torch.Tensor:
-        """Factor matrix + diag(added) and keep the factor; a device flag that is not 0 where there is none."""
-        wide = self.dtype == torch.float64 or len(matrix) <= FACTOR_WIDE
+    def _factorise(self, matrix: torch.Tensor, added) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of matrix + diag(added), and a device flag that is not 0 where there is none."""
+        wide = self.dtype == torch.float64 or len(matrix) <= WIDE_FACTOR
         damped = matrix.to(torch.float64 if wide else torch.float32, copy=True)
         damped.diagonal().add_(added)
-        self._factor, bad = torch.linalg.cholesky_ex(damped)
-        return bad
+        return torch.linalg.cholesky_ex(damped)
 
-    def _outcome(self, step, bad, gain, trace):
+    @staticmethod
+    def _outcome(step, bad, gain, trace, factor) -> Outcome:
         step = torch.where(bad == 0, step, 0)
         numbers = torch.stack([bad.double(), gain, step.double().square().sum(), trace]).tolist()
         if numbers[0] != 0:
-            return step, "not_positive_definite", 0, 0.0, 0.0, 0.0, numbers[3], 0.0
-        return step, "solved", 0, 0.0, *numbers[1:], 0.0
-
-    @torch.no_grad()
-    def correct(self, b: torch.Tensor) -> torch.Tensor:
-        """Solve with the factor of the last dual step (b: M) or primal step (P)."""
-        return torch.cholesky_solve(b.to(self._factor.dtype).unsqueeze(1), self._factor).squeeze(1).to(b.dtype)
-
-    def dual_vector(self) -> torch.Tensor:
-        """Y of the last dual step, (M,)."""
-        return self._dual_vector
-
+            return Outcome(step, "not_positive_definite", trace=numbers[3])
+        return Outcome(step, "solved", 0, 0.0, *numbers[1:], 0.0, factor)

@@ -29,8 +29,8 @@ class Kernels(RowForms):
 
     name = "torch"
     fused = True
-    batches = True   # products with (K, P) and (K, M)
-    chunk = _CHUNK
+    batches = True   # products with J take (K, P), too
+    rows_per_sweep = _CHUNK
 
     def __init__(self, program, dtype: torch.dtype):
         self._program, self.dtype = program, dtype

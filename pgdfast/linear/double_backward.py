@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ..kernels.protocol import Traits
 
-class DoubleBackward:
+
+class DoubleBackward(Traits):
     """J and J^T as two backward passes; the outputs' scaling is that of the loss's blocks."""
 
     name = "double-backward"
-    fused = False
-    batches = False
 
     def __init__(self, blocks, edges, params, dtype):
         self._blocks, self._params, self._dtype = blocks, params, dtype

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from .. import kernels
+from ..kernels.protocol import Traits
 from ..tape import members
 from .double_backward import DoubleBackward
 from .linearization import Linearization, Linearizer, Plan, wind_back
@@ -279,11 +280,10 @@ class Member(Linearization):
         return Member(self._ensemble, self._b, self._plan.wide, torch.float64)
 
 
-class _OneOfAll:
+class _OneOfAll(Traits):
     """A member's products by sweeps over all members, B times too much work, or by its J once that is known."""
 
     name = "one of all"
-    fused = batches = False
 
     def __init__(self, ensemble: EnsembleLinearization, b: int):
         self._ensemble, self._b = ensemble, b

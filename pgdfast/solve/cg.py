@@ -35,10 +35,10 @@ def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -
     start = keep.get("start") if options.warm_start else None
     start = start.to(lin.dtype) if start is not None and start.shape == (P,) else None
     path = torch.empty(SLOTS, P, dtype=lin.dtype, device=lin.device) if options.truncate else None
-    run = getattr(operator, "cg", None) or _of(lin)   # some kernels have whole solves
+    run = operator.cg if operator.has_cg else _of(lin)
     found, slots = run(problem.r, d, problem.q, M, start, path, options)
     found = Found(
-        *found, tuple((k, path[slot], *rest) for slot, k, *rest in sorted(slots, key=lambda item: item[1])),
+        *found[:8], tuple((k, path[slot], *rest) for slot, k, *rest in sorted(slots, key=lambda item: item[1])),
         again=lambda u: run(u, d, None, M, None, None, options)[0][0],
     )
     if options.warm_start and math.isfinite(found.square):

@@ -66,7 +66,7 @@ def solution(name: str, reason: str, problem: Problem, found: Found, wide: bool,
     lin, prior = problem.linearization, problem.prior
     if prior is not None and found.status != "not_positive_definite":
         found = problem.from_prior(found)
-    step, status, iterations, residual_norm, gain, square, _, slack, path, again = found
+    step, status, iterations, residual_norm, gain, square, _, slack, path, again, _ = found
     damped = problem.damped(step, square)
     if step.dtype is not lin.dtype:
         step = step.to(lin.dtype)

@@ -24,10 +24,11 @@ def dual(problem: Problem) -> Found:
     operator = lin.operator
     if operator.fused and lin.rows is not None and problem.scale is None:
         if problem.uniform:
-            found = Found(*operator.dual(r, None, problem.mu, None))
+            found = operator.dual(r, None, problem.mu, None)
         else:
-            found = Found(*operator.dual(r, problem.buffer_weights(), 1.0, problem.q))
-        return found._replace(again=_again(problem, lambda u: lin.operator.correct(u)))
+            found = operator.dual(r, problem.buffer_weights(), 1.0, problem.q)
+        factor = found.factor
+        return Found(*found[:8], again=factor and _again(problem, factor.solve), factor=factor)
     J = lin.dense()
     if problem.uniform:
         K, shift, weights = J @ J.T, problem.mu, None
@@ -56,8 +57,9 @@ def primal(problem: Problem) -> Found:
     lin = problem.linearization
     _ = lin.rows   # Jacobian rows are cheaper once the row structure is known
     if lin.operator.fused:
-        found = Found(*lin.operator.primal(problem.r, problem.diagonal(), problem.q))
-        return found._replace(again=lambda u: lin.operator.correct(lin.vjp(u)))
+        found = lin.operator.primal(problem.r, problem.diagonal(), problem.q)
+        factor = found.factor
+        return Found(*found[:8], again=factor and (lambda u: factor.solve(lin.vjp(u))), factor=factor)
     J = lin.dense()
     g = problem.gradient()
     H, d = J.T @ J, problem.diagonal()
@@ -104,7 +106,7 @@ def _refined_dual(problem, wide, core, product, found):
     if not problem.uniform:
         weights, shift = 1 / wide.diagonal(), 1.0
     step, shift_r = None, r if wide.q is None else r - product.jvp(weights * wide.q)
-    y = core.dual_vector().double()
+    y = found.factor.dual_vector.double()
 
     def parameters(v):
         return v if weights is None else weights * v
@@ -114,7 +116,7 @@ def _refined_dual(problem, wide, core, product, found):
         step = parameters(product.vjp(y))
         return shift_r - product.jvp(step) - shift * y
 
-    y, last = _corrected(core, y, residual)
+    y, last = _corrected(found.factor, core.dtype, y, residual)
     if y is None:
         return None
     step = step + parameters(core.vjp(last).double())
@@ -127,20 +129,20 @@ def _refined_dual(problem, wide, core, product, found):
 
 def _refined_primal(problem, wide, core, product, found):
     g, d = wide.gradient(), wide.diagonal()
-    step, _ = _corrected(core, found.step.double(), lambda x: g - d * x - product.vjp(product.jvp(x)))
+    step, _ = _corrected(found.factor, core.dtype, found.step.double(), lambda x: g - d * x - product.vjp(product.jvp(x)))
     if step is None:
         return None
     return Found(step, "solved", gain=float(torch.dot(g, step)), square=_square(step), trace=found.trace)
 
 
-def _corrected(core, x: torch.Tensor, residual):
-    """(x, last correction) after rounds of x += F^-1 residual(x), F the factor held; (None, None) if that is not worthwhile.
+def _corrected(factor, dtype, x: torch.Tensor, residual):
+    """(x, last correction) after rounds of x += F^-1 residual(x), F the factor; (None, None) if that is not worthwhile.
 
     The error after a round is about the last correction times the rate at which corrections shrink.
     """
     before, least = float(torch.linalg.vector_norm(x)), _WORTHWHILE
     for _ in range(_ROUNDS):
-        correction = core.correct(residual(x).to(core.dtype))
+        correction = factor.solve(residual(x).to(dtype))
         size = float(torch.linalg.vector_norm(correction.double()))
         if not size <= least * before:
             break

@@ -27,9 +27,9 @@ def lsmr(problem: Problem, options: CG) -> Found:
         root, damp = d.rsqrt(), 1.0
     else:
         root, damp = None if problem.scale is None else problem.scale.to(lin.dtype).rsqrt(), math.sqrt(problem.mu)
-    run = getattr(lin.operator, "lsmr", None) or _of(lin)   # the CUDA kernels have none
+    run = lin.operator.lsmr if lin.operator.has_lsmr else _of(lin)
     limits = options.max_iterations, options.tolerance
-    found = Found(*run(problem.r, d, root, damp, problem.q, *limits))
+    found = Found(*run(problem.r, d, root, damp, problem.q, *limits)[:8])
     return found._replace(again=lambda u: run(u, d, root, damp, None, *limits)[0])
 
 

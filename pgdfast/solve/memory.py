@@ -34,7 +34,7 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False, dampings:
     local = rows is not None and operator.fused
     jacobian = width * M * P * (1 if operator.fused else 2)   # PyTorch joins batches of rows
     # Sweeps for J or the Gram matrix: an arena per section, or batches of rows (kernels/torch_kernels.py), or rows one by one.
-    sweeps = arena * (rows.max_sections if local else getattr(operator, "chunk", 1))
+    sweeps = arena * (rows.max_sections if local else operator.rows_per_sweep)
     sweeps += 0 if local and arena > _ONE_ARENA else arena
     vectors = 8 * width * (M + P)
     if local and problem.scale is None:
@@ -49,7 +49,7 @@ def predicted_bytes(problem: Problem, options: CG, wide: bool = False, dampings:
     least = min(M, P)
     rows_of_eigh = 0 if M <= P and local and problem.scale is None else M * P * (8 if small else width)
     # CG: b, delta, d, residual, p, A p, u, and the copies of the last check.
-    krylov = arena + width * (2 * M + (7 if hasattr(operator, "cg") else 15) * P)   # PyTorch: and the results of its operations
+    krylov = arena + width * (2 * M + (7 if operator.has_cg else 15) * P)   # PyTorch: and the results of its operations
     cg = krylov
     if problem.scale is not None or options.preconditioner is not None:
         cg += width * P

@@ -32,7 +32,7 @@ def multishift(problem: Problem, mus: list[float], options: CG) -> list[Found]:
     4 K P operations.
     """
     lin = problem.linearization
-    run = getattr(lin.operator, "multishift", None) or _of(lin)
+    run = lin.operator.multishift if lin.operator.has_multishift else _of(lin)
     scale = None if problem.scale is None else problem.scale.to(lin.dtype).contiguous()
     steps, rest = run(problem.r, problem.q, mus, scale, problem.penalty, options)
     found = []

@@ -30,6 +30,7 @@ class Found(NamedTuple):
     slack: float = 0.0
     path: tuple = ()
     again: Callable | None = None
+    factor: object = None   # of a direct solve by the kernels (kernels.protocol.Factor)
 
     @classmethod
     def failed(cls, lin) -> Found:

@@ -60,10 +60,6 @@ class Instruction:
     extents: list[list[int]]
     c_offset: int = 0
 
-    def as_tuple(self) -> tuple:
-        """The form that the native plan reads."""
-        return (self.kind, self.y, self.y_offset, self.x, self.x_offset, self.constant, self.c_offset, self.alpha, self.extents)
-
 
 @dataclass(slots=True)
 class Program:

@@ -98,7 +98,7 @@ class Walker:
             roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
             nodes = _forward_order([edge.node for edge in roots])
             return self._tape(Structure(-1, nodes, roots, self._number), nodes)
-        number, fresh, nodes = self._core.walk(results)
+        number, fresh, nodes, _ = self._core.walk(results)
         if not fresh:
             structure = self._known[number]
             return Tape(structure, dict(zip(structure.wanted, nodes, strict=True)))

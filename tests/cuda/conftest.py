@@ -20,7 +20,7 @@ from pgdfast.kernels import cuda, cuda_library
 
 CORE = Path(__file__).resolve().parents[2] / "csrc"
 KERNELS = sorted((CORE / "cuda").glob("*.cu"))
-HOST = [*sorted((CORE / "cuda").glob("*.cpp")), CORE / "plan/plan.cpp", CORE / "plan/cut.cpp"]
+HOST = [*sorted((CORE / "cuda").glob("*.cpp")), *(CORE / "plan" / name for name in ("plan.cpp", "cut.cpp", "read.cpp"))]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPGDFAST_EMULATE", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas", "-Wno-clobbered"]
 

@@ -182,4 +182,6 @@ def test_every_instruction_set(name, tmp_path):
          "-k", "not instruction_set", "--rootdir", str(ROOT)],
         capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"PGDFAST_ISA": name},
     )
+    if "which this processor does not run" in done.stdout + done.stderr:
+        pytest.skip(f"this processor has no {name}")
     assert done.returncode == 0, done.stdout[-2000:]

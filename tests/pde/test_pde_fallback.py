@@ -126,6 +126,7 @@ def test_every_instruction_set(name, tmp_path):
         [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=300, cwd=tmp_path,
         env=os.environ | {"PGDFAST_ISA": name},
     )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != name:
+    if "which this processor does not run" in done.stderr:
         pytest.skip(f"this processor does not run {name}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == name

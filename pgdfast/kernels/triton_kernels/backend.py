@@ -40,6 +40,7 @@ class Kernels(torch_kernels.Kernels):
     """The same products as the native core, batches included; what stands in PyTorch alone is inherited."""
 
     name = "triton"
+    has_cg = True
 
     def __init__(self, program, dtype: torch.dtype):
         super().__init__(program, dtype)

@@ -1,6 +1,6 @@
 #include "read.h"
 
-namespace pgdfast::cuda {
+namespace pgdfast {
 namespace {
 
 class Words {
@@ -10,11 +10,12 @@ class Words {
     if (at_ == end_) throw std::runtime_error("a description that ends early");
     return *at_++;
   }
-  std::vector<index> list() {
+  template <class N = index>
+  std::vector<N> list() {
     const index count = next();
     if (count < 0 || count > end_ - at_) throw std::runtime_error("a description that ends early");
-    std::vector<index> values(static_cast<std::size_t>(count));
-    for (index& value : values) value = next();
+    std::vector<N> values(at_, at_ + count);
+    at_ += count;
     return values;
   }
   void finish() const {
@@ -44,7 +45,7 @@ void read_project(Project& p, const std::vector<std::vector<index>>& list) {
 
 }  // namespace
 
-Structure read_program(const index* numbers, index count, const double* alphas) {
+Structure read_program(const index* numbers, index count, const double* alphas, index num_alphas) {
   Words words(numbers, count);
   Structure s;
   for (index i = words.next(); i > 0; --i) {
@@ -52,7 +53,9 @@ Structure read_program(const index* numbers, index count, const double* alphas) 
     const index size = words.next();
     s.buffers.push_back({role, size, words.next()});
   }
-  for (index i = words.next(); i > 0; --i) {
+  const index instructions = words.next();
+  if (instructions != num_alphas) throw std::runtime_error("a program with one factor too few or too many");
+  for (index i = 0; i < instructions; ++i) {
     Instruction op{};
     op.kind = static_cast<Kind>(words.next());
     op.y = int(words.next());
@@ -61,6 +64,8 @@ Structure read_program(const index* numbers, index count, const double* alphas) 
     op.x_offset = words.next();
     op.constant = int(words.next());
     op.c_offset = words.next();
+    if (op.y < 0 || op.y >= int(s.buffers.size()) || op.x < 0 || op.x >= int(s.buffers.size()))
+      throw std::runtime_error("an instruction on a buffer that there is not");
     op.alpha = *alphas++;
     std::vector<std::vector<index>> list(static_cast<std::size_t>(words.next()));
     for (auto& item : list) item = words.list();
@@ -115,7 +120,7 @@ RowLayout read_rows(const index* numbers, index count, const Structure& s) {
   layout.labels.resize(s.buffers.size());
   for (index i = words.next(); i > 0; --i) {
     auto& label = layout.labels.at(std::size_t(words.next()));
-    for (index value : words.list()) label.push_back(std::int32_t(value));
+    label = words.list<std::int32_t>();
   }
   words.finish();
   layout.finalize();
@@ -123,4 +128,4 @@ RowLayout read_rows(const index* numbers, index count, const Structure& s) {
   return layout;
 }
 
-}  // namespace pgdfast::cuda
+}  // namespace pgdfast

@@ -1,0 +1,165 @@
+"""One table of thresholds for C++, CUDA and Python; one set of rules for CG."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import mlp, rand
+
+import pgdfast
+from pgdfast.kernels import limits, native, protocol
+
+core = native._C
+ROOT = Path(__file__).resolve().parents[2]
+needs_core = pytest.mark.skipif(core is None, reason="the C++ core is not built")
+needs_source = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the source tree is not here")
+
+
+@needs_core
+@needs_source
+def test_the_header_reads_the_same_with_and_without_the_core():
+    assert limits.read_header((ROOT / "csrc/plan/limits.h").read_text()) == core.limits()
+
+
+@needs_core
+def test_every_threshold_is_a_constant_of_python():
+    known = {name for name in vars(limits) if name.isupper() and not name.startswith("_")}
+    assert len(known) == len(core.limits()) - 1   # all but the tolerance that `claims` is derived from
+
+
+@needs_core
+def test_status_is_numbered_alike():
+    assert core.STATUS == protocol.STATUS
+
+
+@needs_source
+@pytest.mark.parametrize("written", [r"= 192\b", r"\b1 - 1e-3", r"= 50;", r"> 1\.1 \*", r"% 50\b"])
+def test_no_threshold_is_written_a_second_time(written):
+    import re
+
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h") and p.name != "limits.h"]
+    found = [p.name for p in sources if re.search(written, p.read_text())]
+    assert found in ([], ["normal.cpp"]), found   # whose tile depth happens to be 192
+
+
+class State(dict):
+    """CG's state by name, as the core returns it."""
+
+    def __init__(self, numbers):
+        super().__init__(zip(core.CG_STATE, numbers, strict=True))
+
+    def numbers(self):
+        return [float(self[name]) for name in core.CG_STATE]
+
+    def phase(self):
+        return core.CG_PHASES[int(self["phase"])]
+
+
+def judged(state, options, values):
+    """csrc/plan/cg_rules.h in Python, written a second time to check the first."""
+    s = State(state.numbers())
+    limit, _, _, progress, slots = options
+    claim = s["norm"] <= s["target"]
+    s["slot"], s["keep_safe"], s["restore_safe"] = -1, 0, 0
+
+    def end(status):
+        s["phase"], s["status"] = core.CG_PHASES.index("ended"), core.STATUS.index(status)
+        return s
+
+    def go_on(restart):
+        i = int(s["iteration"])
+        k = max(limits.PROGRESS_LEAST, i // limits.PROGRESS_PART)
+        if progress > 0 and i > k and s["value"] - values[i - k] < k * progress * s["value"]:
+            return end("progress")
+        if i >= limit:
+            return end("max_iterations")
+        s["beta"] = 0.0 if restart or s["before"] == 0 else s["rz"] / s["before"]
+        s["phase"] = core.CG_PHASES.index("iterate")
+        return s
+
+    phase = state.phase()
+    if phase == "start":
+        s["safe"], s["keep_safe"] = s["value"], 1
+        return end("solved") if claim else go_on(True)
+    if phase == "iterate":
+        if s["broken"]:
+            return end("breakdown")
+        s["iteration"] += 1
+        i = int(s["iteration"])
+        s["value"] += 0.5 * s["step"] * s["before"]
+        if slots and i & (i - 1) == 0:
+            s["slot"] = (i.bit_length() - 1) % slots
+        s["claimed"] = claim
+        if claim or i % limits.CHECK_EVERY == 0:
+            s["recurrence"], s["phase"] = s["norm"], core.CG_PHASES.index("check")
+            return s
+        return go_on(False)
+    if phase == "check":
+        if claim:
+            return end("solved")
+        if s["iteration"] == 0:
+            s["keep_safe"] = 1
+            return go_on(True)
+        reached = 0.5 * (s["gain"] + s["slack"])
+        if not reached >= (1 - limits.FALL) * s["safe"]:
+            s["restore_safe"], s["phase"] = 1, core.CG_PHASES.index("restore")
+            return s
+        if s["iteration"] % limits.CHECK_EVERY == 0:
+            s["safe"], s["keep_safe"] = reached, 1
+        restart = bool(s["claimed"]) or s["norm"] > limits.RESTART_RATIO * s["recurrence"]
+        if restart and s["norm"] > limits.CLAIM_RATIO * s["last_claim"]:
+            return end("stagnated")
+        if restart:
+            s["last_claim"] = s["norm"]
+        return go_on(restart)
+    return end("stagnated")
+
+
+@needs_core
+def test_the_rules_of_cg_on_random_states():
+    draw = random.Random(0)
+
+    def number():
+        return draw.choice([0.0, 1.0, draw.random(), 10 ** draw.uniform(-8, 8), math.nan, math.inf])
+
+    ends = set()
+    for _ in range(4000):
+        state = State([number() for _ in core.CG_STATE])
+        whole = {"phase": draw.randrange(4), "status": 2, "iteration": draw.choice([0, 1, 3, 49, 50, 99, 100, 149, 500]),
+                 "claimed": draw.randrange(2), "broken": draw.randrange(2), "slot": -1, "keep_safe": 0, "restore_safe": 0}
+        state.update(whole)
+        options = [float(draw.choice([0, 50, 150, 1000])), 1e-6, 0.0, draw.choice([0.0, 1e-3]), float(draw.choice([0, 3, 8]))]
+        values = [draw.random() for _ in range(600)]
+        expected, found = judged(state, options, values), State(core.cg_judge(state.numbers(), options, values))
+        assert str(found) == str({k: float(v) for k, v in expected.items()})   # NaN equals NaN in print
+        ends.add(core.STATUS[int(found["status"])] if found.phase() == "ended" else found.phase())
+    assert ends == {"solved", "max_iterations", "breakdown", "stagnated", "progress", "iterate", "check", "restore"}
+
+
+@needs_core
+def test_a_solve_begins_and_steps():
+    options = [150.0, 1e-6, 1e-9, 0.0, 0.0]
+    begun = State(core.cg_begin(2.0, options, False))
+    assert begun.phase() == "check" and begun["target"] == 2e-6 and begun["last_claim"] == 2.0
+    assert State(core.cg_begin(0.0, options, True)).phase() == "ended"
+    started = State(core.cg_start(core.cg_begin(2.0, options, True), 3.0, 6.0))
+    assert (started["step"], started["value"]) == (0.5, 0.75)
+    for along, curvature in ((math.nan, 1.0), (1.0, 0.0), (1.0, math.inf)):
+        assert State(core.cg_start(core.cg_begin(2.0, options, True), along, curvature))["step"] == 0.0
+    begun["rz"] = 8.0
+    assert State(core.cg_step(begun.numbers(), 4.0))["step"] == 2.0
+    assert State(core.cg_step(begun.numbers(), -4.0))["broken"] == 1
+
+
+@needs_core
+def test_a_claim_that_fails_before_the_first_check_returns_to_the_start():
+    """With few iterations no iterate to go back to used to be kept: what was read then was anybody's memory."""
+    model, x = mlp(2, 30, 1, dtype=torch.float32), rand(40, 2, seed=1, dtype=torch.float32)
+    lin = pgdfast.linearize(lambda: 1e15 * model(x), model.parameters())
+    for limit in (3, 20, 50, 60):
+        for start in (None, rand(lin.num_parameters, seed=2, dtype=torch.float32)):
+            keep = {} if start is None else {"start": start}
+            found = pgdfast.solve(lin, 1e-30, solver="cg", cg=pgdfast.CG(limit, 1e-3, warm_start=True), keep=keep)
+            assert found.status != "not_finite" and bool(torch.isfinite(found.step).all())
