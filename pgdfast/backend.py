@@ -63,7 +63,7 @@ class Reference:
         return Solution(
             found.step, found.status, found.iterations, found.solver, "reference", gain, damped,
             linearization, damping if scale is None else damping * scale, found.residual_norm,
-            slack=gain - damped - curvature, prior=prior, solve_again=again,
+            slack=gain - damped - curvature, prior=prior, same_factor=again,
         )
 
 
@@ -73,6 +73,8 @@ class _ReferenceLinearization:
     penalties: dict = {}
     tapeless = False   # trials run as the closure is
     residuals_need_tape = True
+    sync_reason = "the reference looks at every number"
+    dtype = torch.float64
 
     def __init__(self, found, params: list[torch.Tensor]):
         self.reference, self._params = found, params
@@ -97,9 +99,16 @@ class _ReferenceLinearization:
         loss, residual = reference.residual(run, self._params)
         return float(loss), residual
 
+    def release(self) -> None:
+        """An explicit Jacobian holds no tape."""
+
     def widened(self) -> _ReferenceLinearization:
         """Itself: float64 throughout."""
         return self
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P), float64."""
+        return self.reference.dense()
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), float64."""
@@ -112,6 +121,10 @@ class _ReferenceLinearization:
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v, (M,)."""
         return self.reference.jvp(v)
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u, (P,)."""
+        return self.reference.vjp(u)
 
     def ggn(self, v: torch.Tensor) -> torch.Tensor:
         """J^T J v, (P,)."""

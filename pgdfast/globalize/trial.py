@@ -74,7 +74,7 @@ class Trials:
 
         Cost: two triangular solves and one product with J^T.
         """
-        correction, move = self._solution.again(m), self.move
+        correction, move = self._solution.solve_with_same_factor(m), self.move
         return correction if move.one_rate is not None else move.scaled(correction) / max(move.rates)
 
     def size(self, e: torch.Tensor) -> float:

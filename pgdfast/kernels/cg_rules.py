@@ -28,7 +28,7 @@ SOLVED, MAX_ITERATIONS, BREAKDOWN, STAGNATED, PROGRESS = 0, 2, 3, 4, 5   # numbe
 
 
 def where(which, a, b):
-    """a where `which` is true, else b."""
+    """A where `which` is true, else b."""
     return a if which else b
 
 

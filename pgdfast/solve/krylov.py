@@ -1,16 +1,24 @@
 """Conjugate gradients on the damped normal equations, matrix-free: one loop for one system and for many.
 
-What happens when is decided by kernels/cg_rules.py, from the C++ core's and Triton's loops on the same rules.
+What follows from an iteration's numbers is decided by kernels/cg_rules.py, as in Triton's loop; the C++ core and the CUDA
+kernels have whole solves of their own by the same rules.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from ..kernels import cg_rules
 from ..kernels.cg_rules import CHECK, ENDED, ITERATE, MAX_ITERATIONS, SOLVED, START
-from ..kernels.protocol import STATUS
-from .options import CG
+from ..kernels.limits import PATH_SLOTS, SHIFT_PANEL, SHIFT_PROBES
+from ..kernels.protocol import STATUS, Outcome
+from .multishift import multishift
+from .options import CG, Nystrom
+from .preconditioner import nystrom, preconditioner
+from .problem import Found, Problem
+from .sizes import SWEEP, Sizes
 
 
 class One:
@@ -174,14 +182,15 @@ def conjugate_gradients(apply, b, precondition, options: CG, kind, start=None, p
     b_norm = kind.norm(b)
     target = kind.larger(options.tolerance * b_norm, options.absolute)
     x, residual, value = torch.zeros_like(b), b, 0.0 * b_norm
+    phase = kind.numbers(b_norm, listed, CHECK if start is None else START, ENDED)
     if start is not None:
         product = apply(start)
         along = dot(b, start)
         fits, t = rules.multiple_of_start(along, dot(start, product))
+        fits = fits & (phase == START)
         x = kind.where(fits, kind.times(t, start), x)
         residual = kind.where(fits, b - kind.times(t, product), residual)
         value = kind.where(fits, 0.5 * t * along, value)
-    phase = kind.numbers(b_norm, listed, CHECK if start is None else START, ENDED)
     status = kind.numbers(b_norm, listed, MAX_ITERATIONS, SOLVED)
     iteration, claimed = kind.numbers(b_norm, listed, 0), kind.numbers(b_norm, listed, False)
     broken, step = claimed, value
@@ -220,3 +229,104 @@ def conjugate_gradients(apply, b, precondition, options: CG, kind, start=None, p
         rz, reached = dot(residual, z), kind.reached(phase == CHECK, value, b, x, residual)
     relative = norm / kind.where(b_norm > 0, b_norm, b_norm + 1)
     return x, status, iteration, relative, dot(b, x), dot(x, x), dot(residual, x), list(slots.values())
+
+
+def cg_with(kernels):
+    """Kernels.cg: the kernels' own, or the same in PyTorch."""
+    if kernels.has_cg:
+        return kernels.cg
+
+    def run(r, d, q, preconditioner, start, path, options):
+        inverse, V, c = preconditioner
+
+        def apply(x):
+            return kernels.vjp(kernels.jvp(x)) + d * x
+
+        def precondition(x):
+            z = x if inverse is None else inverse * x
+            return z if V is None else z + V.T @ (c * (V @ x))
+
+        b = kernels.vjp(r)
+        x, status, iterations, norm, gain, square, slack, kept = conjugate_gradients(
+            apply, b if q is None else b + q, precondition, options, One, start, path
+        )
+        return Outcome(x, STATUS[status], iterations, norm, gain, square, 0.0, slack), kept
+
+    return run
+
+
+def cg(problem: Problem, options: CG, keep: dict | None = None, time: int = 0) -> Found:
+    """Preconditioned CG in the precision of the problem; see conjugate_gradients.
+
+    keep: what the last solve kept, for a warm start or a sketch, which ages by `time`, the optimizer's step.
+    """
+    lin, d, P, keep, kept = problem.linearization, problem.diagonal(), problem.linearization.num_parameters, keep or {}, {}
+    if isinstance(options.preconditioner, Nystrom):
+        sketch = keep.get("sketch")
+        if sketch is None or sketch["rows"].shape[1] != P or time - sketch["made"] >= options.preconditioner.refresh:
+            sketch = nystrom(problem, options.preconditioner)
+            sketch = sketch and sketch | {"made": time}
+        kept["sketch"] = sketch
+    M = preconditioner(problem, options, kept.get("sketch"))
+    start = keep.get("start") if options.warm_start else None
+    start = start.to(lin.dtype) if start is not None and start.shape == (P,) else None
+    path = torch.empty(PATH_SLOTS, P, dtype=lin.dtype, device=lin.device) if options.truncate else None
+    outcome, slots = cg_with(lin.kernels())(problem.r, d, problem.q, M, start, path, options)
+    if options.warm_start and math.isfinite(outcome.square):
+        kept["start"] = outcome.step.to(lin.params[0].dtype)
+
+    def again(u):
+        return cg_with(lin.kernels())(u.to(lin.dtype), d, None, M, None, None, options)[0].step
+
+    slots = sorted(slots, key=lambda item: item[1])
+    return Found(outcome, again, False, kept, tuple((k, path[slot], *rest) for slot, k, *rest in slots))
+
+
+class ConjugateGradients:
+    """The solver "cg"."""
+
+    name, automatic = "cg", 1
+
+    def solve(self, problem, options, rcond, wide, keep, time) -> Found:
+        """One solve, in float64 where its tolerance needs that."""
+        return cg(problem.for_iterations(options), options, keep, time)
+
+    def solve_all(self, problem, mus, options, rcond) -> list[Found] | None:
+        """Multi-shift CG where one Krylov space serves all dampings."""
+        if not options.shifts or len(mus) < 2:
+            return None
+        problem = problem.for_iterations(options)
+        found = multishift(problem, mus, options, cg)
+        if options.warm_start:
+            start = found[0].outcome.step.to(problem.linearization.params[0].dtype)
+            found = [one._replace(keep={"start": start}) for one in found]
+        return found
+
+    def operations(self, s: Sizes) -> float:
+        """See Solver."""
+        M, P, options, dampings = s.M, s.P, s.options, s.dampings
+        iterations = min(options.max_iterations, M, P)
+        count = iterations * 2 * SWEEP * s.sweep + 2 * s.sweep
+        if isinstance(options.preconditioner, Nystrom):   # its use in every iteration, and its making in one step of `refresh`
+            rank, refresh = min(options.preconditioner.rank, P), options.preconditioner.refresh
+            count += 4 * rank * P * iterations + (rank * 2 * SWEEP * s.sweep + 6 * rank**2 * P) / refresh
+        if dampings > 1:
+            count = count + 4 * dampings * P * iterations if options.shifts else dampings * count
+        return count
+
+    def bytes(self, s: Sizes) -> float:
+        """See Solver."""
+        P, options, width, total = s.P, s.options, s.width, s.krylov
+        if s.scaled or options.preconditioner is not None:
+            total += width * P
+        if options.preconditioner == "jacobi" and not s.local:
+            total += s.jacobian_bytes + s.sweeps
+        if isinstance(options.preconditioner, Nystrom):
+            total += 5 * width * min(options.preconditioner.rank, P) * P   # products, factors of the sketch, the sketch
+        if options.warm_start:
+            total += width * P
+        if options.truncate:
+            total += PATH_SLOTS * width * P
+        if s.dampings > 1 and options.shifts:
+            total += width * (s.dampings + SHIFT_PANEL + SHIFT_PROBES) * P
+        return s.steps + total

@@ -93,8 +93,8 @@ def test_corrections_solve_with_the_damped_matrix(solver, scaled, penalty, backe
     solution = pgdfast.solve(lin, 0.1, scale=D if scaled else None, solver=solver, cg=pgdfast.CG(500, 1e-13))
     J, u = lin.dense(), rand(lin.num_residuals, seed=9)
     A = J.T @ J + torch.diag(0.1 * D + (lin.penalty if penalty else 0.0))
-    assert relative(solution.again(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
-    assert relative(solution.again(2 * u), 2 * solution.again(u)) < 1e-9
+    assert relative(solution.solve_with_same_factor(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
+    assert relative(solution.solve_with_same_factor(2 * u), 2 * solution.solve_with_same_factor(u)) < 1e-9
 
 
 @pytest.mark.parametrize("order", [100, 300])
@@ -108,7 +108,7 @@ def test_corrections_in_float32(order, solver):
         solution = pgdfast.solve(lin, mu, solver=solver)
         u, J = rand(len(A), seed=9), A.float().double()
         exact = torch.linalg.solve(J.T @ J + mu * torch.eye(J.shape[1], dtype=torch.float64), J.T @ u)
-        correction = solution.again(u.float())
+        correction = solution.solve_with_same_factor(u.float())
         assert correction.dtype == torch.float32 and relative(correction, exact) < 1e-3
 
 

@@ -58,7 +58,7 @@ def test_corrections_leave_the_prior_out(solver, penalty):
         A = J.T @ J + torch.diag(0.1 * D + (lin.penalty if penalty else 0.0))
         found = pgdfast.solve(lin, 0.1, scale=D, solver=solver, cg=TIGHT, prior=p)
         assert relative(A @ found.step, lin.gradient() + 0.1 * D * p) < 1e-9
-        assert relative(found.again(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
+        assert relative(found.solve_with_same_factor(u), torch.linalg.solve(A, J.T @ u)) < 1e-9
 
 
 def test_a_failed_solve_corrects_nothing():
@@ -66,9 +66,9 @@ def test_a_failed_solve_corrects_nothing():
     lin = pgdfast.linearize(closure, params)
     found = replace(pgdfast.solve(lin, 0.1), status="not_positive_definite")
     with pytest.raises(RuntimeError, match="ended as 'not_positive_definite' and left no factor; solve at a larger damping"):
-        found.again(lin.residual)
+        found.solve_with_same_factor(lin.residual)
     empty = pgdfast.linearize(lambda: params[0][:0], params)
-    assert torch.equal(pgdfast.solve(empty, 0.1).again(empty.residual), torch.zeros(25, dtype=torch.float64))
+    assert torch.equal(pgdfast.solve(empty, 0.1).solve_with_same_factor(empty.residual), torch.zeros(25, dtype=torch.float64))
 
 
 def test_chord_with_a_prior_ends_where_the_damped_problem_is_solved():
