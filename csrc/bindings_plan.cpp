@@ -75,6 +75,7 @@ class Plan {
   bool bind(const py::list& constants) {
     if (constants.size() != layouts_.size()) return false;
     const Locked locked(mutex_);
+    bound_ = false;   // until all are in place: memory may run out on the way
     solver_.invalidate();
     members_.sources.assign(members_.count ? layouts_.size() : 0, {});
     for (std::size_t i = 0; i < layouts_.size(); ++i) {
@@ -119,6 +120,7 @@ class Plan {
       for (index i = 0; i < op.gather.rows; ++i)
         if (positions[i] < -1 || positions[i] >= op.gather.count) throw py::index_error("a position outside of its tensor");
     }
+    bound_ = true;
     return true;
   }
 
@@ -156,35 +158,35 @@ class Plan {
   void jvp(py::handle v, py::handle u) {
     const T* from = pointer<T>(v, P(), "v");
     T* to = pointer<T>(u, M(), "u");
-    const Running running(mutex_);
+    const Running running = alone();
     solver_.product(from, to);
   }
   void vjp(py::handle u, py::handle v) {
     const T* from = pointer<T>(u, M(), "u");
     T* to = pointer<T>(v, P(), "v");
-    const Running running(mutex_);
+    const Running running = alone();
     solver_.adjoint_product(from, to);
   }
   void vjps(py::handle U, index K, py::handle V) {
     const T* from = pointer<T>(U, K * M(), "U");
     T* to = pointer<T>(V, K * P(), "V");
-    const Running running(mutex_);
+    const Running running = alone();
     solver_.adjoint_products(from, K, to);
   }
   void dense(py::handle J) {
     T* to = pointer<T>(J, M() * P(), "J");
-    const Running running(mutex_);
+    const Running running = alone();
     pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
   }
   void gram(py::handle K) {
     require_rows("gram");
     T* to = pointer<T>(K, M() * M(), "K");
-    const Running running(mutex_);
+    const Running running = alone();
     solver_.gram_matrix(to);
   }
   void diagonal(py::handle d) {
     T* to = pointer<T>(d, P(), "d");
-    const Running running(mutex_);
+    const Running running = alone();
     pgdfast::diagonal(solver_.program, solver_.layout, solver_.work, to);
   }
   py::tuple dual(py::handle r, py::handle weights, double shift, py::handle q, py::handle delta) {
@@ -237,7 +239,7 @@ class Plan {
     T* steps_ = pointer<T>(steps, index(mu.size()) * P(), "steps");
     std::vector<Outcome> outcomes;
     {
-      const Running running(mutex_);
+      const Running running = alone();
       outcomes = solver_.multishift(r_, q_, mu.data(), index(mu.size()), scale_, penalty_, max_iterations, tolerance, absolute,
                                     steps_);
     }
@@ -313,6 +315,11 @@ class Plan {
       simd<T>().evaluate_float(layouts_[i].function, span, t.const_data_ptr<float>(), own_[i].data());
     return own_[i].data();
   }
+  // To be held while the solver works.
+  Running alone() {
+    if (!bound_) throw py::value_error("pgdfast: the plan has no constants; bind them first");
+    return Running(mutex_);
+  }
   void place(index member) {
     members_.place(member, solver_.program.constants, own_);
     solver_.invalidate();
@@ -323,7 +330,7 @@ class Plan {
     Outcome o;
     std::shared_ptr<Factor<T>> factor;
     {
-      const Running running(mutex_);
+      const Running running = alone();
       o = run();
       if (o.status == Status::solved) factor = solver_.factor;
     }
@@ -334,7 +341,7 @@ class Plan {
   py::tuple solved(F&& run) {
     Outcome outcome;
     {
-      const Running running(mutex_);
+      const Running running = alone();
       outcome = run();
     }
     return tuple_of(outcome);
@@ -366,7 +373,7 @@ class Plan {
     const T* q_ = optional_pointer<T>(q, B * P(), "q");
     T* delta_ = pointer<T>(delta, B * P(), "delta");
     double* out_ = pointer<double>(out, index(listed.size()) * kNumbers, "out");
-    const Running running(mutex_);
+    const Running running = alone();
     members_.each(solver_, listed, [&](Solver<T>& solver, index i, index b) {
       const System system{b, r_ + b * M(), mu_[b], scale_ ? scale_ + b * P() : nullptr, q_ ? q_ + b * P() : nullptr,
                           delta_ + b * P()};
@@ -393,6 +400,7 @@ class Plan {
   std::vector<std::vector<T>> own_;
   Members<T> members_;
   std::mutex mutex_;
+  bool bound_ = false;
 };
 
 template <class T>

@@ -1,9 +1,9 @@
 // The table of thresholds and the rules of CG, for Python.
 #include <pybind11/stl.h>
 
-#include <array>
 
 #include "bindings.h"
+#include "cpu/parallel.h"
 #include "plan/cg_rules.h"
 
 namespace pgdfast {
@@ -43,6 +43,10 @@ CGLimits limits_of(const Numbers& n) {
 }  // namespace
 
 void bind_rules(py::module_& m) {
+  m.def("fail_in_parallel", [](const std::string& kind, int threads, index failing) {
+    const Running running;
+    fail_in_parallel(kind, threads, failing);
+  });
   m.def("limits", [] {
     py::dict table;
     for (const limits::Limit& limit : limits::kAll)

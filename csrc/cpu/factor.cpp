@@ -4,7 +4,7 @@
 
 namespace pgdfast {
 
-int threads_for_factor(index n) { return n < 256 ? 1 : threads_for(double(n) * double(n) * double(n) / 3.0); }
+int threads_for_factor(index n) { return n <= limits::kOneThreadOrder ? 1 : threads_for(double(n) * double(n) * double(n) / 3.0); }
 
 template <class T>
 void Factor<T>::solve_in_place(T* x) {

@@ -68,7 +68,7 @@ bool cut(Instruction& op, index high, index h0, index h1) {
 }
 
 bool repeats(const Passes& passes, int parameter, const Block& block) {
-  return passes.repeated[std::size_t(parameter)] && block.sections > 1;
+  return passes.repeated[std::size_t(parameter)] && block.outputs > 1;
 }
 
 index panels_of(index rows, index width) { return (rows + width - 1) / width; }
@@ -79,14 +79,14 @@ index packed_elements(const Structure& s, const RowLayout& layout, const Passes&
   for (const Block& block : layout.blocks)
     for (const Use& use : layout.uses) {
       if (use.parameter != parameter || !touches(s, use, block)) continue;
-      const index count = block.rows * block.sections;
+      const index count = block.rows * block.outputs;
       elements += panels_of(repeats(passes, parameter, block) ? count : block.rows, width) * width * product(s, use).k;
       elements += panels_of(count, width) * width * product(s, use).m;
     }
   return elements;
 }
 
-// Elements of the products of its constants that sections share.
+// Elements of the products of its constants that outputs share.
 index shared_elements(const Structure& s, const RowLayout& layout, int parameter, index width) {
   index elements = 0;
   const auto uses = [&](const Block& block) {
@@ -97,7 +97,7 @@ index shared_elements(const Structure& s, const RowLayout& layout, int parameter
   for (std::size_t a = 0; a < layout.blocks.size(); ++a)
     for (std::size_t b = a; b < layout.blocks.size(); ++b) {
       const Block &left = layout.blocks[a], &right = layout.blocks[b];
-      if (left.sections > 1 || right.sections > 1)
+      if (left.outputs > 1 || right.outputs > 1)
         elements += uses(left) * uses(right) * left.rows * panels_of(right.rows, width) * width;
     }
   return elements;
@@ -141,7 +141,7 @@ void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* we
       if (use.parameter != slice.parameter) continue;
       Instruction op = s.instructions[std::size_t(use.instruction)];
       if (high > 0 && !cut(op, high, slice.first / high, (slice.first + slice.size) / high)) continue;
-      for (index o = 0; o < layout.max_sections; ++o)
+      for (index o = 0; o < layout.max_outputs; ++o)
         add_rows(program, layout, use, op, work.arenas.data() + o * s.arena_size, layout.k_index, o,
                  work.rows.data() + slice.start, pass.columns, slice.folding);
     }
@@ -164,12 +164,12 @@ class Packing {
     for (int l = 0; l < s_.num_parameter_buffers; ++l)
       if (pass_.factored[std::size_t(l)]) size += packed_elements(s_, layout_, passes_, l, width);
     for (const Block& block : layout_.blocks) {
-      size += panels_of(block.rows * block.sections, width) * width * pass_.columns;
+      size += panels_of(block.rows * block.outputs, width) * width * pass_.columns;
       for (const Use& use : layout_.uses)
         if (taken(use, block)) {
-          const index times = repeats(passes_, use.parameter, block) ? block.sections : 1;
+          const index times = repeats(passes_, use.parameter, block) ? block.outputs : 1;
           if (!whole(use, block) || times > 1) copied += block.rows * times * product(s_, use).k;
-          if (!whole(use, block) || block.sections > 1) copied += block.rows * block.sections * product(s_, use).m;
+          if (!whole(use, block) || block.outputs > 1) copied += block.rows * block.outputs * product(s_, use).m;
         }
     }
     ensure(work_.packed, size);
@@ -178,7 +178,7 @@ class Packing {
     copy_ = work_.copy.data();
     std::vector<Side<T>> sides;
     for (const Block& block : layout_.blocks) {
-      Side<T> side{&block, block.rows * block.sections, {}, {}};
+      Side<T> side{&block, block.rows * block.outputs, {}, {}};
       for (const Use& use : layout_.uses)
         if (taken(use, block)) side.factors.push_back(factors(use, block));
       if (pass_.columns > 0)
@@ -212,38 +212,38 @@ class Packing {
     return panels;
   }
 
-  // Constants by row; cotangents by section, then row. Rows of the block that the use does not reach are zero.
+  // Constants by row; cotangents by output, then row. Rows of the block that the use does not reach are zero.
   Factors<T> factors(const Use& use, const Block& block) {
     const Instruction& op = s_.instructions[std::size_t(use.instruction)];
     const MatMul& g = op.matmul;
     const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
     const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
     const T* y = cotangent(s_, op, work_.arenas.data()) + (begin - use.row0) * g.yn;
-    Factors<T> result{use.parameter, use.companion, use.m_is_high, {}, {}};
-    const index times = repeats(passes_, use.parameter, block) ? block.sections : 1;
+    Factors<T> result{use.parameter, use.fused_bias, use.m_is_high, {}, {}};
+    const index times = repeats(passes_, use.parameter, block) ? block.outputs : 1;
     if (whole(use, block) && times == 1) {
       result.constants = pack(block.rows, g.k, c, g.cn, g.ck);
     } else {
       result.constants = pack(block.rows * times, g.k, copy(block, begin, end, times, g.k, c, 0, g.cn, g.ck), g.k, 1);
     }
-    if (whole(use, block) && block.sections == 1) {
+    if (whole(use, block) && block.outputs == 1) {
       result.cotangents = pack(block.rows, g.m, y, g.yn, g.ym);
     } else {
-      const T* ordered = copy(block, begin, end, block.sections, g.m, y, s_.arena_size, g.yn, g.ym);
-      result.cotangents = pack(block.rows * block.sections, g.m, ordered, g.m, 1);
+      const T* ordered = copy(block, begin, end, block.outputs, g.m, y, s_.arena_size, g.yn, g.ym);
+      result.cotangents = pack(block.rows * block.outputs, g.m, ordered, g.m, 1);
     }
     return result;
   }
 
-  // The rows of a block in K's order, section by section.
-  const T* copy(const Block& block, index begin, index end, index sections, index depth, const T* x, index section, index row,
+  // The rows of a block in K's order, output by output.
+  const T* copy(const Block& block, index begin, index end, index outputs, index depth, const T* x, index output, index row,
                 index column) {
     T *const start = copy_, *out = copy_;
-    copy_ += sections * block.rows * depth;
-    for (index o = 0; o < sections; ++o)
+    copy_ += outputs * block.rows * depth;
+    for (index o = 0; o < outputs; ++o)
       for (index i = block.r0; i < block.r0 + block.rows; ++i, out += depth) {
         if (i < begin || i >= end) std::memset(out, 0, sizeof(T) * std::size_t(depth));
-        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * section + (i - begin) * row, column, out, 1, true);
+        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * output + (i - begin) * row, column, out, 1, true);
       }
     return start;
   }
@@ -283,7 +283,7 @@ Passes plan_passes(const Structure& s, const RowLayout& layout, index width, ind
   std::vector<std::pair<std::size_t, int>> members;   // pass, factored parameter
   for (const Use& use : layout.uses) {
     char& met = seen[std::size_t(use.parameter)];
-    if (met || use.form == Form::companion) continue;
+    if (met || use.form == Form::fused_bias) continue;
     met = 1;
     if (use.form == Form::rows) {
       add_slices(s, layout, use.parameter, budget, passes.list);

@@ -25,7 +25,7 @@ struct Panels {
 // in the other along its low one, as in double-backward nodes.
 template <class T>
 struct Factors {
-  int parameter, companion;
+  int parameter, fused_bias;
   bool m_is_high;
   Panels<T> constants, cotangents;
 };
@@ -53,8 +53,8 @@ struct Pass {
   index elements = 0;           // packed and shared, roughly
 };
 
-// The passes over K, and per parameter buffer whether constants are repeated for every section of a row: where uses have
-// exchanged roles, or the products that sections share would take too much.
+// The passes over K, and per parameter buffer whether constants are repeated for every output of a row: where uses have
+// exchanged roles, or the products that outputs share would take too much.
 struct Passes {
   std::vector<Pass> list;
   std::vector<char> repeated;

@@ -85,7 +85,7 @@ class SharedProducts {
     sides_ = sides.size();
   }
 
-  static bool needed(const Side<T>& a, const Side<T>& b) { return a.block->sections > 1 || b.block->sections > 1; }
+  static bool needed(const Side<T>& a, const Side<T>& b) { return a.block->outputs > 1 || b.block->outputs > 1; }
   // Of the pair of blocks (a, b), a <= b, in the order of their pairs of uses.
   const Shared<T>* of(std::size_t a, std::size_t b) const {
     return products_.data() + start_[a * sides_ - a * (a + 1) / 2 + b];
@@ -100,7 +100,7 @@ class SharedProducts {
 // Copies the elements of a shared product that belong to a tile of K: residual k of a block stands for its row k % rows.
 template <class T>
 void spread(const Shared<T>& shared, const Block& a, index i, index rows, const Block& b, index j, index columns, T* out) {
-  const index kept = std::min(columns, b.rows * b.sections - j);
+  const index kept = std::min(columns, b.rows * b.outputs - j);
   for (index r = 0; r < rows; ++r, out += columns) {
     const T* from = shared.data + (i + r) % a.rows * shared.ld;
     for (index c = 0; c < kept;) {
@@ -126,7 +126,7 @@ void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index pane
     for (const Factors<T>& q : b.factors) {
       if (p.parameter != q.parameter) continue;
       const bool shares = SharedProducts<T>::needed(a, b) && !passes.repeated[std::size_t(p.parameter)];
-      const T weight = weights[p.parameter], shift = p.companion >= 0 ? weights[p.companion] : T(0);
+      const T weight = weights[p.parameter], shift = p.fused_bias >= 0 ? weights[p.fused_bias] : T(0);
       // Rows p of J are outer products y (x) c of a high and a low vector, and the product of two of them that of the high
       // ones times that of the low ones: (C C'^T) * (Y Y'^T), or (Y C'^T) * (C Y'^T) where roles are exchanged.
       const bool alike = p.m_is_high == q.m_is_high;
@@ -182,7 +182,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
   };
   std::vector<Item> items;
   for (std::size_t a = 0; a < layout.blocks.size(); ++a)
-    for (index i = 0; i < layout.blocks[a].rows * layout.blocks[a].sections; i += group) items.push_back({a, i});
+    for (index i = 0; i < layout.blocks[a].rows * layout.blocks[a].outputs; i += group) items.push_back({a, i});
   for (const Pass& pass : passes.list) {
     const bool add = &pass != passes.list.data();
     double depth = double(pass.columns);

@@ -19,7 +19,7 @@ struct Outer {
   const Block* block;
   int parameter;
   index offset, m, k, ms, ks;
-  const T *y, *c;   // panels over m, one set per section, and over k; their depth is the block's rows
+  const T *y, *c;   // panels over m, one set per output, and over k; their depth is the block's rows
   bool m_is_high() const { return k == 1 || (m == 1 ? ks == 1 : ms > ks); }
 };
 
@@ -35,7 +35,7 @@ class Outers {
       for (const Use& use : layout_.uses)
         if (touches(use, block)) {
           const auto [m, k] = extents(use);
-          size += (panels_of(m) * block.sections + panels_of(k)) * block.rows;
+          size += (panels_of(m) * block.outputs + panels_of(k)) * block.rows;
           if (use.form != Form::factored) columns = std::max(columns, m);
         }
     ensure(work_.packed, size * tiles<T>().width);
@@ -78,7 +78,7 @@ class Outers {
     const index size = s_.buffers[std::size_t(parameter)].size;
     std::memset(work_.rows.data(), 0, sizeof(T) * std::size_t(size * s_.num_residuals));
     for (const Use& use : layout_.uses)
-      for (index o = 0; use.parameter == parameter && o < layout_.max_sections; ++o)
+      for (index o = 0; use.parameter == parameter && o < layout_.max_outputs; ++o)
         add_rows(program_, layout_, use, instruction(use), work_.arenas.data() + o * s_.arena_size, layout_.k_index, o,
                  work_.rows.data(), size);
   }
@@ -105,7 +105,7 @@ class Outers {
     const auto [m, k] = extents(use);
     if (use.form != Form::factored) {
       Outer<T> result{&block, use.parameter, parameter, m, 1, 1, 1, next_, nullptr};
-      for (index o = 0; o < block.sections; ++o)
+      for (index o = 0; o < block.outputs; ++o)
         pack(m, block.rows, work_.rows.data() + (block.base + o * block.rows) * m, 1, m);
       const T one = T(1);
       result.c = pack(1, block.rows, &one, 0, 0);
@@ -115,7 +115,7 @@ class Outers {
     const MatMul& g = op.matmul;
     const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
     Outer<T> result{&block, use.parameter, parameter + op.x_offset, m, k, g.xm, g.xk, next_, nullptr};
-    for (index o = 0; o < block.sections; ++o)
+    for (index o = 0; o < block.outputs; ++o)
       pack_rows(m, block, begin, end, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size) + (begin - use.row0) * g.yn,
                 g.ym, g.yn);
     const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
@@ -130,15 +130,15 @@ class Outers {
   T* next_ = nullptr;
 };
 
-// Products of one element of u's factor with all of v's, a chunk of rows deep and summed over sections: panels over v's.
+// Products of one element of u's factor with all of v's, a chunk of rows deep and summed over outputs: panels over v's.
 template <class T>
-void weighted(const T* u, index u_count, index element, const T* v, index v_count, index sections, index rows, index begin,
+void weighted(const T* u, index u_count, index element, const T* v, index v_count, index outputs, index rows, index begin,
               index depth, T* out) {
   const Tiles<T>& t = tiles<T>();
   const auto panels_of = [&](index count) { return (count + t.width - 1) / t.width; };
   const index stride = rows * t.width, u_panels = panels_of(u_count), v_panels = panels_of(v_count);
   for (index p = 0; p < v_panels; ++p)
-    for (index o = 0; o < sections; ++o)
+    for (index o = 0; o < outputs; ++o)
       t.scale_panel(depth, u + (o * u_panels + element / t.width) * stride + begin * t.width + element % t.width,
                     v + (o * v_panels + p) * stride + begin * t.width, out + p * depth * t.width, o > 0);
 }
@@ -165,12 +165,12 @@ void add_product(const T* a, index a_stride, index rows, const T* b, index b_str
 template <class T>
 void add_pair(const Outer<T>& u, index m, const Outer<T>& v, T* scratch, T* H, index ld) {
   const Tiles<T>& t = tiles<T>();
-  const index rows = u.block->rows, sections = u.block->sections;
+  const index rows = u.block->rows, outputs = u.block->outputs;
   const auto padded = [&](index count) { return (count + t.width - 1) / t.width * t.width; };
   T *cotangents = scratch, *constants = scratch + padded(v.m) * kDepth;
   for (index begin = 0; begin < rows; begin += kDepth) {
     const index depth = std::min(kDepth, rows - begin), step = depth * t.width;
-    weighted(u.y, u.m, m, v.y, v.m, sections, rows, begin, depth, cotangents);
+    weighted(u.y, u.m, m, v.y, v.m, outputs, rows, begin, depth, cotangents);
     if (v.k == 1 && v.ms == 1) {   // rows of H over k, columns over m'
       for (index p = 0; p < padded(v.m); p += t.width)
         for (index l = 0; l < step; l += t.width) {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <string>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -97,5 +98,8 @@ void in_steps(int threads, index steps, F&& body) {
   (void)threads;
   for (index step = 0; step < steps; ++step) body(step, 0);
 }
+
+// Runs out of memory at one item, part or step of a parallel region, for tests: raises std::bad_alloc once all threads are done.
+void fail_in_parallel(const std::string& kind, int threads, index failing);
 
 }  // namespace pgdfast

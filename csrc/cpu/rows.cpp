@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "../plan/blas.h"
 #include "simd.h"
@@ -11,17 +12,19 @@ namespace pgdfast {
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
   const Structure& s = *program.structure;
-  ensure(work.arenas, s.arena_size * layout.max_sections);
+  const bool valid = std::exchange(work.unit_cotangents_valid, false);   // not where memory runs out on the way
+  ensure(work.arenas, s.arena_size * layout.max_outputs);
   ensure(work.unit, s.num_residuals);
-  for (index o = 0; o < layout.max_sections; ++o) {
-    for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.section_of[std::size_t(e)] == o;
+  for (index o = 0; o < layout.max_outputs; ++o) {
+    for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.output_of[std::size_t(e)] == o;
     adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
   }
+  work.unit_cotangents_valid = valid;   // the same as before
 }
 
 template <class T>
 void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const Instruction& op, const T* arena,
-              const std::vector<index>& row_index, index section, T* J, index ld, Folding columns) {
+              const std::vector<index>& row_index, index output, T* J, index ld, Folding columns) {
   const Structure& s = *program.structure;
   const Simd<T>& body = simd<T>();
   const std::int32_t* label = layout.labels[std::size_t(op.y)].data() + op.y_offset;
@@ -29,7 +32,7 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
   const auto row_of = [&](index y_position) -> T* {
     const std::int32_t row = label[y_position];
     if (row < 0) return nullptr;
-    const index k = row_index[std::size_t(row * layout.max_sections + section)];
+    const index k = row_index[std::size_t(row * layout.max_outputs + output)];
     return k < 0 ? nullptr : J + k * ld + columns.offset(op.x_offset);
   };
   const T* c = nullptr;
@@ -107,7 +110,7 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
 template <class T>
 bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena) {
   const Structure& s = *program.structure;
-  if (layout.max_sections != 1) return false;
+  if (layout.max_outputs != 1) return false;
   std::vector<char> used(s.buffers.size(), 0);
   for (const Use& use : layout.uses) {
     const std::size_t y = std::size_t(s.instructions[std::size_t(use.instruction)].y);
@@ -147,7 +150,7 @@ void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work,
   unit_sweeps(program, layout, work);
   std::memset(J, 0, sizeof(T) * std::size_t(M * P));
   for (const Use& use : layout.uses)
-    for (index o = 0; o < layout.max_sections; ++o)
+    for (index o = 0; o < layout.max_outputs; ++o)
       add_rows(program, layout, use, s.instructions[std::size_t(use.instruction)], work.arenas.data() + o * s.arena_size,
                layout.element, o, J + s.buffers[std::size_t(use.parameter)].offset, P);
 }
@@ -178,7 +181,7 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
     for (const Use& use : layout.uses) {
       if (use.parameter != l) continue;
       const Instruction& op = s.instructions[std::size_t(use.instruction)];
-      for (index o = 0; o < layout.max_sections; ++o) {
+      for (index o = 0; o < layout.max_outputs; ++o) {
         const T* arena = work.arenas.data() + o * s.arena_size;
         if (use.form == Form::factored && uses[std::size_t(l)] == 1) {
           // Rows are outer products: the squares of their factors make the squares of J, summed by one product.

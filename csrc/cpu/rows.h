@@ -1,6 +1,6 @@
 // Rows of the Jacobian by unit cotangents, explicit or as factors.
 //
-// One adjoint sweep with unit cotangents per section o leaves, at every use of a weight, its constant rows C (N x k) and its
+// One adjoint sweep with unit cotangents per output o leaves, at every use of a weight, its constant rows C (N x k) and its
 // cotangent rows Y_o (N x m): the rows of J for that use are the outer products C_i (x) Y_oi.
 #pragma once
 
@@ -11,18 +11,19 @@ namespace pgdfast {
 // Buffers that persist between steps; grown when first needed.
 template <class T>
 struct Workspace {
-  std::vector<T> arenas;                // one arena per section
+  std::vector<T> arenas;                // one arena per output
+  bool unit_cotangents_valid = false;   // they hold the unit sweeps of the present constants
   std::vector<T> unit;                  // M: a unit cotangent
   std::vector<T> rows;                  // M x P_explicit: Jacobian of the parameters whose uses are explicit
-  std::vector<T> packed, shared, copy;  // panels of factors, products of constants that sections share, a factor in K's order
+  std::vector<T> packed, shared, copy;  // panels of factors, products of constants that outputs share, a factor in K's order
   std::vector<std::vector<T>> scratch;  // one per thread
 };
 
-// Fills one arena per section with the cotangents that unit residuals produce.
+// Fills one arena per output with the cotangents that unit residuals produce.
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work);
 
-// Where the cotangent of an instruction's result lies in the arena of a section. No use writes the residual itself.
+// Where the cotangent of an instruction's result lies in the arena of a output. No use writes the residual itself.
 template <class T>
 const T* cotangent(const Structure& s, const Instruction& op, const T* arena) {
   return arena + s.buffers[std::size_t(op.y)].offset + op.y_offset;
@@ -37,13 +38,13 @@ struct Folding {
   index offset(index x) const { return fold == 1 ? x : x % fold * (size / fold) + x / fold; }
 };
 
-// Adds the Jacobian rows of one use and section to J (leading dimension ld, origin at the parameter's columns). `op` is the
-// use's instruction, or a part of it. `row_index` maps row * max_sections + section to a row of J.
+// Adds the Jacobian rows of one use and output to J (leading dimension ld, origin at the parameter's columns). `op` is the
+// use's instruction, or a part of it. `row_index` maps row * max_outputs + output to a row of J.
 template <class T>
 void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, const Instruction& op, const T* arena,
-              const std::vector<index>& row_index, index section, T* J, index ld, Folding columns = {});
+              const std::vector<index>& row_index, index output, T* J, index ld, Folding columns = {});
 
-// v = J^T y for y in K index order, from the last unit sweeps: where rows have one section each and lie in order, the
+// v = J^T y for y in K index order, from the last unit sweeps: where rows have one output each and lie in order, the
 // cotangents of y are those of ones, row by row times y. False, with nothing done, elsewhere.
 template <class T>
 bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Workspace<T>& work, const T* y, T* v, T* arena);

@@ -22,7 +22,7 @@ template <class T>
 T* Solver<T>::arena_data() {
   // A large program has one arena, that of the unit sweeps, whose cotangents are then lost.
   if (structure.arena_size * index(sizeof(T)) > limits::kOneArenaBytes && index(work.arenas.size()) >= structure.arena_size) {
-    unit_cotangents_valid = false;
+    work.unit_cotangents_valid = false;
     return work.arenas.data();
   }
   ensure(arena, std::max<index>(structure.arena_size, 1));
@@ -37,10 +37,9 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
   const index ld = gram_stride<T>(M);
   if (fresh) {
     held = Held::nothing;
-    unit_cotangents_valid = false;   // until the sweeps are done: memory may run out in them
     ensure(matrix, M * ld);
     gram(program, layout, weights, work, matrix.data());
-    unit_cotangents_valid = true;
+    work.unit_cotangents_valid = true;
     weights_used.assign(weights, weights + buffers);
     held = Held::gram;
   }
@@ -72,7 +71,7 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
     dual_vector[std::size_t(e)] = y;
     outcome.gain += double(r[e]) * (double(r[e]) - shift * double(y));
   }
-  if (!unit_cotangents_valid || !vjp_from_units(program, layout, work, rhs.data(), delta, arena_))
+  if (!work.unit_cotangents_valid || !vjp_from_units(program, layout, work, rhs.data(), delta, arena_))
     vjp(program, dual_vector.data(), delta, arena_);
   if (q) {
     each_parameter([&](T w, index i) {
@@ -88,16 +87,16 @@ Outcome Solver<T>::dual(const T* r, const T* weights, double shift, const T* q, 
 
 template <class T>
 bool Solver<T>::normal_pays() const {
-  if (!layout.local || layout.max_sections < 2) return false;
+  if (!layout.local || layout.max_outputs < 2) return false;
   double factored = 0, explicit_columns = 0;   // of J, by form
   for (const Use& use : layout.uses) {
     const MatMul& g = structure.instructions[std::size_t(use.instruction)].matmul;
     if (use.form == Form::factored) factored += double(g.m) * double(g.k);
     else explicit_columns += double(structure.buffers[std::size_t(use.parameter)].size);
   }
-  // Explicit columns pass through products of single elements, about eight times as slow, and sums over sections.
+  // Explicit columns pass through products of single elements, about eight times as slow, and sums over outputs.
   const double single = explicit_columns * (factored + explicit_columns), P = double(structure.num_parameters);
-  const double own = factored * factored + (8 + 3 * double(layout.max_sections)) * single;
+  const double own = factored * factored + (8 + 3 * double(layout.max_outputs)) * single;
   return double(layout.num_rows) * own < double(structure.num_residuals) * P * P;
 }
 
@@ -111,6 +110,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
       std::memset(matrix.data(), 0, sizeof(T) * std::size_t(P * ld));
       normal(program, layout, work, matrix.data(), ld);
     } else {
+      explicit_J = false;   // until it is there: memory may run out on the way
       ensure(J, M * P);
       dense(program, layout, work, J.data());
       explicit_J = M * P <= structure.arena_size;
@@ -182,7 +182,7 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
   each_item(threads, K, [&](index k, int thread) {
     const T* u = U + k * M;
     T* own = large ? arena_data() : arenas.data() + thread * size;
-    if (unit_cotangents_valid && layout.max_sections == 1) {
+    if (work.unit_cotangents_valid && layout.max_outputs == 1) {
       thread_local std::vector<T> ordered;
       ensure(ordered, M);
       for (index e = 0; e < M; ++e) ordered[std::size_t(layout.k_of[std::size_t(e)])] = u[e];
@@ -198,7 +198,7 @@ void Solver<T>::gram_matrix(T* K) {
   std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
   std::vector<T> ordered(std::size_t(M * ld));
   gram(program, layout, ones.data(), work, ordered.data());
-  unit_cotangents_valid = true;
+  work.unit_cotangents_valid = true;
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];

@@ -49,7 +49,7 @@ struct Solver {
   // To be called whenever constants change: what is held belongs to the old ones.
   void invalidate() {
     held = Held::nothing;
-    explicit_J = unit_cotangents_valid = false;
+    explicit_J = work.unit_cotangents_valid = false;
   }
 
   // J v and J^T u: by the J that a primal solve has left, where it is smaller than what a sweep reads and writes, else by sweeps.
@@ -58,18 +58,18 @@ struct Solver {
   // J^T u for K of them, U (K, M) and V (K, P), in parallel; from the unit sweeps that a Gram matrix has left, where they serve.
   void adjoint_products(const T* U, index K, T* V);
 
-  // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null.
+  // delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s; W by parameter buffer, q may be null. Both direct solves leave
+  // their factor in `factor`, with y of the dual one.
   Outcome dual(const T* r, const T* weights, double shift, const T* q, T* delta);
   // (diag(d) + J^T J) delta = J^T r + q by Cholesky of the P x P matrix.
   Outcome primal(const T* r, const T* d, const T* q, T* delta);
-  // The same by preconditioned conjugate gradients. Arrival is judged by the true residual, which is recomputed every 50
-  // iterations and whenever the recurrence claims to have arrived; CG restarts from it where the two differ, until that no
-  // longer helps, and goes back to the last check where the model's value has fallen since. `kept`, if there is a path,
-  // gets one entry per slot.
+  // The same by preconditioned conjugate gradients, by the rules of ../plan/cg_rules.h. `kept`, if there is a path, gets one
+  // entry per slot.
   Outcome cg(const T* r, const T* d, const T* q, const CGOptions<T>& options, T* delta, std::vector<Kept>* kept);
   // The same for K ascending mu with d = mu_k D + c from one Krylov space, begun at zero; D (scale) and c (penalty) may be
   // null; steps is K x P. A step is solved where its true residual is at most max(tolerance ||b||, absolute), else its status is
-  // max_iterations, breakdown, or stagnated where rounding has parted recurrence and truth. Keeps K directions and 34 residuals.
+  // max_iterations, breakdown, or stagnated where rounding has parted recurrence and truth. Keeps K directions, and residuals
+  // as many as limits.h says.
   std::vector<Outcome> multishift(const T* r, const T* q, const double* mu, index K, const T* scale, const T* penalty,
                                   int max_iterations, double tolerance, double absolute, T* steps);
   // The same by LSMR on [J W; damp I] y = [r - J q / d; 0], delta = q / d + W y, W^-2 damp^2 = d; `root` is the diagonal of
@@ -78,7 +78,7 @@ struct Solver {
   Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
   void gram_matrix(T* K);   // full symmetric, residual order
-  // Does J^T J come cheaper from factors summed over sections (normal.h) than from J?
+  // Does J^T J come cheaper from factors summed over outputs (normal.h) than from J?
   bool normal_pays() const;
 
  private:
@@ -88,7 +88,6 @@ struct Solver {
   bool solve_direct(index ld, index n, D&& added, const std::vector<index>* positions, T* x, T* delta, Outcome& outcome);
 
   bool explicit_J = false;   // J holds the rows of the current constants
-  bool unit_cotangents_valid = false;   // work.arenas holds the unit sweeps of the present constants
 };
 
 }  // namespace pgdfast

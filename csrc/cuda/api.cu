@@ -15,9 +15,9 @@ __global__ void one_at(index i, T* u) {
 }
 
 template <class T>
-void unit_sweeps(Plan& plan, const index* section_of, T* arenas, T* u, T* scratch, Stream stream) {
-  for (index o = 0; o < plan.layout.max_sections; ++o) {
-    unit(section_of, o, plan.s.num_residuals, u, stream);
+void unit_sweeps(Plan& plan, const index* output_of, T* arenas, T* u, T* scratch, Stream stream) {
+  for (index o = 0; o < plan.layout.max_outputs; ++o) {
+    unit(output_of, o, plan.s.num_residuals, u, stream);
     run(plan.bound<T>(), plan.inner, Direction::adjoint, Memory<T>{nullptr, u, arenas + o * plan.s.arena_size, scratch},
         stream);
   }
@@ -53,12 +53,12 @@ PGDFAST_API void* pgdfast_cuda_new(int wide, const index* words, index count, co
 PGDFAST_API void pgdfast_cuda_free(void* plan) { delete static_cast<Plan*>(plan); }
 
 // 0 residuals, 1 parameters, 2 arena, 3 scratch, 4 parameter buffers, 5 elements of the Gram matrix's packed memory, 6 its tile,
-// 7 place of section_of in the Gram table, 8 in the dense one; tables first.
+// 7 place of output_of in the Gram table, 8 in the dense one; tables first.
 PGDFAST_API index pgdfast_cuda_info(void* handle, int what) {
   const Plan& plan = *static_cast<Plan*>(handle);
   const index values[] = {plan.s.num_residuals, plan.s.num_parameters, plan.s.arena_size, plan.scratch(),
-                          plan.s.num_parameter_buffers, plan.gram.packed, plan.gram.tile, plan.gram_sections,
-                          plan.dense_sections};
+                          plan.s.num_parameter_buffers, plan.gram.packed, plan.gram.tile, plan.gram_outputs,
+                          plan.dense_outputs};
   return values[what];
 }
 PGDFAST_API double pgdfast_cuda_flops(void* plan) { return static_cast<Plan*>(plan)->s.flops; }
@@ -126,13 +126,13 @@ PGDFAST_API index pgdfast_cuda_table(void* handle, int kind, index* out) {
   return size;
 }
 
-// arenas: one per section; section_of on the device; u: M.
-PGDFAST_API int pgdfast_cuda_unit_sweeps(void* handle, const index* section_of, void* arenas, void* u, void* scratch,
+// arenas: one per output; output_of on the device; u: M.
+PGDFAST_API int pgdfast_cuda_unit_sweeps(void* handle, const index* output_of, void* arenas, void* u, void* scratch,
                                          Stream stream) {
   Plan* plan = static_cast<Plan*>(handle);
   return with(plan, [&](auto zero) {
     using T = decltype(zero);
-    unit_sweeps(*plan, section_of, static_cast<T*>(arenas), static_cast<T*>(u), static_cast<T*>(scratch), stream);
+    unit_sweeps(*plan, output_of, static_cast<T*>(arenas), static_cast<T*>(u), static_cast<T*>(scratch), stream);
   });
 }
 

@@ -46,11 +46,11 @@ __device__ PGDFAST_NOINLINE void add_rows(const Args<T>& a, const Member<T>& mem
     const T* c = gathers ? nullptr : coefficient(member, use.constant, use.c_offset, use.alpha, &alpha);
     if (gathers) alpha = T(use.alpha);
     const index* positions = gathers ? member.positions(use.constant, use.c_offset) : nullptr;
-    for (index o = 0; o < a.plan.sections; ++o) {
+    for (index o = 0; o < a.plan.outputs; ++o) {
       const T* y = arenas_ + o * a.arena + use.y;
       PGDFAST_EACH(item, a.plan.num_rows * use.lanes) {
         const index row = item / use.lanes, k = item % use.lanes;
-        const index element = table[a.plan.element + row * a.plan.sections + o];
+        const index element = table[a.plan.element + row * a.plan.outputs + o];
         if (element < 0) continue;
         for (index e = table[use.starts + row]; e < table[use.starts + row + 1]; ++e) {
           const index* entry = table + use.entries + 3 * e;
@@ -95,7 +95,7 @@ __device__ void products(index depth, const T* const (&left)[R], index left_step
 // The lower triangle of K + mu, row-major in residual order.
 template <class T, class F>
 __device__ PGDFAST_NOINLINE void gram(const Args<T>& a, const Member<T>& member, const T* arenas_, const T* J, double mu, F* K) {
-  const index *table = a.problem.table, *row_of = table + a.plan.row_of, *section_of = table + a.plan.section_of;
+  const index *table = a.problem.table, *row_of = table + a.plan.row_of, *output_of = table + a.plan.output_of;
   const MemberFactor* factors = reinterpret_cast<const MemberFactor*>(table + a.plan.factors);
   const MemberPair* pairs = reinterpret_cast<const MemberPair*>(table + a.plan.pairs);
   const index M = a.M, tiles = (M + R - 1) / R;
@@ -103,12 +103,12 @@ __device__ PGDFAST_NOINLINE void gram(const Args<T>& a, const Member<T>& member,
     index ti = 0, rest = tile;
     for (; rest > ti; ++ti) rest -= ti + 1;
     const index i0 = ti * R, j0 = rest * R;   // j0 <= i0
-    index rows_i[R], rows_j[R], sections_i[R], sections_j[R];
+    index rows_i[R], rows_j[R], outputs_i[R], outputs_j[R];
 #pragma unroll
     for (int k = 0; k < R; ++k) {
       const index i = i0 + k < M ? i0 + k : M - 1, j = j0 + k < M ? j0 + k : M - 1;
-      rows_i[k] = row_of[i], sections_i[k] = section_of[i];
-      rows_j[k] = row_of[j], sections_j[k] = section_of[j];
+      rows_i[k] = row_of[i], outputs_i[k] = output_of[i];
+      rows_j[k] = row_of[j], outputs_j[k] = output_of[j];
     }
     T sum[R][R] = {};
     for (index number = 0; number < a.plan.num_pairs; ++number) {
@@ -125,8 +125,8 @@ __device__ PGDFAST_NOINLINE void gram(const Args<T>& a, const Member<T>& member,
         const index n_p = in_p[k] ? at_p : 0, n_q = in_q[k] ? at_q : 0;
         cp[k] = member.data(p.constant, p.c_offset) + n_p * p.cn;
         cq[k] = member.data(q.constant, q.c_offset) + n_q * q.cn;
-        yp[k] = arenas_ + sections_i[k] * a.arena + p.y + n_p * p.yn;
-        yq[k] = arenas_ + sections_j[k] * a.arena + q.y + n_q * q.yn;
+        yp[k] = arenas_ + outputs_i[k] * a.arena + p.y + n_p * p.yn;
+        yq[k] = arenas_ + outputs_j[k] * a.arena + q.y + n_q * q.yn;
       }
       if (!any_p || !any_q) continue;
       T first[R][R], second[R][R];
@@ -219,10 +219,10 @@ __device__ PGDFAST_NOINLINE Outcome solve_dual(const Args<T>& a, Member<T>& memb
   T *u = reinterpret_cast<T*>(at[residuals]), *all = reinterpret_cast<T*>(at[arenas]), *step = member.v;
   T* J = reinterpret_cast<T*>(at[explicit_rows]);
   F *K = reinterpret_cast<F*>(at[matrix]), *y = reinterpret_cast<F*>(at[dual_vector]);
-  const index* section_of = a.problem.table + a.plan.section_of;
+  const index* output_of = a.problem.table + a.plan.output_of;
   member.u = u;
-  for (index o = 0; o < a.plan.sections; ++o) {
-    PGDFAST_EACH(e, a.M) u[e] = section_of[e] == o;
+  for (index o = 0; o < a.plan.outputs; ++o) {
+    PGDFAST_EACH(e, a.M) u[e] = output_of[e] == o;
     member.arena = all + o * a.arena;
     __syncthreads();
     member_adjoint(member, a.plan, a.problem.table, false);
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(256, 1) members(const __grid_constant__ Args<T
 Places places(const Structure& s, const EnsemblePlan& plan, Method method, bool wide, index limit) {
   const index M = s.num_residuals, P = s.num_parameters, T = wide ? 8 : 4, F = wide || M <= limits::kDoubleFactor ? 8 : 4;
   const bool dual = method == Method::dual;
-  const index bytes[regions] = {dual ? M * M * F : 0, dual ? M * F : 0, M * T, s.arena_size * T * (dual ? plan.sections : 1),
+  const index bytes[regions] = {dual ? M * M * F : 0, dual ? M * F : 0, M * T, s.arena_size * T * (dual ? plan.outputs : 1),
                                 dual ? M * plan.columns * T : 0, dual ? 0 : 5 * P * T};
   Places found{};
   for (int k = 0; k < regions; ++k) {

@@ -92,12 +92,12 @@ EnsemblePlan plan_ensemble(const Structure& s, const RowLayout& layout) {
   if (!layout.local) return plan;
 
   plan.num_rows = layout.num_rows;
-  plan.sections = layout.max_sections;
+  plan.outputs = layout.max_outputs;
   std::vector<index> row_of(std::size_t(s.num_residuals), 0);
   for (std::size_t i = 0; i < layout.element.size(); ++i)
-    if (layout.element[i] >= 0) row_of[std::size_t(layout.element[i])] = index(i) / layout.max_sections;
+    if (layout.element[i] >= 0) row_of[std::size_t(layout.element[i])] = index(i) / layout.max_outputs;
   plan.row_of = append(table, row_of);
-  plan.section_of = append(table, layout.section_of);
+  plan.output_of = append(table, layout.output_of);
   plan.element = append(table, layout.element);
 
   std::vector<MemberFactor> factors;
@@ -127,7 +127,7 @@ EnsemblePlan plan_ensemble(const Structure& s, const RowLayout& layout) {
   for (std::size_t p = 0; p < uses.size(); ++p)
     for (std::size_t q = 0; q < uses.size(); ++q)
       if (uses[p]->parameter == uses[q]->parameter)
-        pairs.push_back({index(p), index(q), uses[p]->m_is_high == uses[q]->m_is_high, uses[p]->companion >= 0});
+        pairs.push_back({index(p), index(q), uses[p]->m_is_high == uses[q]->m_is_high, uses[p]->fused_bias >= 0});
   plan.factors = append(table, factors), plan.num_factors = index(factors.size());
   plan.pairs = append(table, pairs), plan.num_pairs = index(pairs.size());
   plan.rows = append(table, rows), plan.num_row_uses = index(rows.size());

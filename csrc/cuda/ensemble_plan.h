@@ -39,9 +39,9 @@ struct MemberBuffer {  // to be cleared before a sweep
 struct MemberPlaces {
   index ops = 0, num_ops = 0, factors = 0, num_factors = 0, pairs = 0, num_pairs = 0, rows = 0, num_row_uses = 0;
   index clear_forward = 0, num_clear_forward = 0, clear_adjoint = 0, num_clear_adjoint = 0;
-  index row_of = 0, section_of = 0;   // per residual
+  index row_of = 0, output_of = 0;   // per residual
   index columns = 0;                  // explicit columns of J
-  index num_rows = 0, sections = 1, element = 0;   // element: residual by (row, section), -1: none
+  index num_rows = 0, outputs = 1, element = 0;   // element: residual by (row, output), -1: none
   index sizes = 0, num_parameter_buffers = 0;      // elements of every parameter buffer
 };
 struct EnsemblePlan : MemberPlaces {

@@ -11,7 +11,7 @@ template <class T>
 struct PackArgs {
   Pack p;
   const T* x;
-  index row, column, section;   // strides of x; section: from arena to arena
+  index row, column, output;   // strides of x; output: from arena to arena
   T* out;
 };
 
@@ -21,8 +21,8 @@ __global__ void pack(PackArgs<T> args) {
   const Pack& p = args.p;
   for (index item = blockIdx.x * index(blockDim.x) + threadIdx.x; item < p.padded * p.ld; item += index(gridDim.x) * blockDim.x) {
     const index at = item % p.ld, d = item / p.ld, o = at / p.rows, i = at % p.rows;
-    const bool there = d < p.depth && o < p.sections && i >= p.begin && i < p.end;
-    args.out[item] = there ? args.x[o * args.section + (i - p.begin) * args.row + d * args.column] : T(0);
+    const bool there = d < p.depth && o < p.outputs && i >= p.begin && i < p.end;
+    args.out[item] = there ? args.x[o * args.output + (i - p.begin) * args.row + d * args.column] : T(0);
   }
 }
 
@@ -31,7 +31,7 @@ __global__ void pack(PackArgs<T> args) {
 template <class T>
 struct RowArgs {
   RowUse use;
-  index rows, sections, section, arena;
+  index rows, outputs, output, arena;
   bool rows_first;      // neighbouring threads take neighbouring rows, else lanes
   const index* table;
   index row_at, row_step;
@@ -50,7 +50,7 @@ __global__ void add_rows(RowArgs<T> args) {
   for (index item = blockIdx.x * index(blockDim.x) + threadIdx.x; item < args.rows * u.lanes;
        item += index(gridDim.x) * blockDim.x) {
     const index row = args.rows_first ? item % args.rows : item / u.lanes, k = args.rows_first ? item / args.rows : item % u.lanes;
-    const index place = row * args.sections + args.section, at = args.table[args.row_at + place];
+    const index place = row * args.outputs + args.output, at = args.table[args.row_at + place];
     if (at < 0) continue;
     const index step = args.table[args.row_step + place];
     const index begin = args.table[u.starts + row], end = args.table[u.starts + row + 1];
@@ -78,8 +78,8 @@ void add_all(const Bound<T>& program, const RowLayout& layout, const RowTable& r
     const Use& use = layout.uses[std::size_t(row_use.use)];
     const Instruction& op = s.instructions[std::size_t(use.instruction)];
     const Coefficient<T> c = coefficient(program, op);
-    for (index o = 0; o < layout.max_sections; ++o) {
-      RowArgs<T> args{row_use, layout.num_rows, layout.max_sections, o, s.arena_size, rows_first, table, rows.row_at,
+    for (index o = 0; o < layout.max_outputs; ++o) {
+      RowArgs<T> args{row_use, layout.num_rows, layout.max_outputs, o, s.arena_size, rows_first, table, rows.row_at,
                       rows.row_step, arenas + o * s.arena_size + s.buffers[std::size_t(op.y)].offset + op.y_offset, c.data,
                       c.positions, weights ? weights + use.parameter : nullptr, c.alpha, J};
       const index items = layout.num_rows * row_use.lanes;
@@ -189,7 +189,7 @@ gram_tiles(const GramTile* tiles, const GramPair* pairs, const index* order, con
     T second[R][R];
     tile_of<T, R>(packed + pair.left2 + tile.row, tile.row_ld, packed + pair.right2 + tile.column, tile.column_ld, pair.depth2,
                   shared, second);
-    const T weight = weights[pair.parameter], shift = pair.companion >= 0 ? weights[pair.companion] : T(0);
+    const T weight = weights[pair.parameter], shift = pair.fused_bias >= 0 ? weights[pair.fused_bias] : T(0);
 #pragma unroll
     for (int i = 0; i < R; ++i)
 #pragma unroll
@@ -209,9 +209,9 @@ gram_tiles(const GramTile* tiles, const GramPair* pairs, const index* order, con
 }
 
 template <class T>
-__global__ void unit_kernel(const index* section_of, index section, index count, T* u) {
+__global__ void unit_kernel(const index* output_of, index output, index count, T* u) {
   for (index e = blockIdx.x * index(blockDim.x) + threadIdx.x; e < count; e += index(gridDim.x) * blockDim.x)
-    u[e] = section_of[e] == section;
+    u[e] = output_of[e] == output;
 }
 
 template <class T>
@@ -235,8 +235,8 @@ void launch_tiles(const GramPlan& plan, const index* table, const T* packed, con
 }  // namespace
 
 template <class T>
-void unit(const index* section_of, index section, index count, T* u, Stream stream) {
-  launch(unit_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream, section_of, section, count, u);
+void unit(const index* output_of, index output, index count, T* u, Stream stream) {
+  launch(unit_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream, output_of, output, count, u);
 }
 
 template <class T>
@@ -253,7 +253,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const GramPlan& plan
       args.row = g.cn, args.column = g.ck;
     } else {
       args.x = arenas + s.buffers[std::size_t(op.y)].offset + op.y_offset + p.first * g.yn;
-      args.row = g.yn, args.column = g.ym, args.section = s.arena_size;
+      args.row = g.yn, args.column = g.ym, args.output = s.arena_size;
     }
     launch(pack<T>, std::min(blocks_for(p.padded * p.ld, kThreads), 1u << 16), kThreads, 0, stream, args);
   }

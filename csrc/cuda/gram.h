@@ -6,12 +6,12 @@
 
 namespace pgdfast::cuda {
 
-// u[e] = 1 where residual e belongs to the section, else 0.
+// u[e] = 1 where residual e belongs to the output, else 0.
 template <class T>
-void unit(const index* section_of, index section, index count, T* u, Stream stream);
+void unit(const index* output_of, index output, index count, T* u, Stream stream);
 
 // Packs factors and adds up explicit rows in `packed`, then writes K, M x M in residual order, both halves. weights: one factor
-// per parameter buffer, on the device; table: the plan's, on the device; arenas: one per section, `arena` elements apart.
+// per parameter buffer, on the device; table: the plan's, on the device; arenas: one per output, `arena` elements apart.
 template <class T>
 void gram(const Bound<T>& program, const RowLayout& layout, const GramPlan& plan, const index* table, const T* arenas,
           const T* weights, T* packed, T* K, Stream stream);

@@ -85,8 +85,8 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
     const MatMul& g = s.instructions[std::size_t(layout.uses[std::size_t(use)].instruction)].matmul;
     const index row0 = layout.uses[std::size_t(use)].row0;
     Pack pack{use, constants, std::max<index>(block.r0 - row0, 0), std::max<index>(row0 - block.r0, 0), std::min(row0 + g.n - block.r0, block.rows), block.rows,
-              block.sections, depth, rounded(depth, kGramDepth), plan.packed,
-              rounded(block.rows * block.sections, plan.tile)};
+              block.outputs, depth, rounded(depth, kGramDepth), plan.packed,
+              rounded(block.rows * block.outputs, plan.tile)};
     plan.packed += pack.padded * pack.ld;
     plan.packs.push_back(pack);
     return pack;
@@ -113,16 +113,16 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
   plan.explicit_begin = plan.packed;
   std::vector<index> explicit_at, lds;
   for (const Block& block : layout.blocks) {
-    lds.push_back(rounded(block.rows * block.sections, plan.tile));
+    lds.push_back(rounded(block.rows * block.outputs, plan.tile));
     explicit_at.push_back(plan.packed);
     plan.packed += rounded(columns, kGramDepth) * lds.back();
   }
-  std::vector<index> row_at(std::size_t(layout.num_rows * layout.max_sections), -1), row_step(row_at.size(), 0);
+  std::vector<index> row_at(std::size_t(layout.num_rows * layout.max_outputs), -1), row_step(row_at.size(), 0);
   for (std::size_t b = 0; b < layout.blocks.size(); ++b) {
     const Block& block = layout.blocks[b];
-    for (index o = 0; o < block.sections; ++o)
+    for (index o = 0; o < block.outputs; ++o)
       for (index i = 0; i < block.rows; ++i) {
-        const std::size_t at = std::size_t((block.r0 + i) * layout.max_sections + o);
+        const std::size_t at = std::size_t((block.r0 + i) * layout.max_outputs + o);
         row_at[at] = explicit_at[b] + o * block.rows + i;
         row_step[at] = lds[b];
       }
@@ -140,12 +140,12 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
           // that of the low ones; where one use has the roles exchanged, so do they.
           const bool alike = p.use->m_is_high == q.use->m_is_high;
           pairs.push_back({alike ? p.constants : p.cotangents, q.constants, q.constant_depth, alike ? p.cotangents : p.constants,
-                           q.cotangents, q.cotangent_depth, p.use->parameter, p.use->companion});
+                           q.cotangents, q.cotangent_depth, p.use->parameter, p.use->fused_bias});
         }
       if (columns > 0)
         pairs.push_back({explicit_at[a], explicit_at[b], rounded(columns, kGramDepth), 0, 0, 0, -1, -1});
       const Block &left = layout.blocks[a], &right = layout.blocks[b];
-      const index m = left.rows * left.sections, n = right.rows * right.sections;
+      const index m = left.rows * left.outputs, n = right.rows * right.outputs;
       for (index i = 0; i < m; i += plan.tile)
         for (index j = a == b ? i : 0; j < n; j += plan.tile)
           tiles.push_back({i, j, m, n, left.base, right.base, lds[a], lds[b], first, index(pairs.size()) - first});

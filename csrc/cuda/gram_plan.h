@@ -14,7 +14,7 @@ constexpr index kGramDepth = 16;   // depths of panels are multiples of it, with
 // One product of K's tiles: (weight * left1 right1^T + shift) * (left2 right2^T), or left1 right1^T alone where depth2 is 0.
 // Panels lie at these elements of the packed memory, [depth][ld of the block].
 struct GramPair {
-  index left1, right1, depth1, left2, right2, depth2, parameter, companion;
+  index left1, right1, depth1, left2, right2, depth2, parameter, fused_bias;
 };
 
 // A tile of K in a pair of blocks, its first row and column there; counts and first rows of K of both blocks, their ld.
@@ -22,12 +22,12 @@ struct GramTile {
   index row, column, row_count, column_count, row_base, column_base, row_ld, column_ld, first_pair, pairs;
 };
 
-// A factor of one use in one block, to be packed: rows begin .. end - 1 of the block, by section; zeros elsewhere.
+// A factor of one use in one block, to be packed: rows begin .. end - 1 of the block, by output; zeros elsewhere.
 struct Pack {
   int use;
-  bool constants;          // else cotangents, from the arena of each section
+  bool constants;          // else cotangents, from the arena of each output
   index first;             // row of the use that stands at `begin`
-  index begin, end, rows, sections, depth, padded, out, ld;
+  index begin, end, rows, outputs, depth, padded, out, ld;
 };
 
 // Contributions of one use to rows of J: for entry e of a row, J[x + k xk] += alpha y[e.y] c[e.c + k ck], k < lanes.
@@ -45,7 +45,7 @@ struct RowUse {
 
 struct RowTable {
   std::vector<RowUse> uses;
-  index row_at = 0, row_step = 0;   // places in the table: per (row, section) where the row of J begins (-1: none), and its step
+  index row_at = 0, row_step = 0;   // places in the table: per (row, output) where the row of J begins (-1: none), and its step
 };
 
 struct GramPlan {

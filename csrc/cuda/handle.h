@@ -33,7 +33,7 @@ struct Plan {
   DensePlan dense;
   EnsemblePlan ensemble;
   bool gram_planned = false, dense_planned = false, ensemble_planned = false;
-  index gram_sections = 0, dense_sections = 0;   // places of section_of in the tables
+  index gram_outputs = 0, dense_outputs = 0;   // places of output_of in the tables
   Bound<float> single{&s, {}};
   Bound<double> twice{&s, {}};
 
@@ -54,14 +54,14 @@ struct Plan {
     if (!layout.local) throw std::runtime_error("no row layout: call set_rows first");
     if (kind == 0 && !gram_planned) {
       gram = plan_gram(s, layout, gram_tile(s.num_residuals, wide, multiprocessors()));
-      gram_sections = index(gram.table.size());
-      gram.table.insert(gram.table.end(), layout.section_of.begin(), layout.section_of.end());
+      gram_outputs = index(gram.table.size());
+      gram.table.insert(gram.table.end(), layout.output_of.begin(), layout.output_of.end());
       gram_planned = true;
     }
     if (kind == 1 && !dense_planned) {
       dense = plan_dense(s, layout);
-      dense_sections = index(dense.table.size());
-      dense.table.insert(dense.table.end(), layout.section_of.begin(), layout.section_of.end());
+      dense_outputs = index(dense.table.size());
+      dense.table.insert(dense.table.end(), layout.output_of.begin(), layout.output_of.end());
       dense_planned = true;
     }
     return kind == 0 ? gram.table : dense.table;

@@ -12,6 +12,7 @@ using index = std::int64_t;
 
 // --- Precision of direct solves of float32 problems -------------------------------------------------------------------------
 constexpr index kDoubleFactor = 192;       // up to this order the factor is float64: as fast as float32, which is twice as fast beyond
+constexpr index kOneThreadOrder = 256;     // up to this order a factor or eigendecomposition takes longer on two threads than on one
 constexpr index kWideFactor = 2048;        // up to this order a problem may be summed and factored in float64 at an affordable price
 constexpr double kNarrowCondition = 5e3;   // trace bound of the condition number from which float32 loses more than four digits
 constexpr double kNarrowTolerance = 1e-6;  // iterative solves to smaller tolerances than this take float64 products
@@ -66,7 +67,8 @@ constexpr bool whole(double) { return false; }
 constexpr bool whole(index) { return true; }
 constexpr bool whole(int) { return true; }
 constexpr Limit kAll[] = {
-    PGDFAST_LIMIT(kDoubleFactor),  PGDFAST_LIMIT(kWideFactor),     PGDFAST_LIMIT(kNarrowCondition), PGDFAST_LIMIT(kNarrowTolerance),
+    PGDFAST_LIMIT(kDoubleFactor),  PGDFAST_LIMIT(kOneThreadOrder), PGDFAST_LIMIT(kWideFactor),
+    PGDFAST_LIMIT(kNarrowCondition), PGDFAST_LIMIT(kNarrowTolerance),
     PGDFAST_LIMIT(kRefineRounds),  PGDFAST_LIMIT(kRefinedError),   PGDFAST_LIMIT(kRefineFirst),     PGDFAST_LIMIT(kRefineRate),
     PGDFAST_LIMIT(kCheckEvery),    PGDFAST_LIMIT(kFall),           PGDFAST_LIMIT(kRestartRatio),    PGDFAST_LIMIT(kClaimRatio),
     PGDFAST_LIMIT(kProgressLeast), PGDFAST_LIMIT(kProgressPart),   PGDFAST_LIMIT(kPathSlots),       PGDFAST_LIMIT(kLeastTolerance),

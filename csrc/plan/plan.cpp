@@ -103,14 +103,14 @@ void Structure::finalize() {
 }
 
 void RowLayout::finalize() {
-  k_index.assign(std::size_t(num_rows * max_sections), -1);
+  k_index.assign(std::size_t(num_rows * max_outputs), -1);
   element.assign(k_index.size(), -1);
   std::vector<index> element_of(k_of.size());
   for (std::size_t e = 0; e < k_of.size(); ++e) element_of[std::size_t(k_of[e])] = index(e);
   for (const Block& block : blocks)
-    for (index o = 0; o < block.sections; ++o)
+    for (index o = 0; o < block.outputs; ++o)
       for (index i = 0; i < block.rows; ++i) {
-        const std::size_t at = std::size_t((block.r0 + i) * max_sections + o);
+        const std::size_t at = std::size_t((block.r0 + i) * max_outputs + o);
         k_index[at] = block.base + o * block.rows + i;
         element[at] = element_of[std::size_t(k_index[at])];
       }

@@ -1,6 +1,6 @@
 // The linear program as the kernels see it: buffers, instructions, constants.
 //
-// Index legend, the same in every file: N rows (samples), O sections (outputs per row), M = residuals,
+// Index legend, the same in every file: N rows (samples), O outputs of a row, M = residuals,
 // P = parameters, (b, m, n, k) = batch and matrix extents of one product.
 #pragma once
 
@@ -81,8 +81,8 @@ struct Instruction {
 };
 
 // How a use of a parameter enters K: by explicit Jacobian rows, as (C C'^T) * (Y Y'^T), or with the weight whose
-// companion it is.
-enum class Form : int { rows = 0, factored = 1, companion = 2 };
+// fused bias it is.
+enum class Form : int { rows = 0, factored = 1, fused_bias = 2 };
 
 // One use of a parameter by the row-local part of the program (see gram.h).
 struct Use {
@@ -91,26 +91,26 @@ struct Use {
   Form form;
   index row0;        // factored: rows row0 .. row0 + n - 1 are the n dimension of the product
   bool m_is_high;    // factored: which dimension of the weight has the larger stride
-  int companion;     // factored: the bias added to the same result, whose rows are Y itself; -1: none
+  int fused_bias;     // factored: the bias added to the same result, whose rows are Y itself; -1: none
   bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd, gather)
 };
 
-// Rows r0 .. r0 + rows - 1 all have `sections` residuals each; K orders residuals block, section, row.
+// Rows r0 .. r0 + rows - 1 all have `outputs` residuals each; K orders residuals block, output, row.
 struct Block {
-  index r0, rows, sections, base;
+  index r0, rows, outputs, base;
 };
 
 // How residuals group into rows: filled once per structure, needed for Gram and dense forms only.
 struct RowLayout {
-  index num_rows = 0, max_sections = 0;
-  std::vector<index> section_of;            // per residual element: which unit cotangent reaches it
+  index num_rows = 0, max_outputs = 0;
+  std::vector<index> output_of;            // per residual element: which unit cotangent reaches it
   std::vector<index> k_of;                  // per residual element: its row of K
   std::vector<Block> blocks;
   std::vector<Use> uses;
   std::vector<std::vector<std::int32_t>> labels;   // per buffer: row of each element, or empty
   bool local = false;                       // false: no row structure, Jacobian rows come one VJP at a time
 
-  // Derived by finalize(): row * max_sections + section -> row of K, or residual element; -1 where there is none.
+  // Derived by finalize(): row * max_outputs + output -> row of K, or residual element; -1 where there is none.
   std::vector<index> k_index, element;
   // Per buffer, where every labelled element e belongs to row first_row + e / row_width; width 0: no such form.
   std::vector<index> row_width, first_row;

@@ -99,12 +99,12 @@ RowLayout read_rows(const index* numbers, index count, const Structure& s) {
   Words words(numbers, count);
   RowLayout layout;
   layout.num_rows = words.next();
-  layout.max_sections = words.next();
-  layout.section_of = words.list();
+  layout.max_outputs = words.next();
+  layout.output_of = words.list();
   layout.k_of = words.list();
   for (index i = words.next(); i > 0; --i) {
-    const index r0 = words.next(), rows = words.next(), sections = words.next();
-    layout.blocks.push_back({r0, rows, sections, words.next()});
+    const index r0 = words.next(), rows = words.next(), outputs = words.next();
+    layout.blocks.push_back({r0, rows, outputs, words.next()});
   }
   for (index i = words.next(); i > 0; --i) {
     Use use{};
@@ -113,7 +113,7 @@ RowLayout read_rows(const index* numbers, index count, const Structure& s) {
     use.form = static_cast<Form>(words.next());
     use.row0 = words.next();
     use.m_is_high = words.next() != 0;
-    use.companion = int(words.next());
+    use.fused_bias = int(words.next());
     use.row_per_n = words.next() != 0;
     layout.uses.push_back(use);
   }

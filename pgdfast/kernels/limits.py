@@ -27,6 +27,7 @@ def _table() -> dict[str, int | float]:
 _known = _table()
 
 DOUBLE_FACTOR: int = _known["kDoubleFactor"]
+ONE_THREAD_ORDER: int = _known["kOneThreadOrder"]
 WIDE_FACTOR: int = _known["kWideFactor"]
 NARROW_CONDITION: float = _known["kNarrowCondition"]
 NARROW_TOLERANCE: float = _known["kNarrowTolerance"]

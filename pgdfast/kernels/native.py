@@ -25,7 +25,7 @@ except ImportError as error:
 if _C is not None:
     _C.configure()   # an unknown value of PGDFAST_ISA or PGDFAST_BLAS is a ValueError
 
-_NUMBERS = 0 if _C is None else _C.limits()["kOutcomeNumbers"]   # limits.py takes the core from here
+_TABLE = {} if _C is None else _C.limits()   # limits.py, for everybody else, takes the core from here
 LIMITS = "on the CPU in float32 and float64"
 
 
@@ -54,10 +54,28 @@ def subtract(params: list[torch.Tensor], rates: list[float], direction: torch.Te
     return _C is not None and _C.subtract(params, rates, direction)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: PyTorch raises RuntimeErrors, too."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_errors():
+    """For a scope, raise MemoryError for every exception that says that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"pgdfast: {str(error).splitlines()[0]}") from error
+
+
 @contextlib.contextmanager
 def lapack_threads(order: int):
     """For a scope, LAPACK on one thread for matrices of a small order, which a second one slows down (bench/NOTES.md)."""
-    if _C is None or order > 256:
+    if _C is None or order > _TABLE["kOneThreadOrder"]:
         yield
         return
     before = _C.blas_threads(1)
@@ -250,7 +268,7 @@ class Kernels(Traits):
         """Whole solves for the members listed in one call."""
         new = torch.empty if len(listed) == len(r) else torch.zeros
         steps = new(len(r), self.num_parameters, dtype=self.dtype)
-        out = torch.empty(len(listed), _NUMBERS, dtype=torch.float64)
+        out = torch.empty(len(listed), _TABLE["kOutcomeNumbers"], dtype=torch.float64)
         if name == "dual":
             self._plan.members_dual(listed, r, mu, penalty, q, steps, out)
         elif name == "primal":

@@ -113,8 +113,8 @@ def test_tiles(emulated, order, wide, processors, tile):
 
 def test_a_description_that_does_not_end_well_is_refused(emulated):
     words = torch.tensor([1, 0], dtype=torch.int64)
-    assert emulated.new(1, words.data_ptr(), 2, None) is None
+    assert emulated.new(1, words.data_ptr(), 2, None, 0) is None
     assert b"ends early" in emulated.error()
     words = torch.tensor([0, 0, 7], dtype=torch.int64)
-    assert emulated.new(1, words.data_ptr(), 3, None) is None
+    assert emulated.new(1, words.data_ptr(), 3, None, 0) is None
     assert b"left over" in emulated.error()

@@ -1,7 +1,9 @@
 """One table of thresholds for C++, CUDA and Python; one set of rules for CG."""
 
+import ast
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_every_threshold_is_a_constant_of_python():
 
 
 @needs_core
+@pytest.mark.parametrize(("words", "alphas", "message"), [
+    ([1, 0], [], "ends early"), ([0, 0, 7], [], "left over"), ([0, 1], [], "one factor too few"),
+    ([1, 0, 4, 4, 1, 0, 0, 0, 9, 0, -1, 0, 4, 1, 4, 1, 1, 1, 1, 1, 1], [1.0], "a buffer that there is not"),
+])
+def test_a_program_that_does_not_read_well_is_refused(words, alphas, message):
+    with pytest.raises(RuntimeError, match=message):
+        core.PlanDouble(torch.tensor(words), alphas, [], [])
+
+
+@needs_core
 def test_status_is_numbered_alike():
     assert core.STATUS == protocol.STATUS
 
@@ -37,8 +49,6 @@ def test_status_is_numbered_alike():
 @needs_source
 @pytest.mark.parametrize("written", [r"= 192\b", r"\b1 - 1e-3", r"= 50;", r"> 1\.1 \*", r"% 50\b"])
 def test_no_threshold_is_written_a_second_time(written):
-    import re
-
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h") and p.name != "limits.h"]
     found = [p.name for p in sources if re.search(written, p.read_text())]
     assert found in ([], ["normal.cpp"]), found   # whose tile depth happens to be 192
@@ -163,3 +173,24 @@ def test_a_claim_that_fails_before_the_first_check_returns_to_the_start():
             keep = {} if start is None else {"start": start}
             found = pgdfast.solve(lin, 1e-30, solver="cg", cg=pgdfast.CG(limit, 1e-3, warm_start=True), keep=keep)
             assert found.status != "not_finite" and bool(torch.isfinite(found.step).all())
+
+
+@needs_core
+def test_the_stub_names_all_that_the_core_has():
+    stub = ROOT / "pgdfast/_C.pyi"
+    if not stub.exists():
+        stub = Path(native.__file__).resolve().parents[1] / "_C.pyi"
+    tree = ast.parse(stub.read_text())
+    bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = {node.name: [base.id for base in node.bases] for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def names(body):
+        found = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        return found | {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+
+    public = {name for name in vars(core) if not name.startswith("_")}
+    assert names(tree.body) | {name for name in bodies if not name.startswith("_")} == public
+    for name in bodies:
+        if not name.startswith("_"):
+            told = names(bodies[name]).union(*(names(bodies[base]) for base in bases[name])) - {"__init__"}
+            assert told == {member for member in vars(getattr(core, name)) if not member.startswith("_")}, name
