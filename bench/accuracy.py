@@ -14,8 +14,8 @@ from torch import nn
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.solve import dense
-from pgdfast.solve.cg import cg
+from pgdfast.solve.cholesky import Cholesky
+from pgdfast.solve.krylov import cg
 from pgdfast.solve.lsmr import lsmr
 from pgdfast.solve.problem import Problem
 
@@ -34,14 +34,14 @@ def problem(seed, near):
 
 def solvers(damped):
     """Label, and what it finds."""
-    yield "dual, all float32", dense.dual(damped)
+    yield "dual, all float32", Cholesky("dual").factored(damped)[0]
     yield "dual, as chosen", pgdfast.solve(damped.linearization, damped.mu, solver="dual")
-    yield "cg 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6))[0]
-    yield "cg 1e-9", cg(damped, pgdfast.CG(LIMIT, 1e-9))[0]
-    yield "cg jacobi 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6, preconditioner="jacobi"))[0]
-    yield "cg nystrom 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6, preconditioner=pgdfast.Nystrom(rank=60)))[0]
-    yield "lsmr 1e-6", lsmr(damped, pgdfast.CG(LIMIT, 1e-6))
-    yield "lsmr 1e-9", lsmr(damped, pgdfast.CG(LIMIT, 1e-9))
+    yield "cg 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6)).outcome
+    yield "cg 1e-9", cg(damped, pgdfast.CG(LIMIT, 1e-9)).outcome
+    yield "cg jacobi 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6, preconditioner="jacobi")).outcome
+    yield "cg nystrom 1e-6", cg(damped, pgdfast.CG(LIMIT, 1e-6, preconditioner=pgdfast.Nystrom(rank=60))).outcome
+    yield "lsmr 1e-6", lsmr(damped, pgdfast.CG(LIMIT, 1e-6)).outcome
+    yield "lsmr 1e-9", lsmr(damped, pgdfast.CG(LIMIT, 1e-9)).outcome
 
 
 def main():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pgdfast
-from pgdfast.solve.memory import predicted_bytes
+from pgdfast.solve.choice import predicted_costs
 from pgdfast.solve.problem import Problem
 
 
@@ -61,8 +61,8 @@ def one(name, dtype, M):
     torch.set_num_threads(1)
     net, closure = PROBLEMS[name](M, getattr(torch, dtype))
     lin = pgdfast.linearize(closure, net.parameters())
-    M, tape, rows = lin.num_residuals, resident(), lin.rows
-    predicted = predicted_bytes(Problem.of(lin, 0.1, None), pgdfast.CG())["dual"]
+    M, tape, rows = lin.num_residuals, resident(), lin.row_layout()
+    predicted = predicted_costs(Problem.of(lin, 0.1), pgdfast.CG())["dual"][1]
     start = process_time()
     solution = pgdfast.solve(lin, 0.1, solver="dual")
     seconds = process_time() - start

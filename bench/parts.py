@@ -66,7 +66,7 @@ def rows(problem):
     calls = {
         CLOSURE: (closure, None),
         GRADIENT: (gradient, None),
-        READ: (lambda: linearizer(closure).operator, None),   # a tape that was read once is read faster
+        READ: (lambda: linearizer(closure).kernels(), None),   # a tape that was read once is read faster
         WALK: (lambda: walk(results), None),
         SOLVE: (lambda: pgdfast.solve(next(pair), problem.damping, solver=problem.solver),
                 problem.step_flops if problem.products else None),

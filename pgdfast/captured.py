@@ -154,7 +154,7 @@ class CapturedStep:
                 f"pgdfast.CapturedStep: the closure draws random numbers ({', '.join(moved)}), and a graph cannot draw the "
                 "same ones again; draw before the step, into tensors that the closure reads, or take ordinary steps."
             )
-        lin = self._linearizer.read(result, waits=False)
+        lin = self._linearizer.read(result, allow_sync=False)
         _check_problem(lin)
         numbers, options = self._numbers, optimizer._options
         mu = float(numbers.numbers[0] if self._tries else numbers.given[0])
@@ -237,6 +237,6 @@ def _check_problem(lin) -> None:
     """Raise ValueError for linearisations that need the host at every step."""
     if lin.num_residuals == 0:
         raise ValueError("pgdfast.CapturedStep: the closure's batch has no residuals; give it some before steps are captured.")
-    why = lin.needs_host
+    why = lin.sync_reason
     if why:
         raise ValueError(f"pgdfast.CapturedStep: {why}; take ordinary steps, optimizer.step(closure), or change the closure.")

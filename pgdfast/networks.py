@@ -90,7 +90,7 @@ class ManyNetworks:
 
     def residuals_at(self, run) -> list[tuple]:
         """(loss, residual (M,)) of every member."""
-        return self.lin.residuals_at(run)
+        return list(zip(*self.lin.residual_at(run), strict=True))
 
     def unchanged(self) -> None:
         """Say that the parameters are, bit for bit, those of the linearisation again."""

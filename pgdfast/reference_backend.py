@@ -52,7 +52,7 @@ def _reference_solve(linearization, damping, *, scale, solver, cg: CG, rcond, pr
     return Solution(
         found.step, found.status, found.iterations, found.solver, "reference", gain, damped,
         linearization, damping if scale is None else damping * scale, found.residual_norm,
-        slack=gain - damped - curvature, prior=prior, solve_again=solve_again,
+        slack=gain - damped - curvature, prior=prior, same_factor=solve_again,
     )
 
 
@@ -160,6 +160,8 @@ class _ReferenceLinearization:
 
     penalties: dict = {}
     tapeless, tape_bytes = False, 0   # trials run as the closure is
+    sync_reason = "the reference looks at every number"
+    dtype = torch.float64
     residuals_need_tape = True
 
     def __init__(self, found, params: list[torch.Tensor]):
@@ -191,6 +193,14 @@ class _ReferenceLinearization:
     def widened(self) -> _ReferenceLinearization:
         """Itself: float64 throughout."""
         return self
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P), float64."""
+        return self.reference.dense()
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u, (P,)."""
+        return self.reference.vjp(u)
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), float64."""

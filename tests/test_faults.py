@@ -249,14 +249,14 @@ def test_solve_does_not_wait_for_the_host_at_every_cg_iteration(monkeypatch):
     lin = pgdfast.linearize(closure, params, backend="native")
     pgdfast.solve(lin, 1e-3, solver="cg")  # lays out the plan
     calls = []
-    plan = lin.operator._plan
+    plan = lin.kernels()._plan
 
     class Counting:
         def __getattr__(self, name):
             calls.append(name)
             return getattr(plan, name)
 
-    monkeypatch.setattr(lin.operator, "_plan", Counting())
+    monkeypatch.setattr(lin.kernels(), "_plan", Counting())
     counts = []
     for iterations in (2, 20):
         calls.clear()

@@ -31,7 +31,7 @@ class Kernels(Traits):
     """
 
     name = "native"
-    fused = has_cg = solves_members = True
+    fused = has_direct = has_cg = solves_members = True
 
     def __init__(self, program, dtype: torch.dtype, library: lib.Library | None = None):
         self.library = library or lib.library()

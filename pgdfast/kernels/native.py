@@ -163,7 +163,7 @@ class Kernels(Traits):
     """
 
     name = "native"
-    fused = batches = has_cg = has_lsmr = has_multishift = solves_members = True
+    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = True
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -249,17 +249,15 @@ class Kernels(Traits):
 
     def dual(self, r, weights, shift, q) -> Outcome:
         """The dual step in one call; needs rows."""
-        step = self._new(self.num_parameters)
+        step = torch.empty(self.num_parameters, dtype=self.dtype)
         weights = self._unit_weights if weights is None else weights
-        return self._outcome(step, *self._plan.dual(r, weights, shift, q, step))
+        status, *numbers, factor = self._plan.dual(r, weights, shift, q, step)
+        return Outcome(step, STATUS[status], *numbers, factor and NativeFactor(factor, self.dtype))
 
     def primal(self, r, d, q) -> Outcome:
         """The primal step in one call."""
-        step = self._new(self.num_parameters)
-        return self._outcome(step, *self._plan.primal(r, d, q, step))
-
-    def _outcome(self, step, status, *numbers) -> Outcome:
-        *numbers, factor = numbers
+        step = torch.empty(self.num_parameters, dtype=self.dtype)
+        status, *numbers, factor = self._plan.primal(r, d, q, step)
         return Outcome(step, STATUS[status], *numbers, factor and NativeFactor(factor, self.dtype))
 
     def cg(self, r, d, q, preconditioner, start, path, options):

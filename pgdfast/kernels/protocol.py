@@ -77,7 +77,8 @@ class Traits:
     """What an operator offers beyond jvp, vjp and dense: nothing, unless a class says so."""
 
     name: str = ""
-    fused: bool = False            # has gram, diagonal, set_rows, dual and primal
+    fused: bool = False            # has gram, diagonal and set_rows
+    has_direct: bool = False       # has dual and primal; kernels that are fused without have gram(weights) and normal instead
     batches: bool = False          # products with J^T take (K, M)
     has_cg: bool = False           # has cg
     has_lsmr: bool = False
@@ -96,6 +97,7 @@ class Kernels(Protocol):
 
     name: str
     fused: bool
+    has_direct: bool
     batches: bool
     has_cg: bool
     has_lsmr: bool
@@ -129,7 +131,10 @@ class Kernels(Protocol):
         """J, (M, P)."""
 
     def gram(self) -> torch.Tensor:
-        """J J^T, (M, M); needs rows."""
+        """The matrix J J^T, (M, M); needs rows. Without `has_direct` also J W J^T, by a list of one weight per parameter."""
+
+    def normal(self) -> torch.Tensor:
+        """J^T J, (P, P); of kernels that are fused without `has_direct`."""
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""

@@ -1,4 +1,4 @@
-"""Whole solves and the Gram matrix from the rows of J, in PyTorch; what the torch and the Triton kernels have in common.
+"""The Gram matrix and other forms from the rows of J, in PyTorch; what the torch and the Triton kernels have in common.
 
 Index legend: O sections (outputs of a row), M residuals in the order of the residual vector: row by row, section by section.
 A use of a weight is y[m, n] += x[m, k] c[k, n], n running over rows; one sweep with unit cotangents per section leaves its
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .limits import WIDE_FACTOR
-from .protocol import Outcome, TensorFactor, Traits
-from .row_tables import FACTORED, PARAMETER, ROWS, Tables
+from .protocol import Traits
+from .row_tables import FACTORED, ROWS, Tables
 
 
 @dataclass(slots=True)
@@ -40,7 +39,7 @@ class Factors:
 
 
 class RowForms(Traits):
-    """Gram, dense and diagonal forms, dual and primal solves. A subclass has the products and the sweeps.
+    """Gram, normal, dense and diagonal forms. A subclass has the products and the sweeps.
 
     It provides dtype, device, num_residuals, num_parameters, jvp, vjp, dense_by_batches and unit_sweeps(units), which gives
     for every buffer the cotangents (O, size) that the unit residuals `units` (O, M) produce.
@@ -73,12 +72,23 @@ class RowForms(Traits):
         return J
 
     @torch.no_grad()
-    def gram(self) -> torch.Tensor:
-        """J J^T, (M, M); needs rows."""
-        return self._gram(None)
+    def gram(self, weights: list[float] | None = None) -> torch.Tensor:
+        """J W J^T, (M, M), W one number per parameter or None; needs rows. Kept for further dampings: not to be changed."""
+        if self._held is None or self._held[:2] != ("gram", weights):
+            self._held = None
+            self._held = "gram", weights, self._gram(weights)
+        return self._held[2]
+
+    @torch.no_grad()
+    def normal(self) -> torch.Tensor:
+        """J^T J, (P, P). Kept for further dampings: not to be changed."""
+        if self._held is None or self._held[0] != "normal":
+            self._held = None
+            J = self.dense()
+            self._held = "normal", None, J.T @ J
+        return self._held[2]
 
     def _gram(self, weights) -> torch.Tensor:
-        """J W J^T, W one number per parameter or None."""
         tables, M = self._tables, self.num_residuals
         buffers = self.unit_sweeps(tables.units(self.dtype, self.device))
         K = torch.zeros(M, M, dtype=self.dtype, device=self.device)
@@ -154,59 +164,3 @@ class RowForms(Traits):
             else:
                 part.copy_(self._rows_of(parameter, buffers).square_().sum(0))
         return d
-
-    @torch.no_grad()
-    def dual(self, r, weights, shift, q) -> Outcome:
-        """The dual step; needs rows. Its numbers reach the host in one transfer."""
-        kept = None if weights is None else weights.tolist()
-        if self._held is None or self._held[:2] != ("gram", kept):
-            self.forget()
-            self._held = "gram", kept, self._gram(kept)
-        K = self._held[2]
-        by_entry = None if weights is None else self._by_entry(kept)
-        rhs = r if q is None else r - self.jvp(by_entry * q / shift)
-        lower, bad = self._factorise(K, shift)
-        y = TensorFactor(lower).solve(rhs)
-        step = self.vjp(y)
-        step = step if q is None else step + q / shift
-        step = step if by_entry is None else by_entry * step
-        # J delta = r - s y: the predicted reduction needs no further product.
-        gain = torch.dot(r.double(), r.double() - shift * y.double())
-        if q is not None:
-            gain = gain + torch.dot(q.double(), step.double())
-        return self._outcome(step, bad, gain, K.diagonal().sum(dtype=torch.float64) / shift, TensorFactor(lower, y))
-
-    @torch.no_grad()
-    def primal(self, r, d, q) -> Outcome:
-        """The primal step, by Cholesky of diag(d) + J^T J."""
-        if self._held is None or self._held[0] != "normal":
-            self.forget()
-            J = self.dense()
-            self._held = "normal", None, J.T @ J
-        H = self._held[2]
-        g = self.vjp(r) if q is None else self.vjp(r) + q
-        lower, bad = self._factorise(H, d)
-        factor = TensorFactor(lower)
-        step = factor.solve(g)
-        gain = torch.dot(g.double(), step.double())
-        return self._outcome(step, bad, gain, (H.diagonal().double() / d.double()).sum(), factor)
-
-    def _by_entry(self, weights: list[float]) -> torch.Tensor:
-        sizes = [size for role, size in self._program.buffers if role == PARAMETER]
-        parts = [torch.full((n,), w, dtype=self.dtype, device=self.device) for n, w in zip(sizes, weights, strict=True)]
-        return torch.cat(parts)
-
-    def _factorise(self, matrix: torch.Tensor, added) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factor of matrix + diag(added), and a device flag that is not 0 where there is none."""
-        wide = self.dtype == torch.float64 or len(matrix) <= WIDE_FACTOR
-        damped = matrix.to(torch.float64 if wide else torch.float32, copy=True)
-        damped.diagonal().add_(added)
-        return torch.linalg.cholesky_ex(damped)
-
-    @staticmethod
-    def _outcome(step, bad, gain, trace, factor) -> Outcome:
-        step = torch.where(bad == 0, step, 0)
-        numbers = torch.stack([bad.double(), gain, step.double().square().sum(), trace]).tolist()
-        if numbers[0] != 0:
-            return Outcome(step, "not_positive_definite", trace=numbers[3])
-        return Outcome(step, "solved", 0, 0.0, *numbers[1:], 0.0, factor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,7 +10,7 @@ from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
 from .double_backward import double_backward
-from .linearization import Linearization, Linearizer, Plan, wind_back
+from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
 
 
 class EnsembleLinearizer(Linearizer):
@@ -30,15 +29,14 @@ class EnsembleLinearizer(Linearizer):
         trace = self._tracer.trace(total)
         if trace.program is None:
             self._announce(trace.missing)
-            operator = double_backward(trace, self.params, self._tracer.dtype, total)
-            shapes = [block.residual.shape for block in trace.blocks]
-            return EnsembleLinearization(self, trace, losses, operator, None, self._order(operator, shapes))
-        plan = self._plan_of(trace)
-        if plan.members is not None:
-            return EnsembleLinearization(self, trace, losses, None, plan, plan.order)
-        plan.kernels.bind(trace.constants)
-        order = self._order(plan.kernels, trace.program.residual_shapes)
-        return EnsembleLinearization(self, trace, losses, plan.kernels, plan, order)
+            operator, plan = double_backward(trace, self.params, self._tracer.dtype, total), None
+            order = self._order(operator, [block.residual.shape for block in trace.blocks])
+        else:
+            plan, operator = self._plan_of(trace), None
+            order = plan.order
+            if plan.members is None:
+                order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
+        return EnsembleLinearization(self, trace, losses, operator, plan, order)
 
     def _new_plan(self, trace) -> _EnsemblePlan:
         device = trace.residual.device
@@ -130,38 +128,34 @@ class _EnsemblePlan(Plan):
             order = members.order_of(cut)
             self.order = order if order is None else order.to(device)
 
-    @property
-    def wide(self) -> _EnsemblePlan:
-        """The same in float64."""
-        if self._wide is None:
-            self._wide = _EnsemblePlan(self.program, self.members, self._device, self._backend, torch.float64, self)
-        return self._wide
+    def _widened(self) -> _EnsemblePlan:
+        return _EnsemblePlan(self.program, self.members, self._device, self._backend, torch.float64, self)
 
 
-class EnsembleLinearization:
+class EnsembleLinearization(Bound):
     """B least-squares problems of one shape at the current parameters.
 
-    Attributes: count B; loss (B,); residual (B, M); num_residuals M and num_parameters P of one member. `member(b)` is the
-    Linearization of one; vectors of a member are flat, in the order of `params`.
+    Attributes: count B; loss (B,); residual (B, M); num_residuals M and num_parameters P of one member; separates: whether the
+    kernels know the members apart, so that each is a problem of its own size. `member(b)` is the linearisation of one; vectors
+    of a member are flat, in the order of `params`.
     """
 
     def __init__(self, linearizer, trace, losses, operator, plan, order):
-        self.count, self.params, self.dtype = linearizer.count, linearizer.params, trace.residual.dtype
-        self.device, self.penalties = self.params[0].device, trace.penalties
+        self.separates = plan is not None and plan.members is not None
+        constants = [trace.constants[k] for k in plan.members.sources] if self.separates else trace.constants
+        super().__init__(trace, linearizer.params, operator, plan, linearizer._tracer, constants)
+        self.count, self._order, self.residuals_need_tape = linearizer.count, order, losses is not None
         self.residual = gathered(trace.residual, order, self.count)
         self.loss = 0.5 * self.residual.square().sum(1) if losses is None else losses
-        self._from_losses = losses is not None
         self.num_residuals = self.residual.shape[1]
         self.num_parameters = sum(p.numel() for p in self.params) // self.count
-        self.tapeless, self.has_squares_only = trace.tapeless, trace.squares_only
-        self._trace, self._operator, self._plan, self._order = trace, operator, plan, order
-        self._linearizer = linearizer
-        self.sources = None if plan is None or plan.members is None else plan.members.sources
+        self.tape_bytes *= self.count if self.separates else 1
+        self._losses = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._dense = None
         self._members = WeakValueDictionary()   # a member holds the ensemble: no cycle, or tapes would wait for the collector
-        self._losses: list[float] | None = None
-        self._dense: torch.Tensor | None = None
-        self._versions: list[int] = []
-        self.parameters_unchanged()
 
     @property
     def losses(self) -> list[float]:
@@ -170,70 +164,22 @@ class EnsembleLinearization:
             self._losses = self.loss.tolist()
         return self._losses
 
-    @property
-    def separates(self) -> bool:
-        """Whether the kernels know the members apart: then each is a problem of its own size."""
-        return self.sources is not None
+    def row_layout(self):
+        """The row layout of one member's residuals, None where they or the members do not separate."""
+        return self._plan.row_layout(self._constants) if self.separates else None
 
-    @property
-    def constants(self) -> list:
-        """Of the members' program, those of all members in one."""
-        return [self._trace.constants[k] for k in self.sources]
-
-    def parameters_unchanged(self) -> None:
-        """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
-        if self._plan is None and self._versions:
-            wind_back(self.params, self._versions)
-        self._versions[:] = [p._version for p in self.params]
-
-    def check_versions(self) -> None:
-        """Raise RuntimeError where the parameters have changed."""
-        if [p._version for p in self.params] != self._versions:
-            raise RuntimeError("pgdfast: the parameters have changed since this linearisation was made; linearise again.")
-
-    @property
-    def tape_bytes(self) -> int:
-        """About what the closure's activations take; 0 where it is not known."""
-        kernels = self._plan and self._plan.kernels
-        return kernels.arena_size * self.dtype.itemsize * (self.count if self.separates else 1) if kernels else 0
-
-    @property
-    def residuals_need_tape(self) -> bool:
-        """True where `residuals_at` reads losses, whose residuals stand on their tape."""
-        return self._from_losses
-
-    def residuals_at(self, run) -> list[tuple[float, torch.Tensor]]:
-        """(loss, residual (M,)) of every member at the parameters' present values; see Linearization.residual_at."""
-        losses, total = split_result(run(), self.count)
-        if losses is None:
-            residual = torch.cat([part.detach().reshape(-1) for part in (total if isinstance(total, (tuple, list)) else [total])])
-        else:
-            residual = self._linearizer._tracer.trace(total).residual
+    def residual_at(self, run) -> tuple[list[float], torch.Tensor]:
+        """(losses, residual (B, M)) at the parameters' present values; see Linearization.residual_at."""
+        result = run()
+        losses, total = split_result(result, self.count)
+        residual = flat_residuals(total) if losses is None else self._tracer.trace(total).residual
         if residual.numel() != self.count * self.num_residuals:
             raise ValueError(
                 f"pgdfast.LM: the closure returned {self.num_residuals} residuals per member before the step and "
                 f"{residual.numel() / self.count:g} at a trial point; with acceleration their number must not change within a step."
             )
         residual = gathered(residual, self._order, self.count).to(self.dtype)
-        losses = 0.5 * residual.double().square().sum(1) if losses is None else losses
-        return list(zip(losses.tolist(), residual.unbind(), strict=True))
-
-    def release(self) -> None:
-        """Let go of the tape."""
-        if self._plan is not None:
-            self._plan.release()
-
-    def bound(self, plan):
-        """The kernels of a plan over members, bound to this linearisation's constants."""
-        self.check_versions()
-        if plan.owner is not self:
-            plan.kernels.bind(self.constants)
-            plan.owner, plan.member = self, 0
-        return plan.kernels
-
-    def plan(self, wide: bool = False):
-        """The plan over members; wide: in float64."""
-        return self._plan.wide if wide else self._plan
+        return losses_of(result, self.count) if losses is None else losses.tolist(), residual
 
     def member(self, b: int) -> Member:
         """The linearisation of member b."""
@@ -246,71 +192,70 @@ class EnsembleLinearization:
         """J_b v_b for all members: (B, P) -> (B, M)."""
         if self.separates:
             return torch.stack([self.member(b).jvp(row) for b, row in enumerate(v)])
-        return gathered(self._whole().jvp(scattered_parameters(v, self.params)), self._order, self.count)
+        return gathered(self.kernels().jvp(scattered_parameters(v, self.params)), self._order, self.count)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J_b^T u_b for all members: (B, M) -> (B, P)."""
         if self.separates:
             return torch.stack([self.member(b).vjp(row) for b, row in enumerate(u)])
-        return gathered_parameters(self._whole().vjp(scattered(u, self._order)), self.params)
+        return gathered_parameters(self.kernels().vjp(scattered(u, self._order)), self.params)
 
     def dense(self) -> torch.Tensor:
-        """Every J_b, (B, M, P); where the kernels do not know members apart by M sweeps that serve them all."""
+        """Every J_b, (B, M, P); where the kernels do not know members apart by M sweeps that serve them all, once."""
+        if self.separates:
+            return torch.stack([self.member(b).dense() for b in range(self.count)])
         if self._dense is None:
-            if self.separates:
-                self._dense = torch.stack([self.member(b).dense() for b in range(self.count)])
-            else:
-                self._dense = self.residual.new_empty(self.count, self.num_residuals, self.num_parameters)
-                for i in range(self.num_residuals):
-                    unit = torch.zeros_like(self.residual)
-                    unit[:, i] = 1
-                    self._dense[:, i] = self.vjp(unit)
+            J = self.residual.new_empty(self.count, self.num_residuals, self.num_parameters)
+            for i in range(self.num_residuals):
+                unit = torch.zeros_like(self.residual)
+                unit[:, i] = 1
+                J[:, i] = self.vjp(unit)
+            self._dense = J
         return self._dense
 
     def diagonal(self) -> torch.Tensor:
         """Every diag(J_b^T J_b + penalty), (B, P)."""
         return torch.stack([self.member(b).diagonal() for b in range(self.count)])
 
-    def _whole(self):
-        self.check_versions()
-        if self._plan is not None and self._plan.owner is not self:
-            self._operator.bind(self._trace.constants)
-            self._plan.owner = self
-        return self._operator
 
+class Member(Products):
+    """One member of an ensemble, with all that a linearisation has."""
 
-class Member(Linearization):
-    """One member of an ensemble, with all that a Linearization has."""
-
-    def __init__(self, ensemble: EnsembleLinearization, b: int, plan=None, dtype=None):
+    def __init__(self, ensemble: EnsembleLinearization, b: int):
         self._ensemble, self._b = ensemble, b
-        trace = replace(ensemble._trace, loss=ensemble.loss[b], value=ensemble.losses[b], residual=ensemble.residual[b])
-        plan = plan if plan is not None or not ensemble.separates else ensemble.plan()
-        params = [p.detach()[b] for p in ensemble.params]
-        operator = plan.kernels if ensemble.separates else _OneOfAll(ensemble, b)
-        super().__init__(trace, params, operator, plan if ensemble.separates else None, None, dtype)
+        self.loss, self.residual, self.dtype = ensemble.loss[b], ensemble.residual[b], ensemble.dtype
+        self.device, self.penalties, self.choices = ensemble.device, ensemble.penalties, ensemble.choices
+        self.params = [p.detach()[b] for p in ensemble.params]
+        self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
+        self.has_squares_only, self.tapeless = ensemble.has_squares_only, ensemble.tapeless
+        self.residuals_need_tape, self.sync_reason = ensemble.residuals_need_tape, ensemble.sync_reason
+        self._alone = None if ensemble.separates else _OneOfAll(ensemble, b)
 
-    @property
-    def operator(self):
+    def kernels(self):
         """The kernels, bound to this member's constants."""
-        if self._plan is None:
-            return self._operator
-        kernels = self._ensemble.bound(self._plan)
-        if self._plan.member != self._b:
-            kernels.select(self._b)
-            self._plan.member = self._b
-        return kernels
+        return self._alone or self._ensemble.kernels(self._b)
 
-    @property
-    def rows(self):
+    def row_layout(self):
         """The row layout of the residuals, or None; all members have the same."""
-        return self._plan.rows(self._ensemble.constants) or None if self._plan is not None else None
+        return self._ensemble.row_layout()
 
     def widened(self) -> Member:
         """The same with products in float64, or itself where that is not to be had."""
-        if self.dtype == torch.float64 or self._plan is None:
-            return self
-        return Member(self._ensemble, self._b, self._plan.wide, torch.float64)
+        wide = self._ensemble.widened()
+        return self if wide is self._ensemble else wide.member(self._b)
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,)) where `run` calls the whole ensemble's closure."""
+        losses, residual = self._ensemble.residual_at(run)
+        return losses[self._b], residual[self._b]
+
+    def parameters_unchanged(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.parameters_unchanged()
+
+    def release(self) -> None:
+        """Let go of the tape, which is the ensemble's."""
+        self._ensemble.release()
 
 
 class _OneOfAll(Traits):
@@ -321,24 +266,23 @@ class _OneOfAll(Traits):
     def __init__(self, ensemble: EnsembleLinearization, b: int):
         self._ensemble, self._b = ensemble, b
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
-        whole = ensemble._operator
+        whole = ensemble._operator or ensemble._plan.kernels
         self.flops, self.arena_size = whole.flops, whole.arena_size
+
+    def _one(self, product, dense, x: torch.Tensor) -> torch.Tensor:
+        if self._ensemble._dense is not None:
+            return dense(self._ensemble._dense[self._b], x)
+        everyone = x.new_zeros(self._ensemble.count, len(x))
+        everyone[self._b] = x
+        return product(everyone)[self._b]
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v, (M,)."""
-        if self._ensemble._dense is not None:
-            return self._ensemble._dense[self._b] @ v
-        all_v = v.new_zeros(self._ensemble.count, len(v))
-        all_v[self._b] = v
-        return self._ensemble.jvp(all_v)[self._b]
+        return self._one(self._ensemble.jvp, torch.mv, v)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u, (P,)."""
-        if self._ensemble._dense is not None:
-            return u @ self._ensemble._dense[self._b]
-        all_u = u.new_zeros(self._ensemble.count, len(u))
-        all_u[self._b] = u
-        return self._ensemble.vjp(all_u)[self._b]
+        return self._one(self._ensemble.vjp, lambda J, u: u @ J, u)
 
     def dense(self) -> torch.Tensor:
         """J, (M, P)."""
@@ -379,7 +323,7 @@ def losses_of(result, count: int) -> list[float]:
     losses, residuals = split_result(result, count)
     if losses is not None:
         return losses.tolist()
-    parts = list(residuals) if isinstance(residuals, (tuple, list)) else [residuals]
+    parts = residuals if isinstance(residuals, (tuple, list)) else [residuals]
     return sum(0.5 * part.detach().double().reshape(count, -1).square().sum(1) for part in parts).tolist()
 
 
@@ -405,8 +349,3 @@ def scattered_parameters(rows: torch.Tensor, params) -> torch.Tensor:
     count = len(params[0])
     return torch.cat([part.reshape(-1) for part in rows.split([p.numel() // count for p in params], 1)])
 
-
-__all__ = [
-    "EnsembleLinearization", "EnsembleLinearizer", "check_stacked", "gathered_parameters", "losses_of",
-    "scattered_parameters", "split_result",
-]

@@ -2,65 +2,92 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
 from .. import kernels
 from ..tape import Tracer
 from .double_backward import double_backward
-from .rows import row_layout
+from .rows import RowLayout, row_layout
 
 _announced: set[str] = set()
 
 
+UNKNOWN = object()   # a row layout that nobody has asked for
+_version = attrgetter("_version")
+
+
 class Plan:
-    """Kernels of one program with its row structure, shared by all linearisations of that structure."""
+    """Kernels of one program with its row structure, shared by all linearisations of that structure.
+
+    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN. choices: see
+    SolvableLinearization.
+    """
 
     __slots__ = (
-        "_backend", "_base", "_device", "_mixing", "_rows", "_rows_for", "_wide", "kernels", "member", "owner", "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_wide", "bound", "choices", "kernels", "layout", "mixing",
+        "program",
     )
 
     def __init__(self, program, device, backend, dtype=None, base=None):
         self.program, self._device, self._backend, self._base = program, device, backend, base
         self.kernels = kernels.kernels_for(program, device, backend, dtype)
-        self.owner = self.member = self._wide = None   # member: of an ensemble, the one selected
-        self._mixing = program.positions_that_mix()
-        self._rows = self._rows_for = None
+        self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
+        self.mixing = program.positions_that_mix()
+        self.layout, self.choices = UNKNOWN, {}
 
-    def rows(self, constants):
-        """The row layout, found when first asked for; False if the residuals do not separate.
+    def bind(self, constants, member: int | None = None):
+        """The kernels with these constants, of one member where these are an ensemble's."""
+        if self.bound is not constants:
+            self.bound = self._member = None   # until it is done
+            self.kernels.bind(constants)
+            self.bound = constants
+        if member is not None and self._member != member:
+            self._member = None
+            self.kernels.select(member)
+            self._member = member
+        return self.kernels
+
+    def row_layout(self, constants) -> RowLayout | None:
+        """The row layout, found when first asked for; None if the residuals do not separate.
 
         Where a gather reads the workspace it depends on the positions, and is found anew when those change.
         """
-        if self._rows is not None and not self._mixing:
-            return self._rows
-        asked = [constants[k] for k in self._mixing]
-        if self._rows is None or any(not torch.equal(a, b) for a, b in zip(asked, self._rows_for, strict=True)):
-            self._rows = self._base.rows(constants) if self._base else row_layout(self.program, constants) or False
-            self._rows_for = [a.clone() for a in asked]
-            self.kernels.set_rows(self._rows or None)
-        return self._rows
+        if self.layout is not UNKNOWN and not self.mixing:
+            return self.layout
+        asked = [constants[k] for k in self.mixing]
+        if self.layout is UNKNOWN or any(not torch.equal(a, b) for a, b in zip(asked, self._asked, strict=True)):
+            layout = self._base.row_layout(constants) if self._base else row_layout(self.program, constants)
+            self.layout = UNKNOWN   # until the kernels have it
+            self.kernels.set_rows(layout)
+            self._asked = [a.clone() for a in asked]
+            self.layout = layout
+            self.choices.clear()
+        return self.layout
 
-    def release(self) -> None:
-        """Let go of the constants of the last linearisation; one that is used again binds them anew."""
-        if self.owner is not None:
-            self.owner = None
+    def release(self, constants=None, wide: bool = True) -> None:
+        """Let go of the constants that are bound, of these alone where given; `wide`: the plan in float64, too."""
+        if self.bound is not None and (constants is None or self.bound is constants):
+            self.bound = None
             self.kernels.release()
-        if self._wide is not None:
-            self._wide.release()
+        if wide and self._wide is not None:
+            self._wide.release(constants)
 
     @property
     def wide(self) -> Plan:
-        """The same program in float64, over constants of the program's own dtype."""
+        """The same program in float64, over constants of the program's own dtype; made when first asked for."""
         if self._wide is None:
-            self._wide = Plan(self.program, self._device, self._backend, torch.float64, self)
+            self._wide = self._widened()
         return self._wide
+
+    def _widened(self) -> Plan:
+        return Plan(self.program, self._device, self._backend, torch.float64, self)
 
 
 class Linearizer:
@@ -80,11 +107,16 @@ class Linearizer:
             result = closure()
         return self.read(result)
 
-    def read(self, result, waits: bool = True) -> Linearization:
-        """The linearisation of a closure's result; without `waits` by no look at what is on the device, the loss included."""
+    def read(self, result, allow_sync: bool = True) -> Linearization:
+        """The linearisation of a closure's result.
+
+        allow_sync: may this wait for a device? If not, nothing there is looked at, the loss included. Raises ValueError for
+        results that cannot be linearised and for a loss that is not finite.
+        """
+        scalar = isinstance(result, torch.Tensor) and result.dim() == 0
         self._check_device(result)
-        trace = self._tracer.trace(result, waits)
-        if waits and not math.isfinite(trace.value) and trace.residual.numel():
+        trace = self._tracer.trace(result, allow_sync)
+        if allow_sync and not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
@@ -92,9 +124,8 @@ class Linearizer:
         if trace.program is None:
             self._announce(trace.missing)
             operator = double_backward(trace, self.params, self._tracer.dtype, result)
-            return Linearization(trace, self.params, operator, None, self._values_of(result))
-        plan = self._plan_of(trace)
-        return Linearization(trace, self.params, plan.kernels, plan, self._values_of(result))
+            return Linearization(trace, self.params, operator, None, self._tracer, scalar)
+        return Linearization(trace, self.params, None, self._plan_of(trace), self._tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -104,21 +135,14 @@ class Linearizer:
                 self._plans.clear()
             plan = self._new_plan(trace)
             self._plans[id(trace.program)] = trace.program, plan
-        plan.release()
+        if plan.bound is not None:
+            plan.release()
+        if plan.mixing:
+            plan.choices.clear()   # the rows may be others now
         return plan
 
     def _new_plan(self, trace) -> Plan:
         return Plan(trace.program, trace.residual.device, self.backend)
-
-    def _values_of(self, result):
-        """A function that reads loss and residual, without derivatives, off a later result of the same closure."""
-        if isinstance(result, torch.Tensor) and result.dim() == 0:
-            def read(result):
-                trace = self._tracer.trace(result)
-                return trace.value, trace.residual
-
-            return Values(read, needs_tape=True)
-        return Values(_values_of_residuals, needs_tape=False)
 
     def _check_device(self, result) -> None:
         device = self.params[0].device
@@ -138,93 +162,53 @@ class Linearizer:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Values:
-    """How to read (loss, residual) off what a closure returned at other parameters; a scalar loss needs its tape for that."""
+class Bound:
+    """What a closure's tape has left at one point, and the kernels that are bound to it when asked for."""
 
-    read: Callable
-    needs_tape: bool
+    _constants = None
 
-
-def _values_of_residuals(result):
-    parts = result if isinstance(result, (tuple, list)) else [result]
-    residual = torch.cat([part.detach().reshape(-1) for part in parts])
-    return 0.5 * float(residual.double().square().sum()), residual
-
-
-class Linearization:
-    """The least-squares problem of a closure at the current parameters.
-
-    Near them the loss is 1/2 ||residual - J delta||^2 up to a constant, plus c/2 ||theta - delta||^2 for quadratic
-    penalties found in the loss. `delta` is subtracted from the parameters.
-
-    Attributes: loss (0-dim tensor); residual (M,), scaled so that J^T residual (+ penalty) is the loss's gradient;
-    num_residuals M; num_parameters P; penalty (P,) diagonal c or None. Vectors are flat, in the order of `params`.
-    Products raise RuntimeError once the parameters have changed.
-    """
-
-    def __init__(self, trace, params, operator, plan, values=None, dtype=None):
-        self.loss = trace.loss
-        self.residual = trace.residual if dtype is None else trace.residual.to(dtype)
-        self.params = params
-        self.num_residuals = trace.residual.numel()
-        self.num_parameters = operator.num_parameters
-        self.dtype = self.residual.dtype
+    def __init__(self, trace, params, operator, plan, tracer, constants):
+        self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
         self.device = params[0].device
-        self.penalties = trace.penalties
-        self._operator, self._plan, self._constants = operator, plan, trace.constants
-        self._trace, self._values, self._wide = trace, values, None
-        self._versions: list[int] = []
-        self.parameters_unchanged()
+        self.has_squares_only, self.tapeless = trace.squares_only, trace.tapeless
+        self.choices = {} if plan is None else plan.choices
+        self.tape_bytes = 0 if plan is None else plan.kernels.arena_size * self.dtype.itemsize
+        self._operator, self._plan, self._tracer, self._missing, self._wide = operator, plan, tracer, trace.missing, None
+        self._versions = list(map(_version, params))
+        self._constants = constants
+
+    def __del__(self):
+        if self._constants is not None and self._plan is not None:
+            self._plan.release(self._constants, wide=False)
+
+    def kernels(self, member: int | None = None):
+        """The kernels, bound to this linearisation's constants; member: of an ensemble that separates, whose.
+
+        Raises RuntimeError where the parameters have changed or the linearisation was released.
+        """
+        if list(map(_version, self.params)) != self._versions:
+            raise RuntimeError(
+                "pgdfast: the parameters have changed since this linearisation was made; linearise again."
+            )
+        constants, plan = self._constants, self._plan
+        if constants is None:
+            raise RuntimeError(
+                "pgdfast: this linearisation was released at the end of its step, and its tape is gone; linearise again."
+            )
+        if plan is None:
+            return self._operator
+        return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
 
     @property
-    def has_squares_only(self) -> bool:
-        """True without cross-entropies."""
-        return self._trace.squares_only
-
-    @property
-    def tapeless(self) -> bool:
-        """True where the closure computes the same without gradients, bit for bit."""
-        return self._trace.tapeless
-
-    @property
-    def tape_bytes(self) -> int:
-        """About what the closure's activations take; 0 where it is not known."""
-        return 0 if self._plan is None else self._operator.arena_size * self.dtype.itemsize
-
-    def release(self) -> None:
-        """Let go of the tape."""
-        if self._plan is not None:
-            self._plan.release()
-
-    @property
-    def needs_host(self) -> str:
+    def sync_reason(self) -> str:
         """Why linearising this closure looks at what tensors hold, at every step; "" where it does not."""
         if self._plan is None:
-            return f"there is no tape rule for {self._trace.missing}"
-        if self._plan.program.positions_that_mix():
+            return f"there is no tape rule for {self._missing}"
+        if self._plan.mixing:
             return "the closure picks rows of what the model computed, and which rows decides how residuals separate"
         return ""
 
-    @property
-    def residuals_need_tape(self) -> bool:
-        """True where `residual_at` reads a scalar loss, whose residual stands on its tape."""
-        return self._values.needs_tape
-
-    def residual_at(self, run) -> tuple[float, torch.Tensor]:
-        """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.
-
-        run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
-        """
-        loss, residual = self._values.read(run())
-        if residual.numel() != self.num_residuals:
-            raise ValueError(
-                f"pgdfast.LM: the closure returned {self.num_residuals} residuals before the step and {residual.numel()} at a "
-                "trial point; with acceleration their number must not change within a step."
-            )
-        return loss, residual.to(self.dtype)
-
-    def widened(self) -> Linearization:
+    def widened(self):
         """The same linearisation with products in float64, or itself where that is not to be had.
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
@@ -232,59 +216,64 @@ class Linearization:
         if self.dtype == torch.float64 or self._plan is None:
             return self
         if self._wide is None:   # one, so that what its plan holds serves further dampings
-            plan = self._plan.wide
-            self._wide = Linearization(self._trace, self.params, plan.kernels, plan, self._values, torch.float64)
-            self._wide._versions = self._versions
+            wide = copy.copy(self)   # its list of versions is the same
+            wide._plan, wide.residual, wide.dtype = self._plan.wide, self.residual.double(), torch.float64
+            wide.choices = wide._plan.choices
+            wide._forget()
+            self._wide = wide
         return self._wide
+
+    def _forget(self) -> None:
+        """Drop what was computed in another precision."""
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
-        if self._plan is None and self._versions:   # the tape goes on being read by autograd, which has versions of its own
-            wind_back(self.params, self._versions)
-        self._versions[:] = [p._version for p in self.params]   # in place: the widened one shares the list
+        if self._plan is None:   # autograd goes on reading the tape, and has versions of its own
+            torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(self._versions))
+        self._versions[:] = map(_version, self.params)   # in place: the widened one shares the list
 
-    @property
-    def operator(self):
-        """The kernels, bound to this linearisation's constants."""
-        if [p._version for p in self.params] != self._versions:
-            raise RuntimeError(
-                "pgdfast: the parameters have changed since this linearisation was made; linearise again."
-            )
-        if self._plan is not None and self._plan.owner is not self:
-            self._operator.bind(self._constants)
-            self._plan.owner = self
-        return self._operator
+    def release(self) -> None:
+        """Let go of the tape. Products raise RuntimeError from then on; what was computed before stays."""
+        constants, wide = self._constants, self._wide
+        self._constants = self._operator = None
+        if wide is not None:
+            wide._constants = None
+        if self._plan is not None:
+            self._plan.release(constants)
 
-    @property
-    def rows(self):
-        """The row layout of the residuals, or None."""
-        return self._plan.rows(self._constants) or None if self._plan is not None else None
+
+class Products:
+    """Products, Gram and dense forms of a linearisation by kernels; see protocol.py for their meaning and cost.
+
+    A subclass has params, residual, dtype, device, num_residuals, num_parameters, penalties, kernels() and row_layout().
+    """
+
+    _penalty: torch.Tensor | None = None
 
     @property
     def penalty(self) -> torch.Tensor | None:
         """Diagonal of the quadratic penalty, (P,), or None."""
-        if not self.penalties:
-            return None
-        return torch.cat([
-            torch.full((p.numel(),), self.penalties.get(k, 0.0), dtype=self.dtype, device=self.device)
-            for k, p in enumerate(self.params)
-        ])
+        if self.penalties and self._penalty is None:
+            self._penalty = torch.cat([
+                torch.full((p.numel(),), self.penalties.get(k, 0.0), dtype=self.dtype, device=self.device)
+                for k, p in enumerate(self.params)
+            ])
+        return self._penalty
 
     @property
     def penalty_gradient(self) -> torch.Tensor | None:
         """C theta, (P,), or None."""
-        penalty = self.penalty
-        if penalty is None:
+        if not self.penalties:
             return None
-        return penalty * torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.params])
+        return self.penalty * torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.params])
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,). One forward sweep."""
-        return self.operator.jvp(_vector(v, self.num_parameters, self.dtype, "v", "P"))
+        return self.kernels().jvp(_vector(v, self.num_parameters, self.dtype, "v", "P"))
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u: (M,) -> (P,). One backward sweep."""
-        return self.operator.vjp(_vector(u, self.num_residuals, self.dtype, "u", "M"))
+        return self.kernels().vjp(_vector(u, self.num_residuals, self.dtype, "u", "M"))
 
     def ggn(self, v: torch.Tensor) -> torch.Tensor:
         """(J^T J + penalty) v: (P,) -> (P,)."""
@@ -298,27 +287,77 @@ class Linearization:
 
     def dense(self) -> torch.Tensor:
         """J, (M, P). As many backward sweeps as a row has outputs, or M where rows do not separate."""
-        operator, _ = self.operator, self.rows
-        return operator.dense()
+        kernels, _ = self.kernels(), self.row_layout()
+        return kernels.dense()
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), without J where rows separate."""
-        operator = self.operator
-        if operator.fused and self.rows is not None:
-            return operator.gram()
+        kernels = self.kernels()
+        if kernels.fused and self.row_layout() is not None:
+            return kernels.gram() if kernels.has_direct else kernels.gram().clone()   # those keep theirs
         J = self.dense()
         return J @ J.T
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J + penalty), (P,)."""
-        operator, _ = self.operator, self.rows
-        d = operator.diagonal() if operator.fused else self.dense().square().sum(0)
+        kernels, _ = self.kernels(), self.row_layout()
+        d = kernels.diagonal() if kernels.fused else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
 
 
-def wind_back(params: list[torch.Tensor], versions: list[int]) -> None:
-    """Give parameters whose values have returned, bit for bit, the versions back that a tape saw."""
-    torch._C._autograd._unsafe_set_version_counter(tuple(params), tuple(versions))
+class Linearization(Bound, Products):
+    """The least-squares problem of a closure at the current parameters.
+
+    Near them the loss is 1/2 ||residual - J delta||^2 up to a constant, plus c/2 ||theta - delta||^2 for quadratic
+    penalties found in the loss. `delta` is subtracted from the parameters.
+
+    Attributes: loss (0-dim tensor); residual (M,), scaled so that J^T residual (+ penalty) is the loss's gradient;
+    num_residuals M; num_parameters P; penalty (P,) diagonal c or None. Vectors are flat, in the order of `params`.
+    Products raise RuntimeError once the parameters have changed. The tape is held until `release`, or as long as this is.
+    """
+
+    def __init__(self, trace, params, operator, plan, tracer, scalar: bool):
+        super().__init__(trace, params, operator, plan, tracer, trace.constants)
+        self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
+        self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
+
+    def row_layout(self) -> RowLayout | None:
+        """The row layout of the residuals, or None where they do not separate."""
+        plan = self._plan
+        if plan is None:
+            return None
+        return plan.row_layout(self._constants) if plan.mixing or plan.layout is UNKNOWN else plan.layout
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.
+
+        run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
+        """
+        loss, residual = values_of(run(), self._tracer, self.residuals_need_tape)
+        if residual.numel() != self.num_residuals:
+            raise ValueError(
+                f"pgdfast.LM: the closure returned {self.num_residuals} residuals before the step and {residual.numel()} at a "
+                "trial point; with acceleration their number must not change within a step."
+            )
+        return loss, residual.to(self.dtype)
+
+    def _forget(self) -> None:
+        self._penalty = None
+
+
+def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
+    """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
+    if scalar:
+        trace = tracer.trace(result)
+        return trace.value, trace.residual
+    residual = flat_residuals(result)
+    return 0.5 * float(residual.double().square().sum()), residual
+
+
+def flat_residuals(result) -> torch.Tensor:
+    """The residual tensors of a closure's result as one vector."""
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
 def _depth_of_caller() -> int:

@@ -1,9 +1,9 @@
 """(mu D + J^T J) delta = J^T r: the solvers, and the choice between them."""
 
+from .captured import Direct, direct, solve_direct
 from .choice import SOLVERS
-from .dampings import solve
+from .entry import solve
 from .members import MemberSolutions, solve_members
-from .on_device import Direct, direct, solve_direct
 from .options import CG, Nystrom
 from .solution import ADVICE, Solution, Solutions
 

@@ -7,11 +7,14 @@ Source: D. C.-L. Fong and M. Saunders, LSMR: an iterative algorithm for sparse l
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
+from ..kernels.protocol import Outcome
 from .options import CG
 from .problem import Found, Problem
+from .sizes import SWEEP, Sizes
 
 
 def lsmr(problem: Problem, options: CG) -> Found:
@@ -27,19 +30,34 @@ def lsmr(problem: Problem, options: CG) -> Found:
         root, damp = d.rsqrt(), 1.0
     else:
         root, damp = None if problem.scale is None else problem.scale.to(lin.dtype).rsqrt(), math.sqrt(problem.mu)
-    run = lin.operator.lsmr if lin.operator.has_lsmr else _of(lin)
-    limits = options.max_iterations, options.tolerance
-    found = Found(*run(problem.r, d, root, damp, problem.q, *limits)[:8])
-    return found._replace(again=lambda u: run(u, d, root, damp, None, *limits)[0])
+
+    def run(r, q):
+        kernels = lin.kernels()
+        call = kernels.lsmr if kernels.has_lsmr else partial(_lsmr, kernels)
+        return call(r, d, root, damp, q, options.max_iterations, options.tolerance)
+
+    return Found(run(problem.r, problem.q), lambda u: run(u.to(lin.dtype), None).step, False, {})
 
 
-def _of(lin):
-    """LSMR in PyTorch with the signature of the native core's (kernels/native.py)."""
+class LSMR:
+    """The solver "lsmr"."""
 
-    def run(*arguments):
-        return _lsmr(lin, *arguments)
+    name, automatic = "lsmr", None
 
-    return run
+    def solve(self, problem, options, rcond, wide, keep, time) -> Found:
+        """One solve, in float64 where its tolerance needs that."""
+        return lsmr(problem.for_iterations(options), options)
+
+    def solve_all(self, problem, mus, options, rcond) -> None:
+        """Dampings are solved for one after another."""
+
+    def operations(self, s: Sizes) -> float:
+        """As many products as CG has."""
+        return s.dampings * (min(s.options.max_iterations, s.M, s.P) * 2 * SWEEP * s.sweep + 4 * s.sweep)
+
+    def bytes(self, s: Sizes) -> float:
+        """See Solver."""
+        return s.steps + s.krylov + 2 * s.width * s.P
 
 
 def _rotation(a: float, b: float) -> tuple[float, float, float]:
@@ -53,13 +71,13 @@ def _normalised(x: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (x / norm if norm > 0 else x), norm
 
 
-def _lsmr(lin, r, d, root, damp, q, max_iterations, tolerance):
+def _lsmr(kernels, r, d, root, damp, q, max_iterations, tolerance):
     def scaled(x):
         return x if root is None else root * x
 
     offset = None if q is None else q / d
-    u, beta = _normalised(r if q is None else r - lin.jvp(offset))
-    v, alpha = _normalised(scaled(lin.vjp(u)))
+    u, beta = _normalised(r if q is None else r - kernels.jvp(offset))
+    v, alpha = _normalised(scaled(kernels.vjp(u)))
     x, h, hbar = torch.zeros_like(v), v.clone(), torch.zeros_like(v)
     b_norm, lowest = beta, 0.01 * torch.finfo(v.dtype).eps
     zetabar, alphabar, rho, rhobar, cbar, sbar, zeta = alpha * beta, alpha, 1.0, 1.0, 1.0, 0.0, 0.0
@@ -68,9 +86,9 @@ def _lsmr(lin, r, d, root, damp, q, max_iterations, tolerance):
     status, iterations = "solved" if zetabar == 0 else "max_iterations", 0
     while status == "max_iterations" and iterations < max_iterations:
         iterations += 1
-        u, beta = _normalised(lin.jvp(scaled(v)) - alpha * u)
+        u, beta = _normalised(kernels.jvp(scaled(v)) - alpha * u)
         A_square += beta**2
-        v, alpha = _normalised(scaled(lin.vjp(u)) - beta * v) if beta > 0 else (v, 0.0)
+        v, alpha = _normalised(scaled(kernels.vjp(u)) - beta * v) if beta > 0 else (v, 0.0)
         A_norm = math.sqrt(A_square + damp**2)
         A_square += alpha**2
 
@@ -102,9 +120,9 @@ def _lsmr(lin, r, d, root, damp, q, max_iterations, tolerance):
         elif e_norm <= lowest * (b_norm + A_norm * x_norm) or abs(zetabar) <= lowest * A_norm * e_norm:
             status = "stagnated"
     step = scaled(x) if q is None else scaled(x) + offset
-    g = lin.vjp(r) if q is None else lin.vjp(r) + q
-    error = g - (lin.vjp(lin.jvp(step)) + d * step)
+    g = kernels.vjp(r) if q is None else kernels.vjp(r) + q
+    error = g - (kernels.vjp(kernels.jvp(step)) + d * step)
     g_norm = float(torch.linalg.vector_norm(g))
     residual = float(torch.linalg.vector_norm(error)) / g_norm if g_norm > 0 else 0.0
     dots = [float(torch.dot(a, step)) for a in (g, step, error)]
-    return step, status, iterations, residual, dots[0], dots[1], 0.0, dots[2]
+    return Outcome(step, status, iterations, residual, dots[0], dots[1], 0.0, dots[2])

@@ -6,51 +6,17 @@ import functools
 
 import torch
 
-from .cg_members import cg_together
-from .choice import NARROW_CONDITION, choose, solve_one, too_narrow
+from ..kernels.limits import NARROW_CONDITION
+from ..kernels.protocol import STATUS, Outcome
+from .choice import BY_NAME, choose
+from .entry import not_finite, solve
+from .factor import Refactored
+from .krylov import Many, conjugate_gradients
 from .options import CG
-from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
+from .problem import Problem, affords_float64, for_iterations
 from .solution import Solution
 
 _TRY_AGAIN = 20   # steps after which members that were refined one by one are tried in one call again
-
-
-def solve_members(
-    lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
-    wide=None, keep=None, time: int = 0, priors=None, factors: bool = False,
-) -> MemberSolutions:
-    """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b for members of an ensemble.
-
-    lin: an EnsembleLinearization. dampings: {member: mu}; members not named are left alone. scale: D, (B, P), or None. solver,
-    cg, rcond, time: as for pgdfast.solve. wide, keep: per member, what its last Solution had. Returns {member: Solution}, each
-    as pgdfast.solve would return it for that member alone. priors: by member. factors: are solves with the same factor to follow?
-    Cost: that of the members' solves, on as many cores as there are.
-    """
-    options = cg or CG()
-    priors = priors or {}
-    wide, keep = wide or [False] * lin.count, keep or [{}] * lin.count
-    groups: dict[tuple, list[int]] = {}
-    for b, mu in dampings.items():
-        groups.setdefault((mu == 0, wide[b], b in priors), []).append(b)
-    found = MemberSolutions()
-    for (_, is_wide, has_prior), group in groups.items():
-        b = group[0]
-        problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
-        name, reason = choose(problem, solver, options, is_wide)
-        together = _Together(lin, dampings, scale, options, name, reason, keep, time)
-        if together.possible and not has_prior and not factors:
-            found.update(together.run(group, is_wide))
-            if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
-                found.steps = together.steps
-        for b in group:
-            if b not in found:
-                found[b] = solve_one(
-                    lin.member(b), dampings[b], scale=None if scale is None else scale[b], solver=solver, cg=cg, rcond=rcond,
-                    wide=is_wide, keep=keep[b], time=time, prior=priors.get(b),
-                )
-                if together.refines:   # the call would have been in vain: not every time
-                    found[b].keep = found[b].keep | {"alone": True}
-    return found
 
 
 class MemberSolutions(dict):
@@ -59,21 +25,63 @@ class MemberSolutions(dict):
     steps: torch.Tensor | None = None
 
 
+def solve_members(
+    lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
+    wide=None, keep=None, time: int = 0, priors: dict | None = None, factors: bool = False,
+) -> MemberSolutions:
+    """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b + mu_b D_b p_b for members of an ensemble.
+
+    Returns {member: Solution}, each as pgdfast.solve would return it for that member alone. Cost: that of the members' solves,
+    on as many cores as there are.
+
+    Args:
+        lin: an EnsembleLinearization.
+        dampings: {member: mu}; members not named are left alone.
+        scale: D, (B, P), or None.
+        solver: as for pgdfast.solve.
+        cg: the same.
+        rcond: the same.
+        wide: per member, what its last Solution had.
+        keep: the same.
+        time: as for pgdfast.solve.
+        priors: {member: p}, (P,), as for pgdfast.solve; members with one are solved one by one.
+        factors: will each Solution be asked to solve with its factor again? Then one by one, too, since one call keeps none.
+    """
+    options, priors = cg or CG(), priors or {}
+    wide, keep = wide or [False] * lin.count, keep or [{}] * lin.count
+    groups: dict[tuple, list[int]] = {}
+    for b, mu in dampings.items():
+        groups.setdefault((mu == 0, wide[b], factors or priors.get(b) is not None), []).append(b)
+    found = MemberSolutions()
+    for (_, is_wide, alone), group in groups.items():
+        b = group[0]
+        problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
+        name, reason = choose(problem, solver, options, is_wide)
+        together = _Together(lin, dampings, scale, options, rcond, name, reason, keep, time)
+        if together.possible and not alone:
+            found.update(together.run(group, is_wide))
+            if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
+                found.steps = together.steps
+        for b in group:
+            if b not in found:
+                found[b] = solve(
+                    lin.member(b), dampings[b], scale=None if scale is None else scale[b], solver=solver, cg=cg, rcond=rcond,
+                    wide=is_wide, keep=keep[b], time=time, prior=priors.get(b),
+                )
+                if together.refines:   # the call would have been in vain: not every time
+                    found[b].keep = found[b].keep | {"alone": True}
+    return found
+
+
 class _Together:
     """Solves of several members in one call; what a call could not settle is left to the solve of one."""
 
-    def __init__(self, lin, dampings, scale, options: CG, name: str, reason: str, keep, time: int):
-        self.lin, self.scale, self.options, self.name, self.reason, self.keep = lin, scale, options, name, reason, keep
-        self.time = time
-        self.mu = torch.tensor([dampings.get(b, 0.0) for b in range(lin.count)], dtype=torch.float64)
-        self.calls, self.steps = 0, None
-        self.small = lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR
-
-    @property
-    def refines(self) -> bool:
-        """Whether a float32 factor that is not enough is refined, which is done for one member at a time."""
-        order = self.lin.num_residuals if self.name == "dual" else self.lin.num_parameters
-        return self.lin.dtype == torch.float32 and self.name in ("dual", "primal") and order > DOUBLE_FACTOR
+    def __init__(self, lin, dampings, scale, options: CG, rcond: float, name: str, reason: str, keep, time: int):
+        self.lin, self.scale, self.options, self.rcond = lin, scale, options, rcond
+        self.solver, self.name, self.reason, self.keep, self.time = BY_NAME[name], name, reason, keep, time
+        self.mu = [float(dampings.get(b, 0.0)) for b in range(lin.count)]
+        self.calls, self.steps, self.shared = 0, None, []
+        self.refines = name in ("dual", "primal") and self.solver.refines(lin)   # which is done for one member at a time
 
     @property
     def possible(self) -> bool:
@@ -82,91 +90,102 @@ class _Together:
             return self.options.preconditioner is None and not self.options.truncate
         if not self.lin.separates or self.name not in ("dual", "primal"):
             return False
-        rows = self.lin.member(0).rows is not None
-        return self.scale is None and rows if self.name == "dual" else True
+        return self.scale is None and self.lin.row_layout() is not None if self.name == "dual" else True
 
     def run(self, group: list[int], is_wide: bool) -> dict[int, Solution]:
         """{member: Solution} of those that are settled."""
+        lin, affords = self.lin, affords_float64(self.lin)
         if self.name == "cg":
             # The longest first, so that the cores end together: as many iterations as last time, or nearly.
             group = sorted(group, key=lambda b: -self.keep[b].get("iterations", 0))
-            doubled = too_narrow(self.lin, self.options) and self.lin.separates
-            return self._solutions(group, *self._call(group, doubled), wide=lambda trace: False)
-        if self.lin.dtype != torch.float32:
-            return self._solutions(group, *self._call(group, False), wide=lambda trace: False)
+            return self._solutions(group, *self._call(group, for_iterations(lin, self.options)))
+        if lin.dtype != torch.float32:
+            return self._solutions(group, *self._call(group, lin))
         settled: dict[int, Solution] = {}
-        if not (is_wide and self.small):
-            again = self.time % _TRY_AGAIN == 0
-            trying = [b for b in group if again or not (self.refines and self.keep[b].get("alone"))]
+        if not (is_wide and affords):
+            trying = [b for b in group if self.time % _TRY_AGAIN == 0 or not (self.refines and self.keep[b].get("alone"))]
             if trying:
-                steps, outcomes = self._call(trying, False)
+                steps, outcomes = self._call(trying, lin)
                 done = [
-                    (b, o) for b, o in zip(trying, outcomes, strict=True) if o[0] == "solved" and o[5] <= NARROW_CONDITION
+                    (b, o) for b, o in zip(trying, outcomes, strict=True)
+                    if o.status == "solved" and o.trace <= NARROW_CONDITION
                 ]
-                settled = self._solutions([b for b, _ in done], steps, [o for _, o in done], wide=lambda trace: False)
-            if not self.small or self.refines:   # to be refined, or as far as this precision goes: one by one
+                settled = self._solutions([b for b, _ in done], steps, [o for _, o in done])
+            if not affords or self.refines:   # to be refined, or as far as this precision goes: one by one
                 return settled
             group = [b for b in group if b not in settled]
         if group:
-            settled |= self._solutions(group, *self._call(group, True), wide=lambda trace: trace > NARROW_CONDITION)
+            settled |= self._solutions(group, *self._call(group, lin.widened()), widened=True)
         return settled
 
-    def _call(self, group: list[int], doubled: bool):
-        """(steps (B, P), outcomes) in the order of `native.Kernels.dual`."""
+    def _call(self, group: list[int], lin):
+        """(steps (B, P), outcomes of these members but for their steps), in the precision of `lin`."""
         self.calls += 1
-        lin, dtype = self.lin, torch.float64 if doubled else self.lin.dtype
-        r, scale, q = lin.residual.to(dtype), None if self.scale is None else self.scale.to(dtype), None
+        scale, count, penalties = None if self.scale is None else self.scale.to(lin.dtype), lin.count, []
+        q = start = None
         if lin.penalties:
+            penalties = [lin.penalties.get(k, 0.0) for k in range(len(lin.params))]
             q = torch.cat([
-                lin.penalties.get(k, 0.0) * p.detach().reshape(lin.count, -1).to(dtype) for k, p in enumerate(lin.params)
+                c * p.detach().reshape(count, -1).to(lin.dtype) for c, p in zip(penalties, lin.params, strict=True)
             ], 1)
-        penalty = [lin.penalties.get(k, 0.0) for k in range(len(lin.params))] if lin.penalties else []
-        start = self._start(dtype) if self.name == "cg" and self.options.warm_start else None
+        if self.name == "cg" and self.options.warm_start:
+            start = lin.residual.new_zeros(count, lin.num_parameters)
+            for b in range(count):
+                kept = self.keep[b].get("start")
+                if kept is not None and kept.shape == (lin.num_parameters,):
+                    start[b] = kept
+        inverse = None if scale is None or self.name != "cg" else 1 / scale
+        mu = torch.tensor(self.mu, dtype=torch.float64)
         if not lin.separates:
-            d = self.mu[:, None].to(lin.device, dtype) * (1.0 if scale is None else scale)
-            if penalty:
+            d = mu[:, None].to(lin.device, lin.dtype) * (1.0 if scale is None else scale)
+            if penalties:
                 d = d + torch.cat([
-                    torch.full((p.numel() // lin.count,), c, dtype=dtype, device=lin.device)
-                    for c, p in zip(penalty, lin.params, strict=True)
+                    p.new_full((p.numel() // count,), c, dtype=lin.dtype) for c, p in zip(penalties, lin.params, strict=True)
                 ])
-            d = d.expand(lin.count, lin.num_parameters)
-            return cg_together(lin, r, d, q, None if scale is None else 1 / scale, start, group, self.options)
-        plan = lin.plan(doubled)
+            return self._cg(lin, d.expand(count, lin.num_parameters), q, inverse, start, group)
+        kernels = lin.kernels(0)
         if self.name == "dual":
-            plan.rows(lin.constants)
-        return lin.bound(plan).members_solve(
-            self.name, group, r.contiguous(), self.mu, penalty, scale, q, self.options,
-            None if scale is None or self.name != "cg" else 1 / scale, start,
+            lin.row_layout()
+        steps, numbers = kernels.members_solve(
+            self.name, group, lin.residual.contiguous(), mu, penalties, scale, q, self.options, inverse, start
         )
+        return steps, [Outcome(steps[b], *rest) for b, rest in zip(group, numbers, strict=True)]
 
-    def _start(self, dtype):
-        lin = self.lin
-        start = torch.zeros(lin.count, lin.num_parameters, dtype=dtype, device=lin.device)
-        for b in range(lin.count):
-            kept = self.keep[b].get("start")
-            if kept is not None and kept.shape == (lin.num_parameters,):
-                start[b] = kept
-        return start
+    def _cg(self, lin, d, q, inverse, start, group):
+        b = lin.vjp(lin.residual)
+        x, *numbers, _ = conjugate_gradients(
+            lambda x: lin.vjp(lin.jvp(x)) + d * x, b if q is None else b + q,
+            (lambda x: x) if inverse is None else (lambda x: inverse * x), self.options, Many, start, None, group,
+        )
+        rows = torch.stack([number.double() for number in numbers], 1)[group].tolist()
+        return x, [
+            Outcome(x[b], STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack)
+            for b, (status, iterations, norm, gain, square, slack) in zip(group, rows, strict=True)
+        ]
 
-    def _solutions(self, group, steps, outcomes, wide) -> dict[int, Solution]:
+    def _solutions(self, group, steps, outcomes, widened: bool = False) -> dict[int, Solution]:
         lin, name, found = self.lin, self.name, {}
-        if steps.dtype is not lin.dtype:
-            steps = steps.to(lin.dtype)
-        self.steps = steps
-        mu = self.mu.tolist()
-        for b, (status, iterations, norm, gain, square, trace, slack) in zip(group, outcomes, strict=True):
-            step, diagonal, damped = steps[b], mu[b], mu[b] * square
+        self.steps = steps = steps if steps.dtype is lin.dtype else steps.to(lin.dtype)
+        for b, outcome in zip(group, outcomes, strict=True):
+            _, status, iterations, norm, gain, square, trace, slack, _ = outcome
+            step, mu, detail = steps[b], self.mu[b], ""
+            diagonal, damped = mu, mu * square
             if self.scale is not None:
-                diagonal = mu[b] * self.scale[b]
+                diagonal = mu * self.scale[b]
                 damped = float(torch.dot(step.double(), diagonal.double() * step.double()))
-            if not abs(gain) + square < float("inf"):
+            infinite = not abs(gain) + square < float("inf")
+            if infinite or (status == "not_positive_definite" and not trace < float("inf")):
                 step.zero_()
-                status, gain, damped, slack = "not_finite", 0.0, 0.0, 0.0
+                status, gain, damped, slack, detail = "not_finite", 0.0, 0.0, 0.0, not_finite(lin.member(b))
             keep = {"iterations": iterations} if name == "cg" else {}
             if name == "cg" and self.options.warm_start and status != "not_finite":
                 keep["start"] = step
             found[b] = Solution(
                 step, status, iterations, name, self.reason, gain, damped, functools.partial(lin.member, b), diagonal,
-                norm if name == "cg" else None, wide(trace), slack, (), keep,
+                norm if name == "cg" else None, widened and trace > NARROW_CONDITION, slack, (), keep, None,
+                Refactored(name, functools.partial(self._problem, b), self.options, self.rcond, widened, self.shared), detail,
             )
         return found
+
+    def _problem(self, b: int) -> Problem:
+        return Problem.of(self.lin.member(b), self.mu[b], None if self.scale is None else self.scale[b])

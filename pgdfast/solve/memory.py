@@ -1,83 +1,77 @@
-"""What each solver allocates at its peak, beyond the linearisation itself: predicted from sizes, in bytes."""
+"""How much memory there is to be had, on the machine, in its control group, or on a GPU."""
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
-from .cg import SLOTS
-from .multishift import PANEL
-from .options import CG, Nystrom
-from .problem import DOUBLE_FACTOR, WIDE_FACTOR, Problem
-
-_PASS, _ONE_ARENA = 64 << 20, 64 << 20   # bytes: kPassBytes of csrc/cpu/gram.cpp, kOneArenaBytes of csrc/cpu/solve.h
+import torch
 
 
-def memory_limit() -> float:
-    """Half of the memory that is free now, in bytes."""
-    try:
-        return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4e9
+def memory_limit(device: torch.device) -> float:
+    """Bytes that a solve may take: half of what is available now."""
+    available = available_memory(device)
+    return 0.5 * available if available < math.inf else 4e9
 
 
-def predicted_bytes(problem: Problem, options: CG, wide: bool = False, dampings: int = 1) -> dict[str, float]:
-    """{solver: bytes}: matrices and factors, arenas (one per section of a row), J where it is formed, vectors.
+def available_memory(device: torch.device, root: Path = Path("/")) -> float:
+    """Bytes that can be had on a device; infinity where the system does not say.
 
-    wide: a float32 problem is known to need float64 sums. dampings: steps that are solved for from one linearisation.
+    On a CPU what Linux calls available, caches included that it would give back, and not more than the control group of this
+    process may still take. On a GPU the device's free memory and what PyTorch's allocator holds of it unused. root: of the file
+    system that tells.
     """
-    lin = problem.linearization
-    operator, rows = lin.operator, lin.rows
-    M, P = float(lin.num_residuals), float(lin.num_parameters)
-    small = min(M, P) <= WIDE_FACTOR
-    width = 8 if wide and small else lin.residual.element_size()
-    arena = width * operator.arena_size
-    local = rows is not None and operator.fused
-    jacobian = width * M * P * (1 if operator.fused else 2)   # PyTorch joins batches of rows
-    # Sweeps for J or the Gram matrix: an arena per section, or batches of rows (kernels/torch_kernels.py), or rows one by one.
-    sweeps = arena * (rows.max_sections if local else operator.rows_per_sweep)
-    sweeps += 0 if local and arena > _ONE_ARENA else arena
-    vectors = 8 * width * (M + P)
-    if local and problem.scale is None:
-        packed = width * (M * rows.explicit_columns + rows.packed)   # a pass takes all, or a part
-        dual = _factored(M, width) + max(min(packed, max(_PASS, width * M * M / 4)), width * rows.largest)
-    else:
-        dual = jacobian + (width * M * P if problem.scale is not None else 0) + M * M * _dense(M, width)
-    if local and operator.sums_sections:
-        primal = _factored(P, width) + width * rows.packed
-    else:
-        primal = jacobian + (_factored(P, width) if operator.fused else P * P * _dense(P, width))
-    least = min(M, P)
-    rows_of_eigh = 0 if M <= P and local and problem.scale is None else M * P * (8 if small else width)
-    # CG: b, delta, d, residual, p, A p, u, and the copies of the last check.
-    krylov = arena + width * (2 * M + (7 if operator.has_cg else 15) * P)   # PyTorch: and the results of its operations
-    cg = krylov
-    if problem.scale is not None or options.preconditioner is not None:
-        cg += width * P
-    if options.preconditioner == "jacobi" and not local:
-        cg += jacobian + sweeps
-    if isinstance(options.preconditioner, Nystrom):
-        cg += 5 * width * min(options.preconditioner.rank, P) * P   # products, factors of the sketch, the sketch
-    if options.warm_start:
-        cg += width * P
-    if options.truncate:
-        cg += SLOTS * width * P
-    steps = 2 * width * P * dampings if dampings > 1 else 0   # apart, and as one matrix
-    if dampings > 1 and options.shifts:
-        cg += width * (dampings + PANEL) * P
-    return {
-        "dual": steps + dual + sweeps + vectors,
-        "primal": steps + primal + sweeps + vectors,
-        "cg": steps + cg,
-        "eigh": steps + 48 * least**2 + rows_of_eigh + sweeps + vectors,
-        "lsmr": steps + krylov + 2 * width * P,
-    }
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return min(_of_machine(root), _of_control_group(root))
 
 
-def _factored(order: float, width: int) -> float:
-    """Bytes of a matrix in the core and of its factor, half as large; small float32 ones are copied to float64 for it."""
-    return order * order * (1.5 * width + (12 if width == 4 and order <= DOUBLE_FACTOR else 0))
+def _of_machine(root: Path) -> float:
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
-def _dense(order: float, width: int) -> int:
-    """Bytes per entry of a matrix that PyTorch damps and factors: itself, a float64 copy, another to damp, the factor."""
-    return 3 * width if order > WIDE_FACTOR or width == 8 else width + 24
+def _of_control_group(root: Path) -> float:
+    """What the groups of this process, each within the next, leave of their limits."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return math.inf
+    least = math.inf
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        second = controllers == ""
+        if not second and "memory" not in controllers.split(","):
+            continue
+        top = root / ("sys/fs/cgroup" if second else "sys/fs/cgroup/memory")
+        names = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        inner = top / path.strip("/")
+        for folder in (inner, *inner.parents):   # a container may see its own group at the top
+            least = min(least, _left(folder, *names))
+            if folder == top:
+                break
+    return least
+
+
+def _left(folder: Path, limit: str, usage: str) -> float:
+    """Of one group's limit; pages of files that nobody has touched lately are given back where they are needed."""
+    try:
+        allowed = int((folder / limit).read_text(encoding="ascii"))
+        used = int((folder / usage).read_text(encoding="ascii"))
+    except (OSError, ValueError):   # there is no such file, or no limit ("max")
+        return math.inf
+    try:
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass
+    return float(max(allowed - max(used, 0), 0))

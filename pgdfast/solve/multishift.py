@@ -14,54 +14,45 @@ from functools import partial
 
 import torch
 
-from .cg import cg
+from ..kernels.limits import CHECK_EVERY, SHIFT_DRIFT, SHIFT_EARLY
+from ..kernels.protocol import Outcome
 from .options import CG
 from .problem import Found, Problem
 
-PANEL = 34     # residuals that the core keeps, and probes (csrc/cpu/multishift.cpp)
-_EARLY = 0.6   # of the tolerance: where a shift claims to have arrived, so that rounding has room
-_DRIFT = 1.1   # true over recurrence's residual beyond which the recurrence is given up
 
-
-def multishift(problem: Problem, mus: list[float], options: CG) -> list[Found]:
+def multishift(problem: Problem, mus: list[float], options: CG, alone) -> list[Found]:
     """CG's step for each of the ascending mus; of `problem` all but its mu counts.
 
     Each stops where its own residual is small enough, and is then left alone. What they claim is checked at the end: each by
     its true residual, or in the core all by two random combinations of them, and those one by one that these do not clear. A
-    shift that misses its claim is finished by CG of its own, from where it is. Cost per iteration: one JVP and one VJP, and
-    4 K P operations.
+    shift that misses its claim is finished by CG of its own, from where it is. alone: CG for one damping. Cost per
+    iteration: one JVP and one VJP, and 4 K P operations.
     """
     lin = problem.linearization
-    run = lin.operator.multishift if lin.operator.has_multishift else _of(lin)
+    kernels = lin.kernels()
+    run = kernels.multishift if kernels.has_multishift else partial(_multishift, lin)
     scale = None if problem.scale is None else problem.scale.to(lin.dtype).contiguous()
     steps, rest = run(problem.r, problem.q, mus, scale, problem.penalty, options)
     found = []
-    for mu, step, one in zip(mus, steps.unbind(), rest, strict=True):
-        if one[0] in ("stagnated", "breakdown") and one[1] < options.max_iterations:
-            one, step = _finished(problem.at(mu), step, one[1], options)
-        found.append(Found(step, *one, (), partial(_again, problem, mu, options)))
+    for mu, step, numbers in zip(mus, steps.unbind(), rest, strict=True):
+        outcome = Outcome(step, *numbers)
+        if outcome.status in ("stagnated", "breakdown") and outcome.iterations < options.max_iterations:
+            outcome = _finished(problem.at(mu), outcome, options, alone)
+        found.append(Found(outcome, partial(_again, problem, mu, options, alone), False, {}))
     return found
 
 
-def _finished(problem: Problem, step: torch.Tensor, iterations: int, options: CG):
+def _finished(problem: Problem, lost: Outcome, options: CG, alone) -> Outcome:
     """The step of a shift whose recurrence was lost, after as many iterations of its own as it has left."""
-    left = replace(options, max_iterations=options.max_iterations - iterations, warm_start=True)
-    more, _ = cg(problem, left, {"start": step})
-    return (more.status, iterations + more.iterations, *more[3:8]), more.step
+    left = replace(options, max_iterations=options.max_iterations - lost.iterations, warm_start=True)
+    more = alone(problem, left, {"start": lost.step}).outcome
+    return more._replace(iterations=lost.iterations + more.iterations)
 
 
-def _again(problem: Problem, mu: float, options: CG, u: torch.Tensor) -> torch.Tensor:
-    """`Solution.again` of one shift, by a solve of its own."""
-    return cg(replace(problem, mu=mu, r=u, q=None), replace(options, warm_start=False))[0].step
-
-
-def _of(lin):
-    """Multi-shift CG in PyTorch with the signature of the native core's (kernels/native.py)."""
-
-    def run(*arguments):
-        return _multishift(lin, *arguments)
-
-    return run
+def _again(problem: Problem, mu: float, options: CG, alone, u: torch.Tensor) -> torch.Tensor:
+    """`Solution.solve_with_same_factor` of one shift, by a solve of its own."""
+    one = replace(problem, mu=mu, r=u.to(problem.r.dtype), q=None)
+    return alone(one, replace(options, warm_start=False)).outcome.step
 
 
 def _multishift(lin, r, q, mus, scale, penalty, options: CG):
@@ -112,8 +103,8 @@ def _multishift(lin, r, q, mus, scale, penalty, options: CG):
         residual = residual - alpha * Ap
         norm, rz, i = float(norms(residual)), float(torch.dot(residual, residual)), i + 1
         beta, alpha_before = rz / before, alpha
-        freeze(active & (zeta * norm <= _EARLY * target), "solved")
-        if bool(active.any()) and i % 50 == 0 and not float(norms(b - apply(X[0]))) <= _DRIFT * norm:
+        freeze(active & (zeta * norm <= SHIFT_EARLY * target), "solved")
+        if bool(active.any()) and i % CHECK_EVERY == 0 and not float(norms(b - apply(X[0]))) <= SHIFT_DRIFT * norm:
             freeze(active, "stagnated")
         P = column(zeta) * residual + column(beta * ratio * ratio) * P
         p = residual + beta * p
@@ -132,7 +123,7 @@ def _multishift(lin, r, q, mus, scale, penalty, options: CG):
 
 def _ggn(lin, X):
     """J^T J times vectors (P,) or (n, P)."""
-    operator = lin.operator
-    if X.dim() == 1 or operator.batches:
-        return operator.vjp(operator.jvp(X))
-    return torch.stack([operator.vjp(operator.jvp(x)) for x in X])
+    kernels = lin.kernels()
+    if X.dim() == 1 or kernels.batches:
+        return kernels.vjp(kernels.jvp(X))
+    return torch.stack([kernels.vjp(kernels.jvp(x)) for x in X])

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-WIDE_FACTOR = 2048    # up to this order a float32 problem may be summed and factored in float64
-DOUBLE_FACTOR = 192   # up to this order the core factors a float32 matrix in float64 in any case (csrc/cpu/solve.h)
+from ..kernels.limits import NARROW_TOLERANCE, WIDE_FACTOR
+from ..kernels.protocol import Outcome
+from ..linear.protocol import SolvableLinearization
+from .options import CG
+from .sizes import Sizes
 
 
 class Found(NamedTuple):
     """What a solver hands back.
 
-    gain is g . step; trace that of J D^-1 J^T, which bounds the condition from above; slack (g - A step) . step, 0 for solves
-    that are exact; path earlier iterates as (iteration, step, gain, square, slack), the shortest first; again: (M,) -> (P,),
-    see Solution.again.
+    outcome: of kernels.protocol. again: u -> (damped matrix)^-1 J^T u, (M,) -> (P,), see Solution.solve_with_same_factor.
+    wide: did a float32 problem take float64 sums, and will the next? keep: what the next solve may start from. path: earlier
+    iterates as (iteration, step, gain, square, slack), the shortest first.
     """
 
-    step: torch.Tensor
-    status: str
-    iterations: int = 0
-    residual_norm: float | None = None
-    gain: float = 0.0
-    square: float = 0.0
-    trace: float = 0.0
-    slack: float = 0.0
-    path: tuple = ()
+    outcome: Outcome
     again: Callable | None = None
-    factor: object = None   # of a direct solve by the kernels (kernels.protocol.Factor)
+    wide: bool = False
+    keep: dict | None = None
+    path: tuple = ()
 
-    @classmethod
-    def failed(cls, lin) -> Found:
-        """No step: the matrix is not positive definite, or not finite."""
-        return cls(torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device), "not_positive_definite")
+
+class Solver(Protocol):
+    """One way to solve a Problem. SOLVERS of choice.py has them by name.
+
+    automatic: does "auto" consider it, and for how many dampings at least?
+    """
+
+    name: str
+    automatic: int | None
+
+    def operations(self, sizes: Sizes) -> float:
+        """Predicted, of all steps asked for."""
+
+    def bytes(self, sizes: Sizes) -> float:
+        """Predicted, at the peak, beyond the linearisation itself."""
+
+    def solve(self, problem: Problem, options: CG, rcond: float, wide: bool, keep: dict | None, time: int) -> Found:
+        """The step; the arguments are those of pgdfast.solve."""
+
+    def solve_all(self, problem: Problem, mus: list[float], options: CG, rcond: float) -> Sequence[Found] | None:
+        """The steps of the ascending mus in one go, or None where one is solved for after another."""
 
 
 class OnDemand(Sequence):
@@ -60,52 +74,57 @@ class OnDemand(Sequence):
 class Problem:
     """(diag(d) + J^T J) delta = J^T r + q, with d = mu * scale + c and q = c theta.
 
-    mu: damping; scale: (P,) or None for the identity; penalty c: (P,) or None; uniform: d is the number mu.
+    mu: damping, a number or a 0-dim tensor; scale: (P,) or None for the identity; penalty c: (P,) or None; uniform: d is the
+    number mu.
 
     A prior p, to which the damping pulls instead of to zero, adds mu D p on the right. With delta = p + psi it leaves the
     same equation for psi with r - J p for r and q - c p for q, which every solver solves as it is; mu = 0 included, where
     delta is the least-squares solution nearest to p.
     """
 
-    linearization: object
-    mu: float
+    linearization: SolvableLinearization
+    mu: float | torch.Tensor
     scale: torch.Tensor | None
-    penalty: torch.Tensor | None
     r: torch.Tensor
-    q: torch.Tensor | None
+    penalty: torch.Tensor | None = None
+    q: torch.Tensor | None = None
     prior: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, linearization, mu: float, scale: torch.Tensor | None, prior: torch.Tensor | None = None) -> Problem:
-        """Gather the penalty of a linearisation beside a damping, scale and prior. A prior costs one product with J."""
-        penalty, r, q = linearization.penalty, linearization.residual, linearization.penalty_gradient
+    def of(cls, linearization, mu, scale: torch.Tensor | None = None, prior: torch.Tensor | None = None) -> Problem:
+        """A linearisation's problem at a damping. A prior costs one product with J."""
+        lin, r = linearization, linearization.residual
+        if prior is None and not lin.penalties:
+            return cls(lin, mu, scale, r)
+        penalty, q = lin.penalty, lin.penalty_gradient
         if prior is not None:
-            prior = prior.to(linearization.dtype)
-            r = r - linearization.jvp(prior)
+            prior = prior.to(lin.dtype)
+            r = r - lin.jvp(prior)
             q = q if penalty is None else q - penalty * prior
-        return cls(linearization, mu, scale, penalty, r, q, prior)
+        return cls(lin, mu, scale, r, penalty, q, prior)
 
     def at(self, mu: float) -> Problem:
         """The same at another damping."""
-        return Problem(self.linearization, mu, self.scale, self.penalty, self.r, self.q, self.prior)
+        return Problem(self.linearization, mu, self.scale, self.r, self.penalty, self.q, self.prior)
 
     def widened(self) -> Problem:
         """The same problem in float64 (see Linearization.widened)."""
         wide = self.linearization.widened()
         return self if wide is self.linearization else Problem.of(wide, self.mu, self.scale, self.prior)
 
+    def for_iterations(self, options: CG) -> Problem:
+        """The same, in float64 where an iterative solve to this tolerance needs it."""
+        return self if for_iterations(self.linearization, options) is self.linearization else self.widened()
+
     def gradient(self) -> torch.Tensor:
         """The right-hand side J^T r + q, (P,)."""
         g = self.linearization.vjp(self.r)
         return g if self.q is None else g + self.q
 
-    def from_prior(self, found: Found) -> Found:
-        """What was found for psi, turned into delta = p + psi with the gain, length and slack of that. Costs one JVP.
-
-        Earlier iterates are left out: they lead away from p, not from zero.
-        """
+    def from_prior(self, outcome: Outcome) -> Outcome:
+        """What was found for psi, turned into delta = p + psi with the gain, length and slack of that. Costs one JVP."""
         lin = self.linearization
-        step = found.step + self.prior.to(found.step.dtype)
+        step = outcome.step + self.prior.to(outcome.step.dtype)
         pushed, wide = lin.jvp(step).double(), step.double()
         gain, curvature = float(torch.dot(lin.residual.double(), pushed)), float(torch.dot(pushed, pushed))
         if self.penalty is not None:
@@ -113,7 +132,7 @@ class Problem:
             curvature += float(torch.dot(self.penalty.double() * wide, wide))
         square = float(torch.dot(wide, wide))
         slack = gain - self.damped(step, square) - curvature
-        return found._replace(step=step, gain=gain, square=square, slack=slack, path=())
+        return outcome._replace(step=step, gain=gain, square=square, slack=slack)
 
     @property
     def uniform(self) -> bool:
@@ -126,8 +145,10 @@ class Problem:
         return self.mu if self.scale is None else self.mu * self.scale
 
     def diagonal(self) -> torch.Tensor:
-        """d, (P,)."""
+        """d, (P,); 0-dim where it is uniform and mu is a tensor."""
         lin = self.linearization
+        if isinstance(self.mu, torch.Tensor):   # without a look at it
+            return self.mu if self.penalty is None else self.mu + self.penalty
         if self.scale is None:
             d = torch.full((lin.num_parameters,), self.mu, dtype=lin.dtype, device=lin.device)
         else:
@@ -141,10 +162,18 @@ class Problem:
         wide = step.double()
         return self.mu * float(torch.dot(wide, self.scale.double() * wide))
 
-    def buffer_weights(self) -> torch.Tensor | None:
-        """1/d per parameter tensor where d is constant on each (identity scaling with a penalty), else None."""
-        if self.scale is not None or self.mu == 0:
-            return None
+    def weights_by_parameter(self) -> torch.Tensor:
+        """1/d, one number per parameter tensor, for the identity scaling."""
         lin = self.linearization
         values = [1 / (self.mu + lin.penalties.get(k, 0.0)) for k in range(len(lin.params))]
         return torch.tensor(values, dtype=lin.dtype)
+
+
+def for_iterations(lin, options: CG):
+    """The linearisation, in float64 where an iterative solve to this tolerance needs it."""
+    return lin.widened() if affords_float64(lin) and options.tolerance < NARROW_TOLERANCE else lin
+
+
+def affords_float64(lin) -> bool:
+    """Whether this is a float32 problem that is small enough to be summed and factored in float64."""
+    return lin.dtype == torch.float32 and min(lin.num_residuals, lin.num_parameters) <= WIDE_FACTOR

@@ -16,7 +16,7 @@ ADVICE = {
     "breakdown": "the solver met a direction without curvature: raise the damping or use a direct solver",
     "progress": "CG stopped because its model gained too little: lower CG(progress=...) for a more exact step",
     "truncated": "the step of the full solve was rejected and an earlier, shorter CG iterate taken instead; mu has risen",
-    "not_finite": "the step is not finite: raise the damping or use float64",
+    "not_finite": "the damped matrix or the step is not finite: raise the damping, scale the residuals down or use float64",
 }
 
 _USABLE = ("solved", "max_iterations", "stagnated", "progress", "truncated")
@@ -46,7 +46,8 @@ class Solution:
     path: tuple = field(repr=False, default=())            # earlier iterates: (iteration, step, gain, square, slack)
     keep: dict = field(repr=False, default_factory=dict)   # what the next solve may start from
     prior: torch.Tensor | None = field(repr=False, default=None)
-    solve_again: Callable | None = field(repr=False, default=None)
+    same_factor: Callable | None = field(repr=False, default=None)   # u -> (damped matrix)^-1 J^T u
+    detail: str = field(repr=False, default="")            # advice for this solve alone
 
     @property
     def usable(self) -> bool:
@@ -56,7 +57,7 @@ class Solution:
     @property
     def advice(self) -> str:
         """What to do about the status; empty when solved."""
-        return ADVICE.get(self.status, "")
+        return self.detail or ADVICE.get(self.status, "")
 
     @property
     def predicted_reduction(self) -> float:
@@ -72,16 +73,18 @@ class Solution:
         return t * self.gain - 0.5 * t * t * (self.gain - self.damped - self.slack)
 
     def solve_with_same_factor(self, u: torch.Tensor) -> torch.Tensor:
-        """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu and with the same factor.
+        """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu, whatever was solved since.
 
-        Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own. To be asked for before
-        the next solve, with the parameters of the linearisation. Raises RuntimeError where the step is not usable.
+        Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own; of several dampings by a
+        direct solver a new factor at first. With the parameters of the linearisation. Raises RuntimeError where the step is not
+        usable, and where parameters have changed or the linearisation was released.
         """
-        if not self.usable:
+        if not self.usable or self.same_factor is None:
             raise RuntimeError(
-                f"pgdfast.Solution.solve_with_same_factor: the solve ended as {self.status!r} and left no factor; solve at a larger damping"
+                f"pgdfast.Solution.solve_with_same_factor: the solve ended as {self.status!r} and left no factor; solve at a "
+                "larger damping"
             )
-        return self.solve_again(u)
+        return self.same_factor(u).to(self.step.dtype)
 
     def shortened(self) -> Solution | None:
         """The last iterate kept that is at most half as long as this step, or None.

@@ -9,7 +9,36 @@ from functools import partial
 import torch
 
 from ..kernels import native
-from .problem import Found, OnDemand, Problem
+from ..kernels.protocol import Outcome
+from .problem import Found, OnDemand, Problem, affords_float64
+from .sizes import EIGH, Sizes
+
+
+class Eigh:
+    """The solver "eigh"."""
+
+    name, automatic = "eigh", 2
+
+    def solve(self, problem, options, rcond, wide, keep, time) -> Found:
+        """The step, by float64 products where the problem is small."""
+        return eigh(problem.widened() if affords_float64(problem.linearization) else problem, [problem.mu], rcond)[0]
+
+    def solve_all(self, problem, mus, options, rcond) -> Sequence[Found]:
+        """One decomposition serves all dampings."""
+        lin = problem.linearization
+        return eigh(problem.widened() if affords_float64(lin) else problem, mus, rcond, lin.dtype)
+
+    def operations(self, s: Sizes) -> float:
+        """See Solver."""
+        M, P, least = s.M, s.P, min(s.M, s.P)
+        count = (s.sections * s.sweep + s.build if M <= P else s.jacobian + M * P * P) + EIGH * least**3 / 3
+        return count + (s.dampings - 1) * (s.sweep + 2 * least**2)
+
+    def bytes(self, s: Sizes) -> float:
+        """See Solver."""
+        M, P, least = s.M, s.P, min(s.M, s.P)
+        rows = 0 if M <= P and s.local and not s.scaled else M * P * (8 if s.small else s.width)
+        return s.steps + 48 * least**2 + rows + s.sweeps + s.vectors
 
 
 def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | None = None) -> Sequence[Found]:
@@ -30,7 +59,8 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
         K = J @ J.T if len(J) <= J.shape[1] else J.T @ J
     K, dual = K.double(), J is None or len(J) <= J.shape[1]
     if not math.isfinite(float(K.sum())) and not bool(torch.isfinite(K).all()):
-        return [Found.failed(lin) for _ in mus]
+        none = r.new_zeros(lin.num_parameters, dtype=lin.dtype if dtype is None else dtype)
+        return [Found(Outcome(none, "not_positive_definite", trace=math.nan), keep={}) for _ in mus]
     with native.lapack_threads(len(K)):
         values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
     largest = float(values[-1]) if len(values) else 0.0
@@ -62,21 +92,22 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     steps = steps if dtype is None else steps.to(dtype)
 
     def again(k, u):
+        u = u.to(r.dtype)
         rows = len(r) - len(u)   # those of the penalties
         return parameters((weights[k] * along(u if rows == 0 else torch.cat([u, u.new_zeros(rows)])))[None])[0]
 
     gains, squares = gains.tolist(), squares.tolist()
 
     def found(k):
-        return Found(steps[k], "solved", 0, None, gains[k], squares[k], 0.0, 0.0, (), partial(again, k))
+        return Found(Outcome(steps[k], "solved", 0, 0.0, gains[k], squares[k]), partial(again, k), False, {})
 
     return OnDemand([None] * len(mus), found)
 
 
 def _pulled(lin, Y: torch.Tensor) -> torch.Tensor:
     """The rows of Y through J^T, (K, P)."""
-    operator = lin.operator
-    return operator.vjp(Y) if operator.batches else torch.stack([operator.vjp(y) for y in Y])
+    kernels = lin.kernels()
+    return kernels.vjp(Y) if kernels.batches else torch.stack([kernels.vjp(y) for y in Y])
 
 
 def _inverse_root(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class GraphStep:
         with torch.enable_grad():
             result = self._closure()
         with torch.no_grad():
-            lin = self._linearizer.read(result, waits=False)
+            lin = self._linearizer.read(result, allow_sync=False)
             del result
             loss, fresh = lin.loss.double(), attempt == 0
             alive = torch.isfinite(loss)

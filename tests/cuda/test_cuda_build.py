@@ -73,8 +73,8 @@ def test_what_stands_in_the_way_is_said_once_and_the_next_backend_used(state, me
     monkeypatch.setattr(kernels, "_said", set())
     params, closure = fit()
     with pytest.warns(RuntimeWarning, match=message):
-        assert pgdfast.linearize(closure, params).operator.name == "torch"
-    assert pgdfast.linearize(closure, params).operator.name == "torch"   # and not again
+        assert pgdfast.linearize(closure, params).kernels().name == "torch"
+    assert pgdfast.linearize(closure, params).kernels().name == "torch"   # and not again
     with pytest.raises(RuntimeError, match=message):
         pgdfast.linearize(closure, params, backend="native")
 

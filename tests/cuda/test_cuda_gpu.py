@@ -25,7 +25,7 @@ def test_results_repeat_bit_for_bit():
     found = []
     for _ in range(3):
         lin = pgdfast.linearize(lambda: model(x), model.parameters())
-        assert type(lin.operator) is cuda.Kernels
+        assert type(lin.kernels()) is cuda.Kernels
         steps = [pgdfast.solve(lin, 0.1, solver=s).step for s in ("dual", "primal", "cg")]
         found.append([lin.gram(), lin.dense(), lin.gradient(), *steps])
     for other in found[1:]:
@@ -35,7 +35,7 @@ def test_results_repeat_bit_for_bit():
 def test_members_of_an_ensemble():
     model, x = mlp(2, 9, 1).cuda(), rand(19, 2).cuda()
     lin = pgdfast.linearize(lambda: model(x), model.parameters())
-    kernels, rows = lin.operator, lin.rows
+    kernels, rows = lin.kernels(), lin.row_layout()
     assert rows is not None
     kernels.set_members(40, [0] * len(kernels.shifts), [0] * len(kernels.shifts))
     mu = torch.logspace(-2, 1, 40, dtype=torch.float64)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("on_cuda")
 
 def products(lin, ref):
     """The largest relative error of everything that is multiplied with J."""
-    assert type(lin.operator) is cuda.Kernels
+    assert type(lin.kernels()) is cuda.Kernels
     v, u = rand(lin.num_parameters, seed=3), rand(lin.num_residuals, seed=4)
     pairs = [
         (lin.jvp(v), ref.jvp(v)), (lin.vjp(u), ref.vjp(u)), (lin.dense(), ref.dense()), (lin.gram(), ref.gram()),
@@ -55,7 +55,7 @@ def test_the_large_tiles(rows, dtype):
     x = rand(rows, 2, seed=1, dtype=dtype)
     lin, ref = both(lambda: model(x), list(model.parameters()))
     K = lin.gram()
-    assert lin.operator._info(6) == (32 if rows == 200 and dtype == torch.float32 else 64 if dtype == torch.float64 else 128)
+    assert lin.kernels()._info(6) == (32 if rows == 200 and dtype == torch.float32 else 64 if dtype == torch.float64 else 128)
     assert relative(K, ref.gram()) < (1e-14 if dtype == torch.float64 else 1e-6)
     assert torch.equal(K, K.T)
 

@@ -97,7 +97,7 @@ def test_the_sweep_of_small_products_can_be_forced_to_the_blas(emulated, monkeyp
     model = mlp(3, 5, 4, 2)
     for x in (rand(7, 3), rand(7, 6, 3), rand(3, 7)[:, :].t()):
         lin = pgdfast.linearize(lambda: model(x), model.parameters())  # noqa: B023
-        assert {task for task, *_ in launches(lin.operator, FORWARD)} <= {CLEAR, CHAIN, BLAS}
+        assert {task for task, *_ in launches(lin.kernels(), FORWARD)} <= {CLEAR, CHAIN, BLAS}
         ref = pgdfast.reference.linearize(lambda: model(x), model.parameters())  # noqa: B023
         v, u = rand(lin.num_parameters), rand(lin.num_residuals)
         assert torch.allclose(lin.jvp(v), ref.jvp(v)) and torch.allclose(lin.vjp(u), ref.vjp(u))

@@ -117,5 +117,5 @@ def test_a_missing_core_is_said_once(monkeypatch):
     monkeypatch.setattr(kernels.native, "_C", None)
     monkeypatch.setattr(kernels, "_said", set())
     with pytest.warns(RuntimeWarning, match="C\\+\\+ core is not built; run pip install"):
-        assert pgdfast.linearize(closure, params).operator.name == "torch"
-    assert pgdfast.linearize(closure, params).operator.name == "torch"
+        assert pgdfast.linearize(closure, params).kernels().name == "torch"
+    assert pgdfast.linearize(closure, params).kernels().name == "torch"

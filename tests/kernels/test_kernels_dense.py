@@ -153,7 +153,7 @@ def test_a_wide_weight_used_both_ways(widths, outputs):
     lin = pgdfast.linearize(residuals, params)
     J = lin.dense()
     if outputs == 1:   # with several residuals a row such a weight is explicit
-        ways = {use[4] for use in lin.rows.uses if use[1] == 2 and use[2] == 1}
+        ways = {use[4] for use in lin.row_layout().uses if use[1] == 2 and use[2] == 1}
         assert ways == {0, 1}, "the wide weight is no longer factored; the test does not see what it is for"
     assert relative(lin.gram(), J @ J.T) < 1e-13
     exact = torch.linalg.solve(J.T @ J + 0.1 * torch.eye(J.shape[1], dtype=torch.float64), J.T @ lin.residual)

@@ -16,6 +16,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("there is no GPU; test_triton.py runs these tests under the interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from pgdfast.kernels import cg_rules  # noqa: E402
+from pgdfast.kernels.cg_rules import CHECK, ENDED, ITERATE, MAX_ITERATIONS, RESTORE, SOLVED, STAGNATED  # noqa: E402
 from pgdfast.kernels.triton_kernels import cg, epilogue, gather, muladd, project  # noqa: E402
 from pgdfast.kernels.triton_kernels.gram import TILE, gram  # noqa: E402
 from pgdfast.kernels.triton_kernels.launch import Space  # noqa: E402
@@ -223,7 +225,7 @@ def test_one_iteration_of_cg(size, path, dtype):
     state = torch.zeros(cg.SIZE, dtype=torch.float64, device=DEVICE)
     z = m * r
     rz = float(z.double() @ r.double())
-    state[cg.RZ], state[cg.STATUS], state[cg.TARGET] = rz, cg.RUNNING, 1e-9
+    state[cg.RZ], state[cg.PHASE], state[cg.TARGET] = rz, ITERATE, 1e-9
     step = rz / curvature
     x_new, r_new = x + step * w, r - step * Aw
     passes.update(x, r, w, Aw, b, m, state, path)
@@ -236,7 +238,7 @@ def test_one_iteration_of_cg(size, path, dtype):
     direction = m * r + (following / rz) * p
     passes.turn(p, w, x, r, None, m, safe, state, new, values, slots, kept, 10, numbers(0.0))
     assert relative(p, direction) < 4 * BOUND[dtype] and torch.equal(p, w)
-    assert int(new[cg.ITERATIONS]) == 1 and int(new[cg.STATUS]) == cg.RUNNING
+    assert int(new[cg.ITERATIONS]) == 1 and int(new[cg.PHASE]) == ITERATE
     assert abs(float(new[cg.RZ]) - following) < 4 * BOUND[dtype] * following
     assert abs(float(values[1]) - 0.5 * step * rz) < 1e-6 * step * rz
     if path:
@@ -244,14 +246,14 @@ def test_one_iteration_of_cg(size, path, dtype):
         assert abs(float(kept[0, 2]) - float(x.double() @ x.double())) < 1e-9 * float(kept[0, 2])
 
 
-@pytest.mark.parametrize("safe_value, target, last_claim, status", [
-    (0.0, 1e9, 1e9, cg.SOLVED),      # the true residual has arrived
-    (0.0, 0.0, 1e9, cg.RUNNING),     # it has not: start anew from it
-    (0.0, 0.0, 1e-9, cg.STAGNATED),  # again not, and no better than at the last claim
-    (1e9, 0.0, 1e9, cg.LOST),        # the model's value has fallen since the last check
-    (0.0, 0.0, 1e9, cg.MAX_ITERATIONS),
+@pytest.mark.parametrize("safe_value, target, last_claim, limit, phase, status", [
+    (0.0, 1e9, 1e9, 10, ENDED, SOLVED),             # the true residual has arrived
+    (0.0, 0.0, 1e9, 10, ITERATE, MAX_ITERATIONS),   # it has not: start anew from it
+    (0.0, 0.0, 1e-9, 10, ENDED, STAGNATED),         # again not, and no better than at the last claim
+    (1e9, 0.0, 1e9, 10, RESTORE, MAX_ITERATIONS),   # the model's value has fallen since the last check
+    (0.0, 0.0, 1e9, 7, ENDED, MAX_ITERATIONS),
 ])
-def test_a_check_of_cg(safe_value, target, last_claim, status):
+def test_a_check_of_cg(safe_value, target, last_claim, limit, phase, status):
     size = 1501
     x, Aw, d, b, r, p, safe = (draw(size, seed=k, dtype=torch.float64) for k in range(7))
     d = d.abs()
@@ -261,26 +263,65 @@ def test_a_check_of_cg(safe_value, target, last_claim, status):
     passes, state = cg.Passes(x), torch.zeros(cg.SIZE, dtype=torch.float64, device=DEVICE)
     w, earlier = x.clone(), safe.clone()
     for place, value in [
-        (cg.STATUS, cg.RUNNING), (cg.CHECKING, 1), (cg.CLAIMED, 1), (cg.ITERATIONS, 7), (cg.RZ, 3), (cg.BEFORE, 2),
+        (cg.STATUS, MAX_ITERATIONS), (cg.PHASE, CHECK), (cg.CLAIMED, 1), (cg.ITERATIONS, 7), (cg.RZ, 3), (cg.BEFORE, 2),
         (cg.VALUE, 1), (cg.RECURRENCE, 1e-3), (cg.SAFE, safe_value), (cg.TARGET, target), (cg.LAST_CLAIM, last_claim),
     ]:
         state[place] = value
     new, values = torch.empty_like(state), torch.zeros(20, dtype=torch.float64, device=DEVICE)
-    limit = 7 if status == cg.MAX_ITERATIONS else 10
     passes.dots(Aw, w, d, b)
     passes.update(x, r, p, Aw, b, None, state, False)
     assert relative(r, b - product) < 1e-14 and torch.equal(x, point)
     passes.turn(p, w, x, r, None, None, safe, state, new, values, None, None, limit, numbers(0.0))
-    assert int(new[cg.STATUS]) == status and int(new[cg.ITERATIONS]) == 7 and not new[cg.CHECKING]
+    assert (int(new[cg.STATUS]), int(new[cg.PHASE]), int(new[cg.ITERATIONS])) == (status, phase, 7)
     assert abs(float(new[cg.NORM]) - float(r.norm())) < 1e-12 * float(r.norm())
-    assert torch.equal(x, earlier if status == cg.LOST else point) and torch.equal(safe, earlier)
-    if status == cg.RUNNING:
+    assert torch.equal(x, earlier if phase == RESTORE else point) and torch.equal(safe, earlier)
+    if phase == ITERATE:
         assert torch.equal(p, r) and torch.equal(w, p) and float(new[cg.LAST_CLAIM]) == float(new[cg.NORM])
     # A solve that has ended stays as it is.
-    if status != cg.RUNNING:
+    if phase == ENDED:
         before = [t.clone() for t in (x, r, p, safe)]
         passes.dots(Aw, w, d, b)
         passes.update(x, r, p, Aw, b, None, new, False)
         passes.turn(p, w, x, r, None, None, safe, new, state, values, None, None, limit, numbers(0.0))
         assert all(torch.equal(a, t) for a, t in zip(before, (x, r, p, safe), strict=True))
         assert int(state[cg.STATUS]) == status and float(state[cg.NORM]) == float(new[cg.NORM])
+
+
+def test_the_rules_are_those_of_python():
+    """Random states through the kernel's `turn`, and through the same rules on the host."""
+    random, host = torch.Generator().manual_seed(0), cg_rules.rules_with(cg_rules.where)
+    met = set()
+    for _ in range(60):
+        draws = torch.rand(20, generator=random, dtype=torch.float64).tolist()
+        phase = (ITERATE, CHECK, RESTORE, ENDED)[int(4 * draws[0])]
+        iteration = (0, 1, 7, 49, 50, 120)[int(6 * draws[1])] if phase == ITERATE else (1, 7, 50, 120)[int(4 * draws[1])]
+        rz, target = (draws[2] - 0.1, 0.0, -1.0)[int(2.2 * draws[3])], 10.0 ** (4 * draws[4] - 2)
+        value, recurrence, last_claim, safe = draws[5], 2 * draws[6], 4 * draws[7], draws[8]
+        claimed, before, progress = draws[9] < 0.5, draws[10], 0.02 * (draws[11] < 0.5)
+        x, Aw, d, b, r, p, kept = (draw(33, seed=100 * len(met) + k, dtype=torch.float64) for k in range(7))
+        w, passes = (p if phase == ITERATE else x).clone(), cg.Passes(x)
+        Aw = Aw * 0.1 + (w if draws[12] < 0.9 else -w)
+        state, new = numbers(
+            rz, 1.0, target, value, iteration, MAX_ITERATIONS, phase, recurrence, last_claim, safe, claimed, before,
+        ), torch.zeros(cg.SIZE, dtype=torch.float64, device=DEVICE)
+        values = torch.linspace(0, 1, 160, dtype=torch.float64, device=DEVICE)
+        passes.dots(Aw, w, 0 * d, b)
+        step, broken = host.step_length(phase, float(w @ Aw), rz)
+        reached = float(b @ w) - 0.5 * float(w @ Aw)
+        passes.update(x, r, p, Aw, b, None, state, False)
+        norm = float(r.norm())
+        passes.turn(p, w, x, r, None, None, kept, state, new, values, None, None, 121, numbers(progress))
+        found = host.judge(
+            phase, MAX_ITERATIONS, iteration, claimed, broken, step, rz if phase == ITERATE else before, norm, target, value,
+            recurrence, last_claim, safe, reached,
+        )
+        window = host.progress_window(found[2])
+        after, status = host.go_on(
+            found[0], found[1], found[-1], found[2], window, found[4], float(values[max(found[2] - window, 0)]), progress, 121
+        )
+        told = [float(new[k]) for k in (cg.PHASE, cg.STATUS, cg.ITERATIONS, cg.CLAIMED)]
+        assert told == [after, status, found[2], found[3]]
+        close = [float(new[k]) for k in (cg.VALUE, cg.RECURRENCE, cg.LAST_CLAIM, cg.SAFE)]
+        assert close == pytest.approx(list(found[4:8]), rel=1e-12)
+        met.add((phase, after, status))
+    assert len(met) >= 10, met

@@ -106,8 +106,8 @@ def test_members_are_what_they_would_be_alone(case, backend):
 def test_rows_of_members_separate_as_those_of_one_network_do():
     for case in ("residual", "mse", "cross-entropy", "PINN"):
         lin, singles = ensemble(*CASES[case][:2], "native")
-        assert (lin.member(0).rows is None) == (singles[0].rows is None), case
-        assert lin.member(0).rows.max_sections == singles[0].rows.max_sections, case
+        assert (lin.member(0).row_layout() is None) == (singles[0].row_layout() is None), case
+        assert lin.member(0).row_layout().max_sections == singles[0].row_layout().max_sections, case
 
 
 @pytest.mark.parametrize("stack", [

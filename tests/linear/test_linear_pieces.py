@@ -80,7 +80,7 @@ def test_products_in_pieces(name, threads):
     try:
         torch.set_num_threads(threads)
         native, plain = (pgdfast.linearize(closure, params, backend=b) for b in ("native", "torch"))
-        assert set(native.operator.rows_of_parts) == rows
+        assert set(native.kernels().rows_of_parts) == rows
         v, u = rand(native.num_parameters, seed=5), rand(native.num_residuals, seed=6)
         assert relative(native.jvp(v), plain.jvp(v)) < 1e-13
         assert relative(native.vjp(u), plain.vjp(u)) < 1e-13

@@ -43,7 +43,7 @@ def test_linearisation(name, kind, monkeypatch):
     params, closure = list(net.parameters()), residuals(net, x, boundary)[kind]
     fast = pgdfast.linearize(closure, params)
     J = by_nested(monkeypatch, lambda: pgdfast.linearize(closure, params)).dense()
-    assert fast.operator.fused, "the tape was not read"
+    assert fast.kernels().fused, "the tape was not read"
     v, u = rand(fast.num_parameters, seed=3), rand(fast.num_residuals, seed=4)
     assert relative(fast.dense(), J) < 1e-12
     assert relative(fast.jvp(v), J @ v) < 1e-11 and relative(fast.vjp(u), J.T @ u) < 1e-11
@@ -69,15 +69,15 @@ def test_steps_agree_with_the_reference(backend, solver):
 def test_rows_and_their_order_are_those_of_the_points():
     net, x = mlp(2, 8, 8, 1), rand(40, 2, seed=1)
     lin = pgdfast.linearize(lambda: burgers(net, x), list(net.parameters()))
-    assert lin.rows is not None and lin.rows.num_rows == 40 and lin.rows.max_sections == 1
-    assert set(lin.operator.rows_of_parts) == {40}, "the sweeps cannot be cut by points"
+    assert lin.row_layout() is not None and lin.row_layout().num_rows == 40 and lin.row_layout().max_sections == 1
+    assert set(lin.kernels().rows_of_parts) == {40}, "the sweeps cannot be cut by points"
 
 
 def test_a_weight_has_one_use_for_each_channel_that_reaches_a_residual():
     net, x = mlp(2, 8, 8, 1), rand(40, 2, seed=1)
     lin = pgdfast.linearize(lambda: pde.laplacian(net, x)[2], list(net.parameters()))
     uses = {}
-    for _, parameter, *_ in lin.rows.uses:
+    for _, parameter, *_ in lin.row_layout().uses:
         uses[parameter] = uses.get(parameter, 0) + 1
     # inputs: a value and two directions; hidden: four channels; the last layer hands on its Laplacian alone.
     assert [uses.get(k, 0) for k in (0, 2, 4)] == [3, 4, 1] and 5 not in uses

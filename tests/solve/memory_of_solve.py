@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pgdfast
-from pgdfast.solve.memory import predicted_bytes
+from pgdfast.solve.choice import predicted_costs
 from pgdfast.solve.problem import Problem
 
 CASES = {   # solver, samples, tokens each, widths
@@ -42,7 +42,7 @@ def main(name):
     cg = pgdfast.CG(60, 1e-6, truncate=True, preconditioner=pgdfast.Nystrom(rank=5))
     pgdfast.solve(problem(50, 0, 10, 20, 1), 0.1, solver=solver, cg=cg)   # loads what BLAS and PyTorch load at first
     lin = problem(*sizes)
-    predicted = predicted_bytes(Problem.of(lin, 1.0, None), cg)[solver]
+    predicted = predicted_costs(Problem.of(lin, 1.0), cg)[solver][1]
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")   # resets the peak
     before = resident("VmRSS")

@@ -59,8 +59,8 @@ def test_each_is_what_it_is_alone(form, samples, prior, scaled):
             assert found.status == ("solved",) * 6 and all(found.usable) and len(found.iterations) == 6
             u = rand(lin.num_residuals, seed=5)
             for k in (0, 1, 3, 0):   # each with its own factor, in any order
-                again = found[k].again(u)
-                expected = pgdfast.solve(lin, MUS[k], solver="primal", scale=options["scale"]).again(u)
+                again = found[k].solve_with_same_factor(u)
+                expected = pgdfast.solve(lin, MUS[k], solver="primal", scale=options["scale"]).solve_with_same_factor(u)
                 assert relative(again, expected) < 1e-8, (backend, solver)
 
 
@@ -115,7 +115,7 @@ def test_float32(samples, solver, form):
         J = ref.dense()
         A = J.T @ J + mu * torch.eye(J.shape[1], dtype=torch.float64)
         if form == "mean":
-            assert relative(one.again(u.float()), torch.linalg.solve(A, J.T @ u)) < 1e-2
+            assert relative(one.solve_with_same_factor(u.float()), torch.linalg.solve(A, J.T @ u)) < 1e-2
 
 
 # --- multi-shift CG ---------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_one_matrix_serves_all(monkeypatch):
     assert wide is lin.widened()
     bound = []
     for one in (lin, wide):
-        kernels = one._operator
+        kernels = one._plan.kernels
         monkeypatch.setattr(kernels, "bind", lambda constants, bind=kernels.bind: (bound.append(1), bind(constants)))
     pgdfast.solve(lin, [1e-3, 1e-2, 1.0, 10.0], solver="dual")
     assert len(bound) <= 2
@@ -303,5 +303,5 @@ def test_failures_stay_apart():
     assert found[0].status == alone.status and found[1].status == "solved"
     if not found[0].usable:
         with pytest.raises(RuntimeError, match="left no factor"):
-            found[0].again(lin.residual)
-    assert found[1].again(lin.residual).isfinite().all()
+            found[0].solve_with_same_factor(lin.residual)
+    assert found[1].solve_with_same_factor(lin.residual).isfinite().all()

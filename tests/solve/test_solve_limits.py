@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.solve.cg import cg
+from pgdfast.solve.krylov import cg
 from pgdfast.solve.lsmr import lsmr
 from pgdfast.solve.problem import Problem
 
@@ -44,9 +44,9 @@ def test_lsmr_keeps_float32_digits_where_the_normal_equations_lose_them(M, P, ba
     expected = reference.solve(ref, 1e-8, solver="lsmr").step
     assert relative(expected, reference.solve(ref, 1e-8).step) < 1e-6
     lin = pgdfast.linearize(closure, params, backend=backend)
-    problem = Problem.of(lin, 1e-8, None)
-    ours = relative(lsmr(problem, pgdfast.CG(3000, 1e-12)).step, expected)
-    theirs = relative(cg(problem, pgdfast.CG(3000, 1e-12))[0].step, expected)
+    problem = Problem.of(lin, 1e-8)
+    ours = relative(lsmr(problem, pgdfast.CG(3000, 1e-12)).outcome.step, expected)
+    theirs = relative(cg(problem, pgdfast.CG(3000, 1e-12)).outcome.step, expected)
     assert ours < 3e-3 and ours < 0.3 * theirs
 
 
@@ -146,11 +146,14 @@ def test_coefficients_that_are_not_finite(solver, backend, dtype):
     w = torch.tensor([0.0, 1.0, 4.0], dtype=dtype, requires_grad=True)
     lin = pgdfast.linearize(lambda: torch.sqrt(w) - 3, [w], backend=backend)
     solution = pgdfast.solve(lin, 0.1, solver=solver)
-    assert not solution.usable and not solution.step.any() and solution.advice
+    assert solution.status == "not_finite" and not solution.usable and not solution.step.any()
+    assert "NaN or infinity in the rows of 1 of 3 residuals (0)" in solution.advice
+    with pytest.raises(RuntimeError, match="ended as 'not_finite' and left no factor"):
+        solution.solve_with_same_factor(lin.residual)
     before = w.detach().clone()
     optimizer = pgdfast.LM([w], solver=solver, backend=backend)
     optimizer.step(lambda: torch.sqrt(w) - 3)
-    assert torch.equal(w, before) and optimizer.report.status == "failed" and optimizer.report.advice
+    assert torch.equal(w, before) and optimizer.report.status == "failed" and "NaN" in optimizer.report.advice
 
 
 @pytest.mark.parametrize("solver", ["cg", "lsmr"])

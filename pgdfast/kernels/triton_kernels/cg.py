@@ -5,24 +5,34 @@
     turn     p = z + b p                 z = m r (or given),         b = <r, z> / <r, z> before
 
 A slot is one product with A. Where the true residual is due, the slot's product is that of x (w = x instead of p), update
-sets r = b - A x, and turn judges arrival, so that nothing of it needs the host; once a solve has ended its slots change
-nothing. Sums are made in float64 of partial sums in a fixed order. Source: pgdfast/solve/cg.py, csrc/cpu/cg.cpp.
+sets r = b - A x, and turn judges by the rules of cg_rules.py, so that nothing of it needs the host; once a solve has ended its
+slots change nothing. Sums are made in float64 of partial sums in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .. import cg_rules
 from .launch import cdiv
 
 BLOCK, PROGRAMS = 1024, 256
 
 # Scalars of a solve: float64, in two copies, of which `turn` reads one and writes the other.
-RZ, NORM, TARGET, VALUE, ITERATIONS, STATUS, CHECKING, RECURRENCE, LAST_CLAIM, SAFE, CLAIMED, BEFORE = range(12)
+RZ, NORM, TARGET, VALUE, ITERATIONS, STATUS, PHASE, RECURRENCE, LAST_CLAIM, SAFE, CLAIMED, BEFORE = range(12)
 SIZE = 12
-RUNNING, SOLVED, MAX_ITERATIONS, BREAKDOWN, STAGNATED, PROGRESS = -1, 0, 2, 3, 4, 5   # numbers of native.STATUS
-LOST = 6   # stagnated, and x returned to that of the last check, whose residual is not known
-FALL = 1e-3   # part of the model's reduction whose loss means that rounding has taken over
+
+
+@triton.jit
+def _where(which, a, b):
+    return tl.where(which, a, b)
+
+
+_rules = cg_rules.rules_with(_where, triton.jit, tl.constexpr, tl=tl)
+_step_length, _judge, _progress_window, _go_on, _direction_factor = (
+    _rules.step_length, _rules.judge, _rules.progress_window, _rules.go_on, _rules.direction_factor
+)
+_ITERATE, _ENDED = tl.constexpr(cg_rules.ITERATE), tl.constexpr(cg_rules.ENDED)
 
 
 @triton.jit
@@ -54,10 +64,11 @@ def _update(
     stop = tl.minimum(start + part, size)
     parts = tl.arange(0, PROGRAMS)   # sums of all programs, in their order
     curvature, rz = tl.sum(tl.load(first + parts, mask=parts < programs, other=0.0), 0), tl.load(state + 0)
-    running, checking = tl.load(state + 5) == -1, tl.load(state + 6) != 0
-    moves = running & (not checking) & (curvature > 0) & (rz > 0)
-    renews = running & checking
-    step = tl.where(moves, rz / curvature, 0.0).to(x.dtype.element_ty)
+    phase = tl.load(state + 6).to(tl.int32)
+    step, broken = _step_length(phase, curvature, rz)
+    moves = (phase == _ITERATE) & (broken == 0)
+    renews = (phase != _ITERATE) & (phase != _ENDED)
+    step = step.to(x.dtype.element_ty)
     rr = tl.zeros([BLOCK], tl.float64)
     rmr = tl.zeros([BLOCK], tl.float64)
     bx = tl.zeros([BLOCK], tl.float64)
@@ -120,42 +131,23 @@ def _turn(
     bw = tl.sum(tl.load(first + PROGRAMS + parts, mask=every, other=0.0), 0)
     norm = tl.sqrt(tl.sum(tl.load(second + parts, mask=every, other=0.0), 0))
     rz = tl.sum(tl.load(second + PROGRAMS + parts, mask=every, other=0.0), 0)
-    old_rz, target, value = tl.load(state + 0), tl.load(state + 2), tl.load(state + 3)
-    old_iterations, old_status = tl.load(state + 4), tl.load(state + 5)
+    before, target, value = tl.load(state + 0), tl.load(state + 2), tl.load(state + 3)
+    count, status, phase = tl.load(state + 4).to(tl.int32), tl.load(state + 5).to(tl.int32), tl.load(state + 6).to(tl.int32)
     recurrence, last_claim, safe_value = tl.load(state + 7), tl.load(state + 8), tl.load(state + 9)
-    claimed, before = tl.load(state + 10) != 0, tl.load(state + 11)
-    running, checking = old_status == -1, tl.load(state + 6) != 0
-    # An iteration: the exact solution in a singular direction, or rounding, breaks it down.
-    moved = running & (not checking) & (curvature > 0) & (old_rz > 0)
-    status = tl.where(running & (not checking) & (not moved), 3.0, old_status)
-    iterations = tl.where(moved, old_iterations + 1, old_iterations)
-    value = tl.where(moved, value + 0.5 * (old_rz / curvature) * old_rz, value)
-    before = tl.where(moved, old_rz, before)
-    count = iterations.to(tl.int32)
-    due = moved & ((norm <= target) | (count % 50 == 0))
-    claimed = tl.where(moved, norm <= target, claimed)
-    # A check by the true residual.
-    checked = running & checking
-    arrived = checked & (norm <= target)
+    step, broken = _step_length(phase, curvature, before)
+    moved = (phase == _ITERATE) & (broken == 0)
+    alive = phase != _ENDED
+    before = tl.where(phase == _ITERATE, before, tl.load(state + 11))
     reached = bw - 0.5 * curvature   # 1/2 <b + r, x>, where w = x
-    lost = checked & (not arrived) & (not (reached >= (1 - 1e-3) * safe_value))
-    goes_on = checked & (not arrived) & (not lost)
-    regular = goes_on & (count % 50 == 0)
-    restart = goes_on & (claimed | (norm > 1.1 * recurrence))
-    stagnated = restart & (norm > 0.5 * last_claim)
-    status = tl.where(arrived, 0.0, tl.where(lost, 6.0, tl.where(stagnated, 4.0, status)))
-    safe_value = tl.where(regular, reached, safe_value)
-    last_claim = tl.where(restart, norm, last_claim)
-    # What follows either.
-    follows = (moved & (not due)) | (goes_on & (not stagnated))
-    k = tl.maximum(10, count // 10)
-    earlier = tl.load(values + tl.maximum(count - k, 0), mask=follows & (count > k), other=0.0)
-    gained = tl.load(progress)
-    little = follows & (gained > 0) & (count > k) & (value - earlier < k * gained * value)
-    status = tl.where(little, 5.0, status)
-    status = tl.where(follows & (not little) & (count >= max_iterations), 2.0, status)
-    beta = tl.where(restart, 0.0, tl.where(moved, rz / old_rz, rz / before)).to(p.dtype.element_ty)
-    turns = follows & (status == -1)
+    phase, status, count, claimed, value, recurrence, last_claim, safe_value, keeps, restores, restart, goes_on = _judge(
+        phase, status, count, tl.load(state + 10) != 0, broken, step, before, norm, target, value, recurrence, last_claim,
+        safe_value, reached,
+    )
+    window = _progress_window(count)
+    earlier = tl.load(values + tl.maximum(count - window, 0), mask=goes_on, other=0.0)
+    phase, status = _go_on(phase, status, goes_on, count, window, value, earlier, tl.load(progress), max_iterations)
+    beta = _direction_factor(restart, rz, before).to(p.dtype.element_ty)
+    turns = phase == _ITERATE
     power = moved & ((count & (count - 1)) == 0)
     slot = count.to(tl.int64) * 0   # log2 of a power of two
     if PATH:
@@ -175,22 +167,22 @@ def _turn(
                 here *= tl.load(m + i, mask=inside, other=0)
         along = tl.where(turns, tl.where(restart, here, here + beta * along), along)
         tl.store(p + i, along, mask=inside)
-        tl.store(w + i, tl.where(due, point, along), mask=inside)
         kept_point = tl.load(safe + i, mask=inside, other=0)
-        tl.store(safe + i, tl.where(regular, point, kept_point), mask=inside)
-        tl.store(x + i, tl.where(lost, kept_point, point), mask=inside)
+        tl.store(safe + i, tl.where(keeps, point, kept_point), mask=inside)
+        tl.store(x + i, tl.where(restores, kept_point, point), mask=inside)
+        tl.store(w + i, tl.where(turns, along, tl.where(restores, kept_point, point)), mask=inside)
         if PATH:
             if power:
                 tl.store(path + slot * size + i, point, mask=inside)
     if pid == 0:
-        tl.store(new + 0, tl.where(moved | checked, rz, old_rz))
-        tl.store(new + 1, tl.where(moved | checked, norm, tl.load(state + 1)))
+        tl.store(new + 0, tl.where(alive, rz, tl.load(state + 0)))
+        tl.store(new + 1, tl.where(alive, norm, tl.load(state + 1)))
         tl.store(new + 2, target)
         tl.store(new + 3, value)
-        tl.store(new + 4, iterations)
+        tl.store(new + 4, count)
         tl.store(new + 5, status)
-        tl.store(new + 6, tl.where(due, 1.0, 0.0))
-        tl.store(new + 7, tl.where(moved, norm, recurrence))
+        tl.store(new + 6, phase)
+        tl.store(new + 7, recurrence)
         tl.store(new + 8, last_claim)
         tl.store(new + 9, safe_value)
         tl.store(new + 10, tl.where(claimed, 1.0, 0.0))
@@ -199,7 +191,7 @@ def _turn(
         if PATH:
             if power:
                 at = kept + slot * 4
-                tl.store(at, iterations)
+                tl.store(at, count)
                 tl.store(at + 1, tl.sum(tl.load(second + 2 * PROGRAMS + parts, mask=every, other=0.0), 0))
                 tl.store(at + 2, tl.sum(tl.load(second + 3 * PROGRAMS + parts, mask=every, other=0.0), 0))
                 tl.store(at + 3, tl.sum(tl.load(second + 4 * PROGRAMS + parts, mask=every, other=0.0), 0))

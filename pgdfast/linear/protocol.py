@@ -1,0 +1,94 @@
+"""What the rooms above ask of a linearisation, and what the solvers ask besides.
+
+Index legend: M residuals, P parameters. Vectors are flat, in the order of the parameters; a step is subtracted from them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from ..kernels.protocol import Kernels
+from .rows import RowLayout
+
+
+@runtime_checkable
+class Linearization(Protocol):
+    """The least-squares problem of a closure at the parameters of one point.
+
+    Near it the loss is 1/2 ||residual - J delta||^2 up to a constant, plus c/2 ||theta - delta||^2 for the quadratic penalties
+    of the loss. An EnsembleLinearization has the same names but for `ggn`, `gradient` and `gram`, with the members as the first
+    dimension of every vector.
+    """
+
+    loss: torch.Tensor        # 0-dim
+    residual: torch.Tensor    # (M,), scaled so that J^T residual (+ penalty) is the loss's gradient
+    num_residuals: int        # M
+    num_parameters: int       # P
+    penalties: dict           # {parameter number: c}
+    dtype: torch.dtype
+    has_squares_only: bool    # no part of the loss is a cross-entropy
+    tapeless: bool            # the closure computes the same without gradients, bit for bit
+    residuals_need_tape: bool   # `residual_at` reads a scalar loss, whose residual stands on its tape
+    tape_bytes: int           # about what the closure's activations take; 0 where it is not known
+    sync_reason: str          # why linearising this closure looks at what tensors hold at every step; "" where it does not
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v: (P,) -> (M,). One forward sweep."""
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J^T u: (M,) -> (P,). One backward sweep."""
+
+    def ggn(self, v: torch.Tensor) -> torch.Tensor:
+        """(J^T J + penalty) v: (P,) -> (P,)."""
+
+    def gradient(self) -> torch.Tensor:
+        """Gradient of the loss, (P,)."""
+
+    def dense(self) -> torch.Tensor:
+        """J, (M, P). As many backward sweeps as a row has outputs, or M where rows do not separate."""
+
+    def gram(self) -> torch.Tensor:
+        """J J^T, (M, M), without J where rows separate."""
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J + penalty), (P,)."""
+
+    def residual_at(self, run) -> tuple[float, torch.Tensor]:
+        """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.
+
+        run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
+        """
+
+    def parameters_unchanged(self) -> None:
+        """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+
+    def widened(self) -> Linearization:
+        """The same linearisation with products in float64, or itself where that is not to be had.
+
+        The coefficients keep the precision in which the closure computed them; sums and solves gain.
+        """
+
+    def release(self) -> None:
+        """Let go of the tape. Products raise RuntimeError from then on; what was computed before stays."""
+
+
+@runtime_checkable
+class SolvableLinearization(Linearization, Protocol):
+    """A linearisation by kernels, as the solvers take it. Products raise RuntimeError once the parameters have changed."""
+
+    params: list              # the parameters, whose concatenation is the vector theta
+    device: torch.device
+    penalty: torch.Tensor | None            # diagonal of the quadratic penalty, (P,)
+    penalty_gradient: torch.Tensor | None   # c theta, (P,)
+    choices: dict             # what pgdfast.solve has chosen for problems of this structure
+
+    def kernels(self) -> Kernels:
+        """The kernels, after binding them to this linearisation's constants where another's were bound.
+
+        Raises RuntimeError once the parameters have changed or the linearisation was released.
+        """
+
+    def row_layout(self) -> RowLayout | None:
+        """The row layout of the residuals, None where they do not separate; the first call finds it for the kernels."""
