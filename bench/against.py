@@ -1,7 +1,8 @@
 """This tree against another one, pair by pair: `python -m bench.against OTHER_TREE [--rounds N] [--threads N] [ROW ...]`.
 
-Each tree runs in a process of its own, one at a time and in turn; a ratio is this tree's time over the other's in the same round.
-What a row computes is compared, too. The other tree needs a core that was built in place (`python setup.py build_ext --inplace`).
+Each tree runs in a process of its own, one at a time and in turn; a ratio is this tree's time over the other's in the same
+round. What a row computes is compared, too. The other tree needs a core that was built in place (`python setup.py build_ext
+--inplace`).
 """
 
 import argparse
@@ -71,8 +72,8 @@ def make_rows():
     def ensemble(count, **options):
         def make():
             torch.manual_seed(0)
-            net = torch.nn.Sequential(
-                torch.nn.Linear(1, 80), torch.nn.Tanh(), torch.nn.Linear(80, 80), torch.nn.Tanh(), torch.nn.Linear(80, 1)).double()
+            layers = [torch.nn.Linear(1, 80), torch.nn.Tanh(), torch.nn.Linear(80, 80), torch.nn.Tanh(), torch.nn.Linear(80, 1)]
+            net = torch.nn.Sequential(*layers).double()
             networks = pgdfast.functional_ensemble(net, count)
             x = torch.linspace(-1, 1, 100, dtype=torch.float64)[:, None]
             optimizer = pgdfast.LM(networks.parameters(), ensemble=count, **options)
@@ -86,7 +87,8 @@ def make_rows():
     rows = {f"{name} step": step(name) for name in PROBLEMS}
     rows |= {f"{name} default step": default(name) for name in "ABCEG"}
     rows |= {f"{name} default step, {options}": default(name, **given) for name, options, given in (
-        ("A", "delayed + chord", {"damping_rule": "delayed", "acceleration": "chord"}), ("A", "sweep", {"damping_rule": "sweep"}),
+        ("A", "delayed + chord", {"damping_rule": "delayed", "acceleration": "chord"}),
+        ("A", "sweep", {"damping_rule": "sweep"}),
         ("A", "armijo", {"line_search": "armijo"}), ("A", "marquardt", {"scaling": "marquardt"}))}
     rows |= {f"{name} J^T J v": product(name) for name in "ACF"}
     rows |= {f"{name} 8 dampings": dampings(name) for name in "AB"}
@@ -181,7 +183,8 @@ def main():
         ratios = [a / b for a, b in pairs]
         low, _, high = quantiles(ratios, n=4)
         a, b = (1e3 * median(side) for side in zip(*pairs, strict=True))
-        print(f"{row:34} {a:7.3f} ms {b:7.3f} ms   {median(ratios):5.3f} ({low:.3f} to {high:.3f})      {apart:.1e}", flush=True)
+        spread = f"{median(ratios):5.3f} ({low:.3f} to {high:.3f})"
+        print(f"{row:34} {a:7.3f} ms {b:7.3f} ms   {spread}      {apart:.1e}", flush=True)
 
 
 if __name__ == "__main__":

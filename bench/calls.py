@@ -1,7 +1,7 @@
 """The Python calls of one default LM step on problem A, and the modules that they cross. `python -m bench.calls [--list]`.
 
-Calls of the closure, of PyTorch and of the standard library are left out, and so are the constructors that dataclasses and named
-tuples generate.
+Calls of the closure, of PyTorch and of the standard library are left out, and so are the constructors that dataclasses and
+named tuples generate.
 """
 
 import argparse

@@ -14,8 +14,8 @@ from .linear import Linearization, linearize
 from .lm import LM
 from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, Solutions, solve
-from .step import Acceleration, Armijo, Chord, Constant, DampingRule, Delayed, GainRatio, Geodesic, LineSearch, Sweep
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
+from .step import Acceleration, Armijo, Chord, Constant, DampingRule, Delayed, GainRatio, Geodesic, LineSearch, Sweep
 from .switches import Alignment, KernelDrift, Plateau
 
 check_build()

@@ -10,7 +10,7 @@ from operator import is_
 import torch
 
 from . import kernels
-from .linear import EnsembleLinearizer, Linearizer
+from .linear import EnsembleLinearizer, Linearization, Linearizer
 from .networks import ManyNetworks, OneNetwork
 from .reference_backend import Reference
 from .solve import solve
@@ -27,19 +27,23 @@ class Fast:
         """Copies start without plans, which belong to the original's parameters."""
         return Fast, (self.name,)
 
-    def linearize(self, closure, params: list[torch.Tensor], count: int | None = None):
-        """Linearise, keeping plans while the parameters stay the same tensors. count: of members, None for one network."""
-        current = self._linearizer
-        if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
-            made = Linearizer(params, self.name) if count is None else EnsembleLinearizer(params, count, self.name)
-            self._linearizer = current = made
-        return current(closure)
+    def linearize(self, closure, params: list[torch.Tensor]) -> Linearization:
+        """Linearise one network."""
+        return self._linearizer_of(params, None)(closure)
 
     def networks(self, closure, parameters) -> OneNetwork | ManyNetworks:
         """The networks of a closure over a step.parameters.Parameters. Cost: one run of the closure."""
         if parameters.stacked:
-            return ManyNetworks(self.linearize(closure, parameters.params, parameters.count))
-        return OneNetwork(self.linearize(closure, parameters.params), solve)
+            return ManyNetworks(self._linearizer_of(parameters.params, parameters.count)(closure))
+        return OneNetwork(self._linearizer_of(parameters.params, None)(closure), solve)
+
+    def _linearizer_of(self, params: list[torch.Tensor], count: int | None) -> Linearizer:
+        """Of one network or of an ensemble, whose plans are kept while the parameters stay the same tensors."""
+        current = self._linearizer
+        if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
+            made = Linearizer(params, self.name) if count is None else EnsembleLinearizer(params, count, self.name)
+            self._linearizer = current = made
+        return current
 
 
 def backend(name: str):

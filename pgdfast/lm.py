@@ -36,7 +36,6 @@ from .step import (
     share_of,
 )
 
-
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 _Mu = float | torch.Tensor | list[float] | Callable[[int], Any]
@@ -139,8 +138,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._options = StepOptions(
-            chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration), checked_momentum(momentum),
-            checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
+            chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration),
+            checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
         )
         _check_together(self._options)
         self._tools = StepTools(choose_backend(backend))
@@ -301,8 +300,8 @@ def _check_range(mu: float, params: list[torch.Tensor]) -> None:
     for p in params:
         if mu > torch.finfo(p.dtype).max:
             raise ValueError(
-                f"pgdfast.LM: damping is {mu!r}, more than {str(p.dtype).removeprefix('torch.')} holds; nothing was changed. Use "
-                "a smaller damping, or a float64 model."
+                f"pgdfast.LM: damping is {mu!r}, more than {str(p.dtype).removeprefix('torch.')} holds; nothing was changed. "
+                "Use a smaller damping, or a float64 model."
             )
 
 
@@ -342,8 +341,8 @@ def _check_together(options: StepOptions) -> None:
         raise ValueError("pgdfast.LM: line_search and acceleration both shape the step; use one of them.")
     if options.rule.sweeps and (options.search is not None or options.acceleration is not None):
         raise ValueError(
-            "pgdfast.LM: damping_rule 'sweep' compares plain steps of several dampings, and a line_search or acceleration would "
-            "shape the winner only; use line_search=None and acceleration=None with it, or another rule."
+            "pgdfast.LM: damping_rule 'sweep' compares plain steps of several dampings, and a line_search or acceleration "
+            "would shape the winner only; use line_search=None and acceleration=None with it, or another rule."
         )
     if options.momentum and options.cg.truncate:
         raise ValueError(

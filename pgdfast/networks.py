@@ -79,7 +79,8 @@ class ManyNetworks:
             wide[m.number], keep[m.number] = m.wide, m.keep
         found = solve_members(
             self.lin, {m.number: m.state.mu for m in members}, scale=scale, wide=wide, keep=keep,
-            priors={m.number: m.prior for m in members if m.prior is not None}, factors=options.acceleration is not None, **named,
+            priors={m.number: m.prior for m in members if m.prior is not None}, factors=options.acceleration is not None,
+            **named,
         )
         for m in members:
             m.solution = found[m.number]

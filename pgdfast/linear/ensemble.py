@@ -176,7 +176,8 @@ class EnsembleLinearization(Bound):
         if residual.numel() != self.count * self.num_residuals:
             raise ValueError(
                 f"pgdfast.LM: the closure returned {self.num_residuals} residuals per member before the step and "
-                f"{residual.numel() / self.count:g} at a trial point; with acceleration their number must not change within a step."
+                f"{residual.numel() / self.count:g} at a trial point; with acceleration their number must not change "
+                "within a step."
             )
         residual = gathered(residual, self._order, self.count).to(self.dtype)
         return losses_of(result, self.count) if losses is None else losses.tolist(), residual

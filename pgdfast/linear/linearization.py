@@ -114,7 +114,8 @@ class Linearizer:
         results that cannot be linearised and for a loss that is not finite.
         """
         scalar = isinstance(result, torch.Tensor) and result.dim() == 0
-        self._check_device(result)
+        if not scalar or result.device != self.params[0].device:
+            self._check_device(result)
         trace = self._tracer.trace(result, allow_sync)
         if allow_sync and not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(

@@ -14,8 +14,7 @@ from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sw
 __all__ = [
     "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
-    "RandomReplay", "State",
-    "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked", "checked_constraint",
-    "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of", "half_square", "joined", "judge", "new_memory",
-    "out_of_memory", "share_of",
+    "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked",
+    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
+    "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
 ]

@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
 def judge(trial: Trial, first, tries: bool, eps: float) -> Verdict:
     """Whether the trial point stands.
 
-    first: is this the step's first damping? tries: are trial points judged by their loss at all? eps: rounding unit of the loss.
+    first: is this the step's first damping? tries: are trial points judged by their loss? eps: rounding unit of the loss.
 
     A first step that promises less than the loss's rounding means convergence, and may stand if it does not climb. Later
     attempts are small because mu rose: they must descend. Promises of a rise, which different learning rates and momentum can

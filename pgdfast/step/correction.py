@@ -8,8 +8,8 @@ A^-1 J^T m(e), A = mu D + J^T J, moves e to where the linear model would have be
 is not the derivative of r. A prior of momentum stands in delta, and nowhere else: e then ends where the damping pulls to the
 prior.
 
-A correction is a generator: it yields a displacement e, is sent the loss at theta - e, and returns the e that it settles on with
-the loss there. So the members of an ensemble are corrected side by side.
+A correction is a generator: it yields a displacement e, is sent the loss at theta - e, and returns the e that it settles on
+with the loss there. So the members of an ensemble are corrected side by side.
 """
 
 from __future__ import annotations

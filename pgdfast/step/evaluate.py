@@ -61,7 +61,7 @@ class Evaluator:
         return code is not None and code not in self._one_by_one
 
     def batched(self, closure, params, displacements, replay: RandomReplay) -> list[float] | None:
-        """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where they must be found apart.
+        """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where vmap does not serve.
 
         One run of the closure under torch.func.vmap, on K times the numbers. Closures that vmap refuses (.item(), branches on
         data, operations without a rule) are remembered; a lack of memory is not.
@@ -121,13 +121,11 @@ class Substituted(TorchFunctionMode):
         return value
 
 
-def modes() -> tuple[bool, int]:
-    """Whether gradients are enabled, and how many modes for functions there are."""
-    return torch.is_grad_enabled(), torch._C._len_torch_function_stack()
-
-
 def restore_modes(before: tuple[bool, int]) -> None:
-    """Go back to the modes of before: an interruption at the end of a `with` leaves its context entered."""
+    """Go back to the modes of before: an interruption at the end of a `with` leaves its context entered.
+
+    before: whether gradients were enabled, and how many modes for functions there were.
+    """
     while torch._C._len_torch_function_stack() > before[1]:
         torch._C._pop_torch_function_stack()
     torch._C._set_grad_enabled(before[0])

@@ -16,7 +16,7 @@ from ..report import EnsembleReport, Report, advice, stall
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .correction import Acceleration
-from .evaluate import LARGE_TAPE, Evaluator, modes, restore_modes
+from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
@@ -90,7 +90,7 @@ class HostStep:
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
-        self._modes = modes()
+        self._modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
     def undo(self) -> None:
         """Leave everything as it was before the step, unless that stood already."""
@@ -203,7 +203,7 @@ class HostStep:
                 proposals[m.number] = self._swept(m)
                 continue
             self._note(m, m.state.mu, m.solution)
-            if not m.solution.usable:
+            if m.solution.status != "solved" and not m.solution.usable:
                 m.trial = Trial(m.report.loss, math.nan, math.nan, False, m.state.mu)
             elif options.acceleration is not None and m.solution.status != "truncated":
                 proposals[m.number] = self._corrected(m)

@@ -6,7 +6,7 @@ import torch
 
 
 def predicted_reduction(lin, direction: torch.Tensor, t: float) -> float:
-    """The reduction of the loss that the model promises of theta - t d, for any d, (P,). Cost: a product with J and with J^T."""
+    """The reduction of the loss that the model promises of theta - t d, for any d, (P,). Cost: a product with J and J^T."""
     slope, curvature = torch.dot(lin.gradient(), direction), torch.dot(direction, lin.ggn(direction))
     return t * float(slope) - 0.5 * t * t * float(curvature)
 

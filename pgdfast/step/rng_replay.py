@@ -40,7 +40,8 @@ class RandomReplay:
         self._moved, self._after, self._gpu = moved, None, device if device.type == "cuda" else None
         self._kinds: tuple = _ALL if known is None else known[1]
         self._seen = None if known is None else memory_of_generators()
-        self._before = self._states()
+        quick = not self._kinds and self._gpu is None
+        self._before = (torch.default_generator.get_state(), None) if quick else self._states()
 
     def linearised(self) -> None:
         """Say that the closure has run once, to learn which generators it moves."""
@@ -48,7 +49,8 @@ class RandomReplay:
             seen = memory_of_generators()
             if seen != self._seen:
                 self._be_surprised(seen)
-            self._after = self._states()
+            quick = not self._kinds and self._gpu is None
+            self._after = (torch.default_generator.get_state(), None) if quick else self._states()
             return
         self._after = self._states()
         if self._code is not None:
@@ -131,7 +133,7 @@ _WORDS = 625   # of a Mersenne twister and its position
 
 
 def memory_of_generators() -> tuple[bytes | None, bytes | None]:
-    """What lies in the memory of Python's and of numpy's generator; None for one that is no Mersenne twister in a known place."""
+    """The memory of Python's and of numpy's generator; None for one that is no Mersenne twister in a known place."""
     bits = np.random.mtrand._rand._bit_generator
     return (
         None if _python_words is None else bytes(_python_words),

@@ -44,7 +44,8 @@ class DampingRule(ABC):
     where there is none. curvature: a function that computes the model's curvature along the step, g . delta / ||delta||^2, the
     scale of mu when mu itself is 0.
 
-    Attributes: tries, may the rule reject a step? If not, every usable step is kept. sweeps, are several dampings tried at once?
+    Attributes: tries, may the rule reject a step? If not, every usable step is kept. sweeps, does it try several dampings at
+    once?
     """
 
     tries = True

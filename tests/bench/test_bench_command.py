@@ -45,6 +45,7 @@ def calls(monkeypatch):
             ending = next(self._waits)
             if isinstance(ending, type):
                 raise ending
+            self.returncode = ending
             return ending
 
     monkeypatch.setattr(bench.subprocess, "Popen", Process)

@@ -248,7 +248,8 @@ def test_another_number_of_residuals_at_a_trial():
 
 
 def test_choice_of_a_correction():
-    assert chosen_acceleration(None) is None and chosen_acceleration("geodesic") == Geodesic() and chosen_acceleration("chord") == Chord()
+    assert chosen_acceleration(None) is None and chosen_acceleration("geodesic") == Geodesic()
+    assert chosen_acceleration("chord") == Chord()
     own = Chord(rounds=2)
     assert chosen_acceleration(own) is own
     with pytest.raises(ValueError, match="unknown acceleration 'newton'; use None, 'geodesic', 'chord', or an object"):
