@@ -66,17 +66,18 @@ def run(arguments):
     command = [sys.executable, "-m", "bench", "--output", str(output), "--rounds", str(arguments.rounds),
                *(["--quick"] if arguments.quick else []), *arguments.problems]
     with subprocess.Popen(command, cwd=folder) as process:
-        while process.returncode is None:
+        code = None
+        while code is None:
             try:
-                process.wait()
+                code = process.wait() if process.returncode is None else process.returncode
             except KeyboardInterrupt:   # the benchmarks are interrupted, too, and write what they have
                 continue
-    if process.returncode < 0:
+    if code < 0:
         raise WriteError(
-            f"signal {-process.returncode} ended the benchmarks before they wrote their results (9 is often a lack of memory); "
-            f"what was in {str(output)!r} is as it was"
+            f"signal {-code} ended the benchmarks before they wrote their results (9 is often a lack of memory); results of an "
+            f"earlier run in {str(output)!r} are as they were"
         )
-    return process.returncode
+    return code
 
 
 def find(start):

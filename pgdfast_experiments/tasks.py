@@ -18,7 +18,7 @@ and optionally extra(settings): figures measured beside the runs; and ENSEMBLES 
 What the tasks share lies beside them: `options` (command-line values), `methods` (optimizers by
 name), `models`, `training` (the loop, its clock, minibatches),
 `together` (the loop of an ensemble), `checkpoints`, `measures` (Fourier modes, decay fits,
-checks), `records` (CSV, JSON, all-or-nothing writing), `plotting` and `terminal`.
+checks), `records` (CSV, JSON, all-or-nothing writing), `locks` (one run in a folder), `plotting` and `terminal`.
 Tasks use the public names of pgdfast alone, as any user would.
 """
 
