@@ -32,7 +32,10 @@ class Linearization(Protocol):
     tapeless: bool            # the closure computes the same without gradients, bit for bit
     residuals_need_tape: bool   # `residual_at` reads a scalar loss, whose residual stands on its tape
     tape_bytes: int           # about what the closure's activations take; 0 where it is not known
-    sync_reason: str          # why linearising this closure looks at what tensors hold at every step; "" where it does not
+
+    @property
+    def sync_reason(self) -> str:
+        """Why linearising this closure looks at what tensors hold at every step; "" where it does not."""
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,). One forward sweep."""
@@ -80,9 +83,15 @@ class SolvableLinearization(Linearization, Protocol):
 
     params: list              # the parameters, whose concatenation is the vector theta
     device: torch.device
-    penalty: torch.Tensor | None            # diagonal of the quadratic penalty, (P,)
-    penalty_gradient: torch.Tensor | None   # c theta, (P,)
     choices: dict             # what pgdfast.solve has chosen for problems of this structure
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """Diagonal of the quadratic penalty, (P,)."""
+
+    @property
+    def penalty_gradient(self) -> torch.Tensor | None:
+        """C theta, (P,)."""
 
     def kernels(self) -> Kernels:
         """The kernels, after binding them to this linearisation's constants where another's were bound.

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, overload
 
 import torch
 
+from ..linear.protocol import SolvableLinearization
 from .choice import BY_NAME, SOLVERS, choose
 from .factor import Refactored
 from .options import CG
@@ -18,9 +20,24 @@ from .solution import ADVICE, Solution, Solutions
 _DEFAULT = CG()
 
 
+@overload
 def solve(
-    linearization, damping: float | Sequence[float] | torch.Tensor, *, scale=None, solver: str = "auto", cg: CG | None = None,
-    rcond: float = 1e-8, wide: bool = False, keep: dict | None = None, time: int = 0, prior=None,
+    linearization: SolvableLinearization, damping: float, *, scale: torch.Tensor | None = None, solver: str = "auto",
+    cg: CG | None = None, rcond: float = 1e-8, wide: bool = False, keep: dict[str, Any] | None = None, time: int = 0,
+    prior: torch.Tensor | None = None,
+) -> Solution: ...
+
+
+@overload
+def solve(
+    linearization: SolvableLinearization, damping: Sequence[float] | torch.Tensor, *, scale: torch.Tensor | None = None,
+    solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8, wide: bool = False, keep: dict[str, Any] | None = None,
+    time: int = 0, prior: torch.Tensor | None = None,
+) -> Solutions: ...
+
+
+def solve(
+    linearization, damping, *, scale=None, solver="auto", cg=None, rcond=1e-8, wide=False, keep=None, time=0, prior=None
 ) -> Solution | Solutions:
     """Solve (mu D + J^T J) delta = J^T r + mu D p at a linearisation, for one mu or for many.
 

@@ -146,7 +146,7 @@ def test_a_member_goes_on_alone_with_its_damping():
     whole = train(_case(0), _case(0).start())
     pair = [_case(0), _case(1, ends=3)]
     _, (state,) = together.train_together(pair)
-    assert state["optimizer"]["state"][0]["damping"] != 0.1, "the rule has moved mu"
+    assert state["optimizer"]["state"][0]["members"][0]["damping"] != 0.1, "the rule has moved mu"
     run = train(pair[0], pair[0].start(), state)
     np.testing.assert_allclose(run.columns["w"], whole.columns["w"], rtol=1e-12)
 
