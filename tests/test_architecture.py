@@ -31,7 +31,7 @@ BELOW = {
     "lockstep": {"report", "solve", "globalize", "linear", "tape", "kernels"},
     "lm": {"lockstep", "backend", "report", "solve", "globalize", "linear", "tape", "kernels"},
     "ensembles": set(),
-    "spectra": {"backend", "linear"},
+    "spectra": {"backend", "linear", "solve"},
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
     "captured": {"lm", "lockstep", "report", "solve", "globalize", "linear", "tape", "kernels"},
