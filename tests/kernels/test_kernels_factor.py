@@ -155,7 +155,7 @@ def test_an_unknown_blas_is_refused_and_the_one_in_use_kept():
 def test_a_plan_whose_binding_failed_refuses_to_work():
     lin = problem()
     v = rand(lin.num_parameters)
-    plan, constants = lin.operator._plan, list(lin._constants)
+    plan, constants = lin.kernels()._plan, list(lin._constants)
     expected = lin.jvp(v)
     broken = [c[:1] if isinstance(c, torch.Tensor) else c for c in constants]
     assert not plan.bind(broken)
