@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from dataclasses import dataclass, field
 
 import torch
 
 from .backend import backend as choose_backend
+from .solve.memory import available_memory
 
 
 def kernel_drift(K: torch.Tensor, K0: torch.Tensor) -> float:
@@ -265,7 +265,7 @@ class Probe:
         if not params:
             raise ValueError(f"pgdfast.{self.name}: no parameter requires a gradient; unfreeze one or pass others.")
         lin = self._backend.linearize(self.closure, params)
-        M, free = lin.num_residuals, free_memory(params[0].device)
+        M, free = lin.num_residuals, available_memory(params[0].device)
         if M == 0:
             raise ValueError(f"pgdfast.{self.name}: the closure has no residuals; give it samples.")
         if 8 * copies * M * M > free:
@@ -276,22 +276,6 @@ class Probe:
         if wide and params[0].dtype == torch.float32:
             lin = lin.widened()
         return lin.gram(), lin.residual
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can be had on a device; infinity where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:   # counts caches that the system would give back
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024.0 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
 
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")   # told apart by colour-blind readers

@@ -33,7 +33,7 @@ BELOW = {
     "backend": {"reference_backend", "networks", "solve", "linear", "kernels"},
     "lm": {"backend", "step", "report", "solve", "linear"},
     "ensembles": set(),
-    "spectra": {"backend", "linear"},
+    "spectra": {"backend", "linear", "solve"},
     "switches": {"spectra"},
     "hybrid": {"lm", "report", "switches"},
     "captured": {"lm", "step", "report", "solve", "linear"},

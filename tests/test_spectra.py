@@ -226,9 +226,9 @@ def test_refused():
 
 def test_too_many_residuals_are_refused_before_the_matrix_is_made(monkeypatch):
     params, closure = fit()
-    monkeypatch.setattr(spectra, "free_memory", lambda device: 8 * 5 * 12 * 12)
+    monkeypatch.setattr(spectra, "available_memory", lambda device: 8 * 5 * 12 * 12)
     assert pgdfast.ntk_spectrum(closure, params).resolved > 0   # just fits
-    monkeypatch.setattr(spectra, "free_memory", lambda device: 8 * 5 * 12 * 12 - 1)
+    monkeypatch.setattr(spectra, "available_memory", lambda device: 8 * 5 * 12 * 12 - 1)
     monkeypatch.setattr(pgdfast.Linearization, "gram", lambda self: pytest.fail("the matrix was made"))
     with pytest.raises(MemoryError, match="ntk_spectrum: 5 matrices of M x M for M = 12 residuals take .* GB are free"):
         pgdfast.ntk_spectrum(closure, params)

@@ -104,20 +104,24 @@ def _nothing(lin) -> Solution:
     return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0, same_factor=lambda u: step.clone())
 
 
-def solution(name: str, reason: str, problem: Problem, found: Found) -> Solution:
-    """What a solver found, for the problem as it was given and in its precision."""
+def solution(name: str, reason: str, problem: Problem, found: Found, dtype: torch.dtype | None = None) -> Solution:
+    """What a solver found, for the problem as it was given and in its precision.
+
+    dtype: that precision, where the problem's linearisation is a function that makes it, as of a member of an ensemble.
+    """
     lin, prior, (outcome, again, wide, keep, path) = problem.linearization, problem.prior, found
     if prior is not None:
         path = ()   # earlier iterates lead away from p, not from zero
         if outcome.status != "not_positive_definite":
             outcome = problem.from_prior(outcome)
     step, status, iterations, norm, gain, square, trace, slack, _ = outcome
+    dtype = dtype or lin.dtype
     damping, detail = problem.mu if problem.scale is None else problem.damping_diagonal, ""
     if not abs(gain) + square + trace < math.inf and (status == "not_positive_definite" or not abs(gain) + square < math.inf):
-        status, again, detail = "not_finite", None, not_finite(lin)
+        status, again, detail = "not_finite", None, not_finite(lin() if callable(lin) else lin)
         step, gain, square, slack, path, prior = torch.zeros_like(step), 0.0, 0.0, 0.0, (), None
     return Solution(
-        step if step.dtype is lin.dtype else step.to(lin.dtype), status, iterations, name, reason, gain,
+        step if step.dtype is dtype else step.to(dtype), status, iterations, name, reason, gain,
         problem.mu * square if problem.scale is None else problem.damped(step, square), lin, damping,
         norm if name in ("cg", "lsmr") else None, wide, slack, path, keep or {}, prior, again, detail,
     )

@@ -21,144 +21,77 @@ from .problem import Found, Problem
 from .sizes import SWEEP, Sizes
 
 
-class One:
-    """One system: vectors are (P,), numbers are the host's."""
+class _One:
+    """One system: vectors are (P,), numbers the host's; inner products in the precision of the vectors."""
 
     rules = cg_rules.rules_with(cg_rules.where)
     where = staticmethod(cg_rules.where)
     any = staticmethod(bool)
     larger = staticmethod(max)
-
-    @staticmethod
-    def dot(x, y):
-        """<x, y>, in the precision of the vectors."""
-        return float(torch.dot(x, y))
-
-    @staticmethod
-    def norm(x):
-        """||x||, summed in float64."""
-        return float(torch.linalg.vector_norm(x, dtype=torch.float64))
-
-    @staticmethod
-    def times(number, x):
-        """Number x."""
-        return number * x
+    dot = staticmethod(lambda x, y: float(torch.dot(x, y)))
+    norm = staticmethod(lambda x: float(torch.linalg.vector_norm(x, dtype=torch.float64)))
+    times = staticmethod(lambda number, x: number * x)
+    numbers = staticmethod(lambda like, listed, *values: values[0])
+    history = staticmethod(lambda count, value: {})
+    store = staticmethod(dict.__setitem__)
+    at = staticmethod(lambda history, iteration: history.get(iteration, 0.0))
 
     @staticmethod
     def update(moves, renews, step, x, residual, p, Aw, b):
-        """(x, residual) after a step along p, or with the true residual."""
         if moves:
             return x + step * p, residual - step * Aw
         return x, b - Aw if renews else residual
 
     @staticmethod
     def turned(turns, restart, beta, z, p):
-        """The next direction."""
         if not turns:
             return p
         return z if restart else z + beta * p
 
     @classmethod
     def reached(cls, checks, value, b, x, residual):
-        """The model's reduction at x by its true residual, in a check."""
         return 0.5 * (cls.dot(b, x) + cls.dot(residual, x)) if checks else value
 
-    @staticmethod
-    def numbers(like, listed, *values):
-        """Numbers of these values for every system, but the second for systems that are not listed."""
-        return values[0]
 
-    @staticmethod
-    def history(count, value):
-        """What `store` fills."""
-        return {}
-
-    @staticmethod
-    def store(history, iteration, value):
-        """Note the value at an iteration."""
-        history[iteration] = value
-
-    @staticmethod
-    def at(history, iteration):
-        """The value at an iteration."""
-        return history.get(iteration, 0.0)
-
-
-class Many:
-    """Many systems: vectors are (K, P), numbers (K,), float64, and stay on their device."""
+class _Many:
+    """Many systems: vectors are (K, P), numbers (K,), float64, and stay on their device; `any` waits for it."""
 
     rules = cg_rules.rules_with(lambda which, a, b: torch.where(which, a, b))
-
-    @staticmethod
-    def where(which, a, b):
-        """Items or rows of a or b."""
-        return torch.where(which if a.dim() == 1 else which[:, None], a, b)
-
-    @staticmethod
-    def any(which):
-        """Whether one is true; waits for the device."""
-        return bool(which.any())
-
-    @staticmethod
-    def larger(a, b):
-        """Max(a, b), b a number."""
-        return torch.clamp_min(a, b)
-
-    @staticmethod
-    def dot(x, y):
-        """Inner products, (K,), in float64."""
-        return (x.double() * y.double()).sum(1)
+    where = staticmethod(lambda which, a, b: torch.where(which if a.dim() == 1 else which[:, None], a, b))
+    any = staticmethod(lambda which: bool(which.any()))
+    larger = staticmethod(torch.clamp_min)
+    dot = staticmethod(lambda x, y: (x.double() * y.double()).sum(1))
+    times = staticmethod(lambda number, x: number.to(x.dtype)[:, None] * x)
+    history = staticmethod(lambda count, value: value.new_zeros(count + 1, len(value)))
+    store = staticmethod(lambda history, iteration, value: history.scatter_(0, iteration[None], value[None]))
+    at = staticmethod(lambda history, iteration: history.gather(0, iteration[None])[0])
 
     @classmethod
     def norm(cls, x):
-        """Norms, (K,)."""
         return cls.dot(x, x).sqrt()
 
     @staticmethod
-    def times(number, x):
-        """Number_k x_k."""
-        return number.to(x.dtype)[:, None] * x
+    def numbers(like, listed, value, otherwise=None):
+        made = torch.full(like.shape, value if otherwise is None else otherwise, device=like.device)
+        if otherwise is not None:   # for systems that are not listed
+            made[listed] = value
+        return made
 
     @classmethod
     def update(cls, moves, renews, step, x, residual, p, Aw, b):
-        """As One's."""
         renewed = cls.where(renews, b - Aw, residual)
-        return (
-            cls.where(moves, x + cls.times(step, p), x), cls.where(moves, residual - cls.times(step, Aw), renewed),
-        )
+        return cls.where(moves, x + cls.times(step, p), x), cls.where(moves, residual - cls.times(step, Aw), renewed)
 
     @classmethod
     def turned(cls, turns, restart, beta, z, p):
-        """As One's."""
         return cls.where(turns, cls.where(restart, z, z + cls.times(beta, p)), p)
 
     @classmethod
     def reached(cls, checks, value, b, x, residual):
-        """As One's."""
         return 0.5 * (cls.dot(b, x) + cls.dot(residual, x))
 
-    @staticmethod
-    def numbers(like, listed, value, otherwise=None):
-        """(K,) numbers of a value, or of another for systems that are not listed."""
-        made = torch.full(like.shape, value if otherwise is None else otherwise, device=like.device)
-        if otherwise is not None:
-            made[listed] = value
-        return made
 
-    @staticmethod
-    def history(count, value):
-        """What `store` fills."""
-        return value.new_zeros(count + 1, len(value))
-
-    @staticmethod
-    def store(history, iteration, value):
-        """Note the values at the systems' iterations."""
-        history.scatter_(0, iteration[None], value[None])
-
-    @staticmethod
-    def at(history, iteration):
-        """The values at the systems' iterations."""
-        return history.gather(0, iteration[None])[0]
+ONE, MANY = _One, _Many
 
 
 def conjugate_gradients(apply, b, precondition, options: CG, kind, start=None, path=None, listed=None):
@@ -169,14 +102,14 @@ def conjugate_gradients(apply, b, precondition, options: CG, kind, start=None, p
 
     Args:
         apply: x -> A x.
-        b: the right-hand side, (P,), or (K, P) with kind Many.
+        b: the right-hand side, (P,), or (K, P) with kind MANY.
         precondition: residual -> z.
         options: limits.
-        kind: One or Many.
+        kind: ONE or MANY.
         start: like b; each system begins at the best multiple of its own, which is never worse than zero. None for zero.
-        path: (slots, P), for One: gets the iterates 1, 2, 4, ..., in turn; the last item returned then lists them as (slot,
+        path: (slots, P), for ONE: gets the iterates 1, 2, 4, ..., in turn; the last item returned then lists them as (slot,
             iteration, gain, square, slack).
-        listed: the systems to be solved, for Many; the others stay at zero.
+        listed: the systems to be solved, for MANY; the others stay at zero.
     """
     rules, dot = kind.rules, kind.dot
     b_norm = kind.norm(b)
@@ -248,7 +181,7 @@ def cg_with(kernels):
 
         b = kernels.vjp(r)
         x, status, iterations, norm, gain, square, slack, kept = conjugate_gradients(
-            apply, b if q is None else b + q, precondition, options, One, start, path
+            apply, b if q is None else b + q, precondition, options, ONE, start, path
         )
         return Outcome(x, STATUS[status], iterations, norm, gain, square, 0.0, slack), kept
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import torch
 
 from ..kernels.limits import NARROW_CONDITION
 from ..kernels.protocol import STATUS, Outcome
 from .choice import BY_NAME, choose
-from .entry import not_finite, solve
+from .entry import solution, solve
 from .factor import Refactored
-from .krylov import Many, conjugate_gradients
+from .krylov import MANY, conjugate_gradients
 from .options import CG
-from .problem import Problem, affords_float64, for_iterations
+from .problem import Found, Problem, affords_float64, for_iterations
 from .solution import Solution
 
 _TRY_AGAIN = 20   # steps after which members that were refined one by one are tried in one call again
@@ -149,42 +149,33 @@ class _Together:
         steps, numbers = kernels.members_solve(
             self.name, group, lin.residual.contiguous(), mu, penalties, scale, q, self.options, inverse, start
         )
-        return steps, [Outcome(steps[b], *rest) for b, rest in zip(group, numbers, strict=True)]
+        return steps, [Outcome(None, *rest) for rest in numbers]
 
     def _cg(self, lin, d, q, inverse, start, group):
         b = lin.vjp(lin.residual)
         x, *numbers, _ = conjugate_gradients(
             lambda x: lin.vjp(lin.jvp(x)) + d * x, b if q is None else b + q,
-            (lambda x: x) if inverse is None else (lambda x: inverse * x), self.options, Many, start, None, group,
+            (lambda x: x) if inverse is None else (lambda x: inverse * x), self.options, MANY, start, None, group,
         )
         rows = torch.stack([number.double() for number in numbers], 1)[group].tolist()
         return x, [
-            Outcome(x[b], STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack)
-            for b, (status, iterations, norm, gain, square, slack) in zip(group, rows, strict=True)
+            Outcome(None, STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack)
+            for status, iterations, norm, gain, square, slack in rows
         ]
 
     def _solutions(self, group, steps, outcomes, widened: bool = False) -> dict[int, Solution]:
         lin, name, found = self.lin, self.name, {}
         self.steps = steps = steps if steps.dtype is lin.dtype else steps.to(lin.dtype)
         for b, outcome in zip(group, outcomes, strict=True):
-            _, status, iterations, norm, gain, square, trace, slack, _ = outcome
-            step, mu, detail = steps[b], self.mu[b], ""
-            diagonal, damped = mu, mu * square
-            if self.scale is not None:
-                diagonal = mu * self.scale[b]
-                damped = float(torch.dot(step.double(), diagonal.double() * step.double()))
-            infinite = not abs(gain) + square < float("inf")
-            if infinite or (status == "not_positive_definite" and not trace < float("inf")):
-                step.zero_()
-                status, gain, damped, slack, detail = "not_finite", 0.0, 0.0, 0.0, not_finite(lin.member(b))
-            keep = {"iterations": iterations} if name == "cg" else {}
-            if name == "cg" and self.options.warm_start and status != "not_finite":
-                keep["start"] = step
-            found[b] = Solution(
-                step, status, iterations, name, self.reason, gain, damped, functools.partial(lin.member, b), diagonal,
-                norm if name == "cg" else None, widened and trace > NARROW_CONDITION, slack, (), keep, None,
-                Refactored(name, functools.partial(self._problem, b), self.options, self.rcond, widened, self.shared), detail,
-            )
+            problem = Problem(partial(lin.member, b), self.mu[b], None if self.scale is None else self.scale[b], None)
+            again = Refactored(name, partial(self._problem, b), self.options, self.rcond, widened, self.shared)
+            keep = {"iterations": outcome.iterations} if name == "cg" else {}
+            one = Found(outcome._replace(step=steps[b]), again, widened and outcome.trace > NARROW_CONDITION, keep)
+            found[b] = made = solution(name, self.reason, problem, one, lin.dtype)
+            if made.status == "not_finite":
+                steps[b] = 0
+            elif name == "cg" and self.options.warm_start:
+                keep["start"] = made.step
         return found
 
     def _problem(self, b: int) -> Problem:

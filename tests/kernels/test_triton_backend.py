@@ -176,7 +176,7 @@ CG_OPTIONS = {
 
 @pytest.mark.parametrize("name", CG_OPTIONS)
 def test_cg_takes_the_iterations_of_the_plain_one(name):
-    """The state on the device against pgdfast/solve/cg.py's Python: status, count, iterate, what it reports and keeps."""
+    """The state on the device against the loop of solve/krylov.py: status, count, iterate, what it reports and keeps."""
     params, closure = fit()
     options = CG_OPTIONS[name]
     a, b = (pgdfast.solve(pgdfast.linearize(closure, params, backend=k), 0.3, solver="cg", cg=options)
@@ -204,9 +204,10 @@ def test_cg_from_a_start_and_to_its_limits():
     assert relative(pgdfast.solve(lin, 0.3, solver="cg", cg=warm, keep=bad).step, first.step) < 1e-4
 
 
-def test_looks_at_the_status_never_wait():
+def test_looks_at_the_phase_never_wait():
     """What only a GPU takes, with an event of our own: a copy is asked for every 25 slots and read once it has come."""
-    from pgdfast.kernels.triton_kernels import cg, krylov
+    from pgdfast.kernels import cg_rules
+    from pgdfast.kernels.triton_kernels import krylov
 
     class Event:
         come, recorded = False, 0
@@ -219,7 +220,7 @@ def test_looks_at_the_status_never_wait():
 
     watch = krylov._Watch(torch.device("cpu"))
     watch._cpu, watch._asked, watch._flag, watch._event = False, False, torch.empty(1, dtype=torch.float64), Event()
-    running, solved = (torch.tensor(float(v), dtype=torch.float64) for v in (cg.RUNNING, cg.SOLVED))
+    running, solved = (torch.tensor(float(v), dtype=torch.float64) for v in (cg_rules.ITERATE, cg_rules.ENDED))
     assert not any(watch.over(slot, running) for slot in range(25)) and watch._event.recorded == 1
     assert not any(watch.over(slot, solved) for slot in range(25, 50)) and watch._event.recorded == 1   # not come yet
     watch._event.come = True

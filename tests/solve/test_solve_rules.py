@@ -15,7 +15,7 @@ from pgdfast.kernels.cg_rules import ENDED, ITERATE
 from pgdfast.kernels.protocol import STATUS
 from pgdfast.linear import EnsembleLinearizer, Linearizer
 from pgdfast.solve import solve_members
-from pgdfast.solve.krylov import Many, One, conjugate_gradients
+from pgdfast.solve.krylov import MANY, ONE, conjugate_gradients
 
 core = native._C
 
@@ -34,23 +34,25 @@ def test_the_rules_are_those_of_the_core():
                   claimed=draw.randrange(2), broken=draw.randrange(2), slot=-1, keep_safe=0, restore_safe=0)
         limit, progress, values = draw.choice([0, 50, 150, 1000]), draw.choice([0.0, 1e-3]), [draw.random() for _ in range(600)]
         told = dict(zip(core.CG_STATE, core.cg_judge(
-            [float(s[name]) for name in core.CG_STATE], [float(limit), 1e-6, 0.0, progress, 0.0], values,
+            [float(s[name]) for name in core.CG_STATE], [float(limit), 1e-6, 0.0, progress, 3.0], values,
         ), strict=True))
-        found = One.rules.judge(
+        found = ONE.rules.judge(
             s["phase"], s["status"], s["iteration"], s["claimed"] == 1, s["broken"] == 1, s["step"], s["before"], s["norm"],
             s["target"], s["value"], s["recurrence"], s["last_claim"], s["safe"], 0.5 * (s["gain"] + s["slack"]),
         )
         phase, status, iteration, claimed, value, recurrence, last_claim, safe, keeps, restores, restart, goes_on = found
-        window = One.rules.progress_window(iteration)
-        phase, status = One.rules.go_on(
+        window = ONE.rules.progress_window(iteration)
+        phase, status = ONE.rules.go_on(
             phase, status, goes_on, iteration, window, value, values[max(iteration - window, 0)], progress, limit
         )
         assert (phase, status, iteration) == (told["phase"], told["status"], told["iteration"])
         ours = dict(claimed=float(claimed), value=value, recurrence=recurrence, last_claim=last_claim, safe=safe,
                     keep_safe=float(keeps), restore_safe=float(restores))
         assert str(ours) == str({name: told[name] for name in ours})   # NaN equals NaN in print
+        kept = s["phase"] == ITERATE and not s["broken"] and iteration & (iteration - 1) == 0
+        assert told["slot"] == ((iteration.bit_length() - 1) % 3 if kept else -1)   # as conjugate_gradients has it
         if phase == ITERATE:
-            beta = One.rules.direction_factor(restart, s["rz"], s["before"])
+            beta = ONE.rules.direction_factor(restart, s["rz"], s["before"])
             assert str(beta) == str(told["beta"])
         ends.add(STATUS[status] if phase == ENDED else core.CG_PHASES[phase])
     assert ends == {"solved", "max_iterations", "breakdown", "stagnated", "progress", "iterate", "check", "restore"}
@@ -62,7 +64,7 @@ def test_the_rules_are_those_of_the_core():
 ])
 @pytest.mark.parametrize("started", [False, True])
 def test_many_systems_are_what_each_is_alone(options, dtype, started):
-    """One column of the batched loop is the loop for one, in status, count and iterate."""
+    """ONE column of the batched loop is the loop for one, in status, count and iterate."""
     U, V = (torch.linalg.qr(rand(40, 40, seed=k))[0] for k in (1, 2))
     J = torch.stack([(U * torch.logspace(0, -k, 40, dtype=torch.float64)) @ V.T for k in (1, 0.5, 0.8, 1.2)]).to(dtype)
     b, inverse = rand(4, 40, seed=3, dtype=dtype), 0.5 + rand(4, 40, seed=4, dtype=dtype).square()
@@ -72,12 +74,12 @@ def test_many_systems_are_what_each_is_alone(options, dtype, started):
         return ((J.mT @ (J @ x[:, :, None]))[:, :, 0]) + 0.02 * x
 
     x, status, iterations, *_ = conjugate_gradients(
-        apply, b, lambda r: inverse * r, options, Many, start, listed=[0, 2, 3]
+        apply, b, lambda r: inverse * r, options, MANY, start, listed=[0, 2, 3]
     )
     assert not x[1].any() and int(iterations[1]) == 0
     for k in (0, 2, 3):
         alone, one, count, *_ = conjugate_gradients(
-            lambda y: J[k].T @ (J[k] @ y) + 0.02 * y, b[k], lambda r: inverse[k] * r, options, One,  # noqa: B023
+            lambda y: J[k].T @ (J[k] @ y) + 0.02 * y, b[k], lambda r: inverse[k] * r, options, ONE,  # noqa: B023
             start if start is None else start[k],
         )
         assert STATUS[int(status[k])] == STATUS[one] and abs(int(iterations[k]) - count) <= 2
@@ -85,7 +87,7 @@ def test_many_systems_are_what_each_is_alone(options, dtype, started):
         assert relative(x[k], alone) < (1e-8 if few and dtype == torch.float64 else 2e-2)
 
 
-@pytest.mark.parametrize("kind", [One, Many])
+@pytest.mark.parametrize("kind", [ONE, MANY])
 def test_a_model_that_rounding_has_spoilt_is_left_for_the_last_good_check(kind):
     """Products that go wrong after the 60th make the value fall at the next check: back to the iterate of the one before."""
     values, count = torch.logspace(0, 5, 200, dtype=torch.float64), 0
@@ -97,10 +99,10 @@ def test_a_model_that_rounding_has_spoilt_is_left_for_the_last_good_check(kind):
         return values * x if count < 60 or count > 103 else -50 * values * x + 1e3
 
     found = conjugate_gradients(
-        apply, b if kind is One else b[None], lambda r: r, pgdfast.CG(500, 1e-12), kind, listed=[0]
+        apply, b if kind is ONE else b[None], lambda r: r, pgdfast.CG(500, 1e-12), kind, listed=[0]
     )
     count = 0
-    last = conjugate_gradients(lambda x: values * x, b, lambda r: r, pgdfast.CG(50, 1e-12), One)
+    last = conjugate_gradients(lambda x: values * x, b, lambda r: r, pgdfast.CG(50, 1e-12), ONE)
     assert STATUS[int(found[1])] in ("stagnated", "breakdown")
     if STATUS[int(found[1])] == "stagnated":
         assert torch.equal(found[0].reshape(-1), last[0]) or relative(found[0].reshape(-1), last[0]) < 1e-12
@@ -179,4 +181,4 @@ def test_a_matrix_that_is_not_finite_names_the_rows():
 
 
 def test_the_module_names_its_rules_once():
-    assert {rule.__name__ for rule in cg_rules.RULES} == set(vars(One.rules)) == set(vars(Many.rules))
+    assert {rule.__name__ for rule in cg_rules.RULES} == set(vars(ONE.rules)) == set(vars(MANY.rules))
