@@ -179,7 +179,7 @@ class Plateau:
                 "pgdfast.Plateau: of='model' needs predicted reductions, which LM's damping_rule='constant' does not make "
                 "without a line search; use of='loss'."
             )
-        if report is None or report.status == "empty":
+        if report is None or report.status in ("empty", "none"):   # "none": no step was taken yet
             return ""
         length = self.window if self.of == "model" else 2 * self.window
         self._losses = [*self._losses, report.loss][-length:]
