@@ -120,7 +120,7 @@ def test_the_kernel_in_float32():
 
 def test_a_probe_too_large_for_the_memory_is_refused_before_the_first_step(monkeypatch):
     params, closure = fit()
-    monkeypatch.setattr(spectra, "free_memory", lambda device: 1000.0)
+    monkeypatch.setattr(spectra, "available_memory", lambda device: 1000.0)
     optimizer = hybrid(params, pgdfast.KernelDrift(functools.partial(outputs, params)))
     before = snapshot(params)
     with pytest.raises(MemoryError, match="KernelDrift: 3 matrices of M x M for M = 12 residuals take .* fewer residuals"):
@@ -129,7 +129,7 @@ def test_a_probe_too_large_for_the_memory_is_refused_before_the_first_step(monke
 
 
 def test_free_memory_is_a_plausible_number():
-    free = spectra.free_memory(torch.device("cpu"))
+    free = spectra.available_memory(torch.device("cpu"))
     assert 1e6 < free < 1e14 or free == math.inf
 
 

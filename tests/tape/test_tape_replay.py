@@ -233,7 +233,7 @@ def test_steps_are_bit_identical_with_and_without(rule):
         closure = lambda model=model, y=y: F.mse_loss(model(INPUTS), y)  # noqa: E731
         opt = LM(model.parameters(), damping_rule=rule)
         losses = [opt.step(closure)]
-        opt._backend._linearizer._tracer.replays = replays
+        opt._tools.backend._linearizer._tracer.replays = replays
         losses += [opt.step(closure) for _ in range(7)]
         ends.append([*losses, *(p.detach() for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
