@@ -80,12 +80,14 @@ def interrupted(call, at):
 
     def trace(frame, event, argument):
         nonlocal seen, where
-        name = frame.f_code.co_filename
-        if not (name.startswith(LIBRARY) or (name == HERE and frame.f_code.co_name == "closure")):
+        name, function = frame.f_code.co_filename, frame.f_code.co_name
+        if function == "__del__":   # Python ignores exceptions there
+            return None
+        if not (name.startswith(LIBRARY) or (name == HERE and function == "closure")):
             return None
         if event == "line":
             if seen == at:
-                where = f"{name.removeprefix(LIBRARY)}:{frame.f_lineno} ({frame.f_code.co_name})"
+                where = f"{name.removeprefix(LIBRARY)}:{frame.f_lineno} ({function})"
                 seen += 1
                 raise Interruption
             seen += 1
