@@ -167,7 +167,7 @@ def lines_of(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_exception_at_any_line_leaves_a_step_whole(setting):
     """Some of each setting, spread over the step; the slow test has them all."""
-    lines, many = lines_of(setting), 12 if "ensemble" in setting else 60
+    lines, many = lines_of(setting), 6 if "ensemble" in setting else 30
     assert lines > 100
     assert faults(setting, range(3, lines, max(1, lines // many))) == []
 
