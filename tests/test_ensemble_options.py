@@ -12,7 +12,7 @@ from helpers import EVERYWHERE, NOISY_SINE, apart, losses_of, memory_of, network
 import pgdfast
 from pgdfast import Delayed, GainRatio, Sweep
 
-B, LOST, STEPS = 4, 1, 7
+B, LOST, STEPS = 3, 1, 5
 ALIVE = [b for b in range(B) if b != LOST]
 X, Y = NOISY_SINE
 
@@ -107,15 +107,19 @@ def trained_as_alone(options, backend, groups=list, steps=STEPS):
     return reports
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
-@pytest.mark.parametrize("name", OPTIONS)
+SLOWLY = ("default", "geodesic", "chord", "momentum, constant", "everything", "sweep", "truncation", "armijo")   # reference
+
+
+@pytest.mark.parametrize(("name", "backend"), [
+    (name, backend) for name in OPTIONS for backend in EVERYWHERE if backend != "reference" or name in SLOWLY
+])
 def test_members_train_as_they_would_alone(name, backend):
-    reports = trained_as_alone(OPTIONS[name], backend)
+    reports = trained_as_alone(OPTIONS[name], backend, steps=3 if backend == "reference" else STEPS)
     attempts = [[report[b].attempts for b in ALIVE] for report in reports]
     if name in ("default", "chord", "momentum"):
         assert any(len(set(each)) > 1 for each in attempts), "some members should have waited for others"
     if OPTIONS[name].get("acceleration") not in (None, "geodesic"):
-        assert max(report[b].correction for report in reports for b in ALIVE) > 1e-3
+        assert max(report[b].correction for report in reports for b in ALIVE) > 1e-4
     if name == "truncation" and backend == "native":
         assert any(report[b].solve_status == "truncated" for report in reports for b in ALIVE)
 
@@ -124,7 +128,7 @@ def test_members_train_as_they_would_alone(name, backend):
 @pytest.mark.parametrize("name", ["default", "chord", "momentum", "norm constraint", "sweep", "armijo"])
 def test_groups_with_rates_of_their_own(name, backend):
     """Predictions then take products with J, while other members stand at their trial points."""
-    trained_as_alone({k: v for k, v in OPTIONS[name].items() if k != "lr"}, backend, groups_of, 4)
+    trained_as_alone({k: v for k, v in OPTIONS[name].items() if k != "lr"}, backend, groups_of, 2)
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -143,7 +147,7 @@ def test_trials_count_the_runs_of_the_closure(backend):
 
 def test_a_sweep_keeps_a_damping_for_each_member():
     networks = stack_of(B)
-    optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping=[1e-3, 0.1, 10.0, 1e3], damping_rule="sweep")
+    optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping=[1e-3, 0.1, 10.0], damping_rule="sweep")
     for _ in range(3):
         optimizer.step(losses_of(networks))
     mus = [m["damping"] for m in memory_of(optimizer)["members"]]

@@ -53,14 +53,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_trajectories_are_those_of_the_members_alone(name):
-    """Float64, 50 steps, to 1e-10; or, where a rounding unit in the parameters grows beyond that, as well as can be said."""
+    """Float64, 30 steps, to 1e-10; or, where a rounding unit in the parameters grows beyond that, as well as can be said."""
     options = OPTIONS[name]
     alone, twins, networks = networks_of(B), [nudged(m) for m in networks_of(B)], stack_of(B)
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, **options)
     optimizers = [pgdfast.LM(m.parameters(), **copy.deepcopy(options)) for m in alone]
     others = [pgdfast.LM(m.parameters(), **copy.deepcopy(options)) for m in twins]
     attempts = set()
-    for _ in range(50):
+    for _ in range(30):
         before = optimizer.step(losses_of(networks))
         for b in range(B):
             loss = optimizers[b].step(lambda m=alone[b]: F.mse_loss(m(X), Y))

@@ -34,7 +34,7 @@ def checked_constraint(square) -> float | None:
 
 
 def prior(beta: float, parameters, state, b: int) -> torch.Tensor | None:
-    """Beta phi_(k-1) of member b, (P,), zero where a parameter has none; None where none has.
+    """The prior beta phi_(k-1) of member b, (P,), zero where a parameter has none; None where none has.
 
     parameters: a Parameters; state: the optimizer's, by parameter.
     """

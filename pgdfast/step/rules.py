@@ -32,7 +32,7 @@ def is_zero(mu) -> bool:
 
 
 def raised(mu, factor, curvature: Callable[[], float]):
-    """Mu times a factor; where mu is 0, the model's curvature along the step, which is the scale of mu."""
+    """The product of mu and a factor; where mu is 0, the model's curvature along the step, which is the scale of mu."""
     return bounded(curvature(), SMALLEST, LARGEST) if is_zero(mu) else bounded(mu * factor, 0.0, LARGEST)
 
 

@@ -279,7 +279,7 @@ def test_the_tape_ends_with_its_step(name, backend):
     gc.collect()
     gc.disable()
     try:
-        for _ in range(3):
+        for _ in range(2):
             optimizer.step(closure)
             assert nodes and not any(ref() for ref in nodes)
             assert all(ref.expired() for ref in activations)
