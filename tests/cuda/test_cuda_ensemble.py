@@ -80,7 +80,7 @@ def ensemble(library, make, dtype, wide=None):
     kernels = cuda.Kernels(replace(program, layouts=layouts), wide or dtype, library=library)
     kernels.set_members(COUNT, shifts, [0] * len(shifts))
     kernels.bind(joined)
-    kernels.set_rows(lins[0].rows)
+    kernels.set_rows(lins[0].row_layout())
     return kernels, lins, refs
 
 
