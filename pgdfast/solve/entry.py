@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, overload
 
 import torch
 
 from ..linear.protocol import SolvableLinearization
 from .choice import BY_NAME, SOLVERS, choose
-from .factor import Refactored
 from .options import CG
 from .problem import Found, OnDemand, Problem
 from .solution import ADVICE, Solution, Solutions
@@ -180,9 +178,28 @@ def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -
         found = BY_NAME[name].solve(one, options, rcond, wide, keep, time)
         wide, keep = found.wide, found.keep
         if not iterative and found.again is not None:
-            found = found._replace(again=Refactored(name, partial(problem.at, mu), options, rcond, was_wide, shared))
+            found = found._replace(again=_Refactored(name, one, (options, rcond, was_wide, None, 0), shared))
         solutions[mu] = solution(name, reason, one, found)
     if not start:
         for s in solutions.values():
             s.keep = {what: value for what, value in s.keep.items() if what != "start"}
     return [solutions[mu] for mu in mus]
+
+
+class _Refactored:
+    """Solution.solve_with_same_factor of one of several solves: its factor is made anew at its first use.
+
+    Of all that have `shared` in common, a list, one has a factor.
+    """
+
+    def __init__(self, name: str, problem: Problem, arguments, shared: list):
+        self._given, self._shared, self._again = (name, problem, arguments), shared, None
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        if self._again is None:
+            name, problem, arguments = self._given
+            for other in self._shared:
+                other._again = None
+            self._again = BY_NAME[name].solve(problem, *arguments).again
+            self._shared[:] = [self]
+        return self._again(u)

@@ -10,10 +10,9 @@ from ..kernels.limits import NARROW_CONDITION
 from ..kernels.protocol import STATUS, Outcome
 from .choice import BY_NAME, choose
 from .entry import solution, solve
-from .factor import Refactored
 from .krylov import MANY, conjugate_gradients
 from .options import CG
-from .problem import Found, Problem, affords_float64, for_iterations
+from .problem import Problem, affords_float64, for_iterations
 from .solution import Solution
 
 _TRY_AGAIN = 20   # steps after which members that were refined one by one are tried in one call again
@@ -80,7 +79,7 @@ class _Together:
         self.lin, self.scale, self.options, self.rcond = lin, scale, options, rcond
         self.solver, self.name, self.reason, self.keep, self.time = BY_NAME[name], name, reason, keep, time
         self.mu = [float(dampings.get(b, 0.0)) for b in range(lin.count)]
-        self.calls, self.steps, self.shared = 0, None, []
+        self.calls, self.steps, self._factor = 0, None, None
         self.refines = name in ("dual", "primal") and self.solver.refines(lin)   # which is done for one member at a time
 
     @property
@@ -108,7 +107,7 @@ class _Together:
                 steps, outcomes = self._call(trying, lin)
                 done = [
                     (b, o) for b, o in zip(trying, outcomes, strict=True)
-                    if o.status == "solved" and o.trace <= NARROW_CONDITION
+                    if o[0] == "solved" and o[5] <= NARROW_CONDITION
                 ]
                 settled = self._solutions([b for b, _ in done], steps, [o for _, o in done])
             if not affords or self.refines:   # to be refined, or as far as this precision goes: one by one
@@ -119,7 +118,7 @@ class _Together:
         return settled
 
     def _call(self, group: list[int], lin):
-        """(steps (B, P), outcomes of these members but for their steps), in the precision of `lin`."""
+        """(steps (B, P), the numbers of these members' Outcomes), in the precision of `lin`."""
         self.calls += 1
         scale, count, penalties = None if self.scale is None else self.scale.to(lin.dtype), lin.count, []
         q = start = None
@@ -149,7 +148,7 @@ class _Together:
         steps, numbers = kernels.members_solve(
             self.name, group, lin.residual.contiguous(), mu, penalties, scale, q, self.options, inverse, start
         )
-        return steps, [Outcome(None, *rest) for rest in numbers]
+        return steps, numbers
 
     def _cg(self, lin, d, q, inverse, start, group):
         b = lin.vjp(lin.residual)
@@ -159,24 +158,32 @@ class _Together:
         )
         rows = torch.stack([number.double() for number in numbers], 1)[group].tolist()
         return x, [
-            Outcome(None, STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack)
+            (STATUS[int(status)], int(iterations), norm, gain, square, 0.0, slack)
             for status, iterations, norm, gain, square, slack in rows
         ]
 
     def _solutions(self, group, steps, outcomes, widened: bool = False) -> dict[int, Solution]:
-        lin, name, found = self.lin, self.name, {}
+        lin, name, scale, mu, found = self.lin, self.name, self.scale, self.mu, {}
         self.steps = steps = steps if steps.dtype is lin.dtype else steps.to(lin.dtype)
-        for b, outcome in zip(group, outcomes, strict=True):
-            problem = Problem(partial(lin.member, b), self.mu[b], None if self.scale is None else self.scale[b], None)
-            again = Refactored(name, partial(self._problem, b), self.options, self.rcond, widened, self.shared)
-            keep = {"iterations": outcome.iterations} if name == "cg" else {}
-            one = Found(outcome._replace(step=steps[b]), again, widened and outcome.trace > NARROW_CONDITION, keep)
+        keep, starts = {}, name == "cg" and self.options.warm_start
+        rows = steps.unbind()
+        for b, numbers in zip(group, outcomes, strict=True):
+            problem = Problem(partial(lin.member, b), mu[b], None if scale is None else scale[b], None)
+            if name == "cg":
+                keep = {"iterations": numbers[1]}
+            again, wide = partial(self._again, b, widened), widened and numbers[5] > NARROW_CONDITION
+            one = Outcome(rows[b], *numbers), again, wide, keep, ()   # as Found has it
             found[b] = made = solution(name, self.reason, problem, one, lin.dtype)
             if made.status == "not_finite":
                 steps[b] = 0
-            elif name == "cg" and self.options.warm_start:
-                keep["start"] = made.step
+            elif starts:
+                made.keep["start"] = made.step
         return found
 
-    def _problem(self, b: int) -> Problem:
-        return Problem.of(self.lin.member(b), self.mu[b], None if self.scale is None else self.scale[b])
+    def _again(self, b: int, widened: bool, u: torch.Tensor) -> torch.Tensor:
+        """Member b's solve once more for another residual; the factor is made at the first, and kept until another's is."""
+        if self._factor is None or self._factor[0] != b:
+            scale = None if self.scale is None else self.scale[b]
+            problem = Problem.of(self.lin.member(b), self.mu[b], scale)
+            self._factor = b, self.solver.solve(problem, self.options, self.rcond, widened, None, 0).again
+        return self._factor[1](u)
