@@ -234,7 +234,7 @@ def _check_positive(mu: float) -> None:
 
 
 def _check_problem(lin) -> None:
-    """Raise ValueError for linearisations that need the host at every step."""
+    """Raise ValueError for linearizations that need the host at every step."""
     if lin.num_residuals == 0:
         raise ValueError("pgdfast.CapturedStep: the closure's batch has no residuals; give it some before steps are captured.")
     why = lin.sync_reason

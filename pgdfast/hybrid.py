@@ -184,7 +184,7 @@ class Hybrid(torch.optim.Optimizer):
 
 
 def _half_square(result) -> tuple[torch.Tensor, bool]:
-    """The loss that LM would minimise, and whether it has no residuals."""
+    """The loss that LM would minimize, and whether it has no residuals."""
     if isinstance(result, torch.Tensor) and result.dim() == 0:
         return result, False
     parts = list(result) if isinstance(result, (tuple, list)) else [result]

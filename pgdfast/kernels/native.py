@@ -40,7 +40,7 @@ def applies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def walker(params: list[torch.Tensor]):
-    """The core's recogniser of tape structures over these parameters, or None without the core."""
+    """The core's recognizer of tape structures over these parameters, or None without the core."""
     return None if _C is None else _C.Walker(params)
 
 

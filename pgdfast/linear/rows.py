@@ -42,7 +42,7 @@ class RowLayout:
 def row_layout(program: Program, constants=()) -> RowLayout | None:
     """The finest row structure of a program, or None if its residuals do not separate (batch statistics, say).
 
-    constants: those of the linearisation, needed where the program gathers from its workspace: which residuals an element
+    constants: those of the linearization, needed where the program gathers from its workspace: which residuals an element
     reaches depends on their positions there.
     """
     if not any(shape.numel() for shape in program.residual_shapes):

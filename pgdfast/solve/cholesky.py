@@ -92,7 +92,7 @@ class Cholesky:
             gram = s.sections * s.sweep + (M * M * P if s.explicit else s.build)
             factor = CHOLESKY * M**3 / 3 + s.sweep
             # The core keeps its matrix for further dampings, unless a penalty weighs it by each.
-            return gram + dampings * factor if not s.explicit and not s.penalised else dampings * (gram + factor)
+            return gram + dampings * factor if not s.explicit and not s.penalized else dampings * (gram + factor)
         if s.local and s.kernels.sums_sections:
             normal = s.sections * s.sweep + s.layout.num_rows * P * P
         else:

@@ -13,7 +13,7 @@ CHOLESKY, EIGH, SWEEP = 1.5, 25.0, 1.5
 class Sizes:
     """Of one problem, solved for so many dampings.
 
-    M, P; options: of CG; wide: a float32 problem is known to need float64 sums; scaled, penalised: there is a D, a penalty.
+    M, P; options: of CG; wide: a float32 problem is known to need float64 sums; scaled, penalized: there is a D, a penalty.
     local: rows separate and the kernels make use of it. explicit: dual matrices come from J.
     Operations: sweep, of a product with J or J^T; build, of one Gram matrix beside its sweeps, of which there are `sections`;
     jacobian, of J. Bytes: width, of a number; arena, of a sweep; sweeps, of those for J or a matrix; jacobian_bytes, of J;
@@ -25,7 +25,7 @@ class Sizes:
         self.kernels, self.layout = kernels, rows = lin.kernels(), lin.row_layout()
         self.M, self.P = M, P = float(lin.num_residuals), float(lin.num_parameters)
         self.options, self.dampings = options, dampings
-        self.scaled, self.penalised = problem.scale is not None, problem.penalty is not None
+        self.scaled, self.penalized = problem.scale is not None, problem.penalty is not None
         self.sweep = max(kernels.flops, 2 * P, 2 * M)
         self.local = rows is not None and kernels.fused
         self.explicit = self.scaled or not kernels.fused

@@ -12,7 +12,7 @@ def predicted_reduction(lin, direction: torch.Tensor, t: float) -> float:
 
 
 def curvature(lin, solution) -> float:
-    """G . delta / ||delta||^2, or that of the gradient where there is no step. lin: a function that gives the linearisation."""
+    """G . delta / ||delta||^2, or that of the gradient where there is no step. lin: a function that gives the linearization."""
     square = float(solution.step.double().square().sum())
     if square > 0 and solution.gain > 0:
         return solution.gain / square

@@ -29,7 +29,7 @@ class Trace:
     loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
     that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
-    program and constants: the linearisation, or None where `missing` names an operation without a rule;
+    program and constants: the linearization, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs. foreign: does code
     of the user's take part in the backward: hooks, or a torch.autograd.Function?
     """
@@ -79,7 +79,7 @@ class Tracer:
 
         result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. waits: may this wait for
         a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
-        Raises ValueError for results that cannot be linearised, each with what to do instead.
+        Raises ValueError for results that cannot be linearized, each with what to do instead.
         """
         try:
             if self.replays and waits:
@@ -132,9 +132,9 @@ class Tracer:
         if scalar:
             try:
                 form = losses.scalar_form(tape, positions[0][0], waits) if positions[0] else losses.Form()
-            except losses.UnrecognisedLoss as error:
+            except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
-                raise losses.UnrecognisedLoss(
+                raise losses.UnrecognizedLoss(
                     f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
                     f"{error}. {losses.RECOGNISED}"
                 ) from None
@@ -189,13 +189,13 @@ class Tracer:
             return
         try:
             form = losses.scalar_form(tape, position[0], waits)
-        except losses.UnrecognisedLoss:
+        except losses.UnrecognizedLoss:
             return
         if form.reduces(tape):
             raise ValueError(
                 f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimise it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimised."
+                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
             )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:

@@ -89,7 +89,7 @@ class Tape:
 
 
 class Walker:
-    """Walks tapes over fixed parameters and recognises structures it has seen.
+    """Walks tapes over fixed parameters and recognizes structures it has seen.
 
     The core compares structures in a few microseconds; without it every tape is described anew.
     """
@@ -119,7 +119,7 @@ class Walker:
         return self._tape(Structure(number, nodes, roots, self._number, hooked), nodes)
 
     def remember(self, structure: Structure) -> None:
-        """From now on tapes of this structure are recognised."""
+        """From now on tapes of this structure are recognized."""
         if structure.number < 0:
             return
         if self._generation != self._core.generation:

@@ -1,4 +1,4 @@
-"""Members of a linearised ensemble against the same networks linearised alone."""
+"""Members of a linearized ensemble against the same networks linearized alone."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ CASES = {
 
 
 def ensemble(make, of_one, backend="auto", each=False):
-    """(linearisation of the stacked closure, those of the members alone)."""
+    """(linearization of the stacked closure, those of the members alone)."""
     members = [make(seed) for seed in range(B)]
     values, buffers = stack_module_state(members)
 

@@ -38,7 +38,7 @@ def by_nested(monkeypatch, function):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["laplacian", "burgers", "boundary too", "the value alone", "a mean of squares", "all of it"])
-def test_linearisation(name, kind, monkeypatch):
+def test_linearization(name, kind, monkeypatch):
     net, x, boundary = build(name), rand(17, 2, seed=1), rand(5, 2, seed=2)
     params, closure = list(net.parameters()), residuals(net, x, boundary)[kind]
     fast = pgdfast.linearize(closure, params)
