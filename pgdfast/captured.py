@@ -52,7 +52,7 @@ class CapturedStep:
         """Take one step and return the loss before it, a 0-dim tensor that nobody has waited for.
 
         What happened stands in `optimizer.report`, whose numbers come when they are read. Raises what the closure raises, and
-        ValueError where it cannot be captured; the parameters are then as they were. A loss that is not finite changes
+        ValueError where it cannot be captured; the parameters are left unchanged. A loss that is not finite changes
         nothing, and the report says so.
         """
         optimizer, device_step = self._optimizer, self._numbers

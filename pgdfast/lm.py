@@ -158,7 +158,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
         runs once, and once more per trial point. What happened stands in `report`.
         Raises ValueError (bad closure, non-finite loss), MemoryError or whatever the closure raises; the parameters are
-        then as they were.
+        left unchanged.
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")

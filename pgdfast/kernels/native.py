@@ -206,7 +206,7 @@ class Kernels(Traits):
         return self._plan.rows_of_parts
 
     @property
-    def sums_sections(self) -> bool:
+    def sums_outputs(self) -> bool:
         """Whether J^T J comes from factors summed over the outputs of a row, without J; known once there are rows."""
         return self._plan.normal_pays
 

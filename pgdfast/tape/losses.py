@@ -127,19 +127,19 @@ def residual_form(residuals: list[torch.Tensor], edges: list) -> Form:
     return Form([Squares((edge,), r.detach(), 1.0) for r, edge in zip(residuals, edges, strict=True)])
 
 
-def scalar_form(tape: Tape, root: int, waits: bool = True) -> Form:
+def scalar_form(tape: Tape, root: int, allow_sync: bool = True) -> Form:
     """The form of the scalar at a tape position.
 
-    waits: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
+    allow_sync: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
     Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
-    return _Reader(tape, waits).read(root)
+    return _Reader(tape, allow_sync).read(root)
 
 
-def _root_of(weight, waits: bool):
+def _root_of(weight, allow_sync: bool):
     """sqrt(2 w) for a number or tensor."""
     if isinstance(weight, torch.Tensor):
-        if _looked_at(weight, waits) and bool((weight < 0).any()):
+        if _looked_at(weight, allow_sync) and bool((weight < 0).any()):
             raise UnrecognizedLoss("one of its squares has a negative weight, so it is no sum of squares")
         return torch.sqrt(2 * weight)
     if weight < 0:
@@ -147,16 +147,16 @@ def _root_of(weight, waits: bool):
     return math.sqrt(2 * weight)
 
 
-def _looked_at(t: torch.Tensor, waits: bool) -> bool:
+def _looked_at(t: torch.Tensor, allow_sync: bool) -> bool:
     """Whether entries may decide what is done."""
-    return waits or t.device.type == "cpu"
+    return allow_sync or t.device.type == "cpu"
 
 
 class _Reader:
     """Walks down from the loss with the weight (dL / d node output, constant) until a convex function is reached."""
 
-    def __init__(self, tape: Tape, waits: bool):
-        self.tape, self.waits = tape, waits
+    def __init__(self, tape: Tape, allow_sync: bool):
+        self.tape, self.allow_sync = tape, allow_sync
         self.form = Form()
         self.log_softmax: dict[int, object] = {}
 
@@ -223,7 +223,7 @@ class _Reader:
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
     def _times(self, weight, factor: torch.Tensor):
-        return weight * (float(factor) if factor.numel() == 1 and _looked_at(factor, self.waits) else factor)
+        return weight * (float(factor) if factor.numel() == 1 and _looked_at(factor, self.allow_sync) else factor)
 
     def multiply_number(self, position, node, edges, weight):
         return [(*edges[0], weight * float(node._saved_other))]
@@ -284,14 +284,14 @@ class _Reader:
         position = edge[0]
         leaf = self.tape.leaf[position]
         if leaf >= 0 and not isinstance(weight, torch.Tensor):
-            _root_of(weight, self.waits)
+            _root_of(weight, self.allow_sync)
             self.form.penalties[leaf] = self.form.penalties.get(leaf, 0.0) + 2 * weight
             return ()
         if self.tape.kind(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
             node, below = self.tape.nodes[position], self.tape.edges[position][0]
             self.form.consumed.add(position)
             return self._square(below, position, self._spread(position, node, below, weight))
-        scale = _root_of(weight, self.waits)
+        scale = _root_of(weight, self.allow_sync)
         value = plain(self.tape.nodes[saver]._saved_self).detach()
         if value.is_complex():
             raise UnrecognizedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
@@ -326,7 +326,7 @@ class _Reader:
         a, b = plain(node._saved_self), plain(node._saved_target)
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
-        scale = _root_of(weight, self.waits)
+        scale = _root_of(weight, self.allow_sync)
         parts = (position, "_saved_self"), (position, "_saved_target")
         if edges[0] is None:
             self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale, parts[::-1]))
@@ -339,7 +339,7 @@ class _Reader:
         log_p, target, classes = node._saved_self.detach(), node._saved_target, node._saved_weight
         if node._saved_reduction == 1:
             total = node._saved_total_weight
-            if _looked_at(total, self.waits):
+            if _looked_at(total, self.allow_sync):
                 total = float(total)
                 weight = weight / total if total else 0.0   # no label counts: the loss itself is not a number
             else:
@@ -362,7 +362,7 @@ class _Reader:
         dim = _signed(node._saved_dim) % max(log_p.dim(), 1)
         p = torch.exp(log_p).clamp_min(_tiny(log_p.dtype))
         q = q.to(p.dtype).expand_as(p) if isinstance(q, torch.Tensor) else torch.full_like(p, q)
-        if _looked_at(q, self.waits) and bool((q < 0).any()):
+        if _looked_at(q, self.allow_sync) and bool((q < 0).any()):
             raise UnrecognizedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
         total = q.sum(dim, keepdim=True)
         root = torch.sqrt(total * p)
@@ -378,7 +378,7 @@ class _Reader:
         if node._saved_weight is not None:
             weight = weight * node._saved_weight.detach()
         positive = 1.0 if node._saved_pos_weight is None else node._saved_pos_weight.detach()
-        signed = [t for t in (torch.as_tensor(weight), torch.as_tensor(positive)) if _looked_at(t, self.waits)]
+        signed = [t for t in (torch.as_tensor(weight), torch.as_tensor(positive)) if _looked_at(t, self.allow_sync)]
         if any(torch.any(t < 0) for t in signed):
             raise UnrecognizedLoss("its binary cross-entropy has a negative weight")
         s = torch.sigmoid(z)

@@ -107,7 +107,7 @@ def test_rows_of_members_separate_as_those_of_one_network_do():
     for case in ("residual", "mse", "cross-entropy", "PINN"):
         lin, singles = ensemble(*CASES[case][:2], "native")
         assert (lin.member(0).row_layout() is None) == (singles[0].row_layout() is None), case
-        assert lin.member(0).row_layout().max_sections == singles[0].row_layout().max_sections, case
+        assert lin.member(0).row_layout().max_outputs == singles[0].row_layout().max_outputs, case
 
 
 @pytest.mark.parametrize("stack", [
