@@ -230,6 +230,7 @@ class Member(Products):
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         self.has_squares_only, self.tapeless = ensemble.has_squares_only, ensemble.tapeless
         self.residuals_need_tape, self.sync_reason = ensemble.residuals_need_tape, ensemble.sync_reason
+        self.tape_bytes = ensemble.tape_bytes
         self._alone = None if ensemble.separates else _OneOfAll(ensemble, b)
 
     def kernels(self):
