@@ -121,7 +121,7 @@ def pde_bounds(section):
 
 
 def dampings_bounds(section):
-    """What must hold of many dampings from one linearisation."""
+    """What must hold of many dampings from one linearization."""
     return [_at_most(section, "16 dampings", ["the smallest damping"], 1.5)]
 
 

@@ -1,4 +1,4 @@
-"""Sixteen dampings from one linearisation, against one: multi-shift CG, and one eigendecomposition."""
+"""Sixteen dampings from one linearization, against one: multi-shift CG, and one eigendecomposition."""
 
 import pgdfast
 
@@ -25,7 +25,7 @@ def dampings(problem):
 
 
 def measure(case, rounds):
-    """Both solves of one problem in turn, from one linearisation; and, once, the steps of every damping alone."""
+    """Both solves of one problem in turn, from one linearization; and, once, the steps of every damping alone."""
     name, solver = case
     problem = PROBLEMS[name]
     model = problem.model()

@@ -30,7 +30,7 @@ def names(problem):
 
 
 def linearized(problem, model):
-    """The problem linearised at the model's parameters."""
+    """The problem linearized at the model's parameters."""
     return pgdfast.linearize(problem.closure(model), list(model.parameters()))
 
 

@@ -16,7 +16,7 @@ from .peers import need
 
 
 class Product:
-    """J^T J v (G v of a cross-entropy) from what was linearised once."""
+    """J^T J v (G v of a cross-entropy) from what was linearized once."""
 
     threads, share = THREADS, 1
 

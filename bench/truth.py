@@ -39,7 +39,7 @@ class Truth:
         else:
             found = pgdfast.reference.solve(self._lin, mu, scale=scale, solver=self.problem.solver)
             if found.status != "solved":
-                raise ArithmeticError(f"{self.problem.name}: the reference's Cholesky factorisation failed")
+                raise ArithmeticError(f"{self.problem.name}: the reference's Cholesky factorization failed")
             step = found.step
         return step, 1 + self._largest(step, scale) / mu
 

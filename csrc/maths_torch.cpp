@@ -1,4 +1,4 @@
-// Elementwise functions for the kernels: ATen's, vectorised and accurate to the last bits.
+// Elementwise functions for the kernels: ATen's, vectorized and accurate to the last bits.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cos.h>
 #include <ATen/ops/erf.h>

@@ -105,7 +105,7 @@ class Replay:
     def scalar_loss(self, blocks: Sequence[tuple[int, int, float]]) -> None: ...
 
 class Walker:
-    """Recognises the structures of autograd tapes over fixed parameters."""
+    """Recognizes the structures of autograd tapes over fixed parameters."""
 
     generation: int   # how often all structures were forgotten; their numbers are never used again
     def __init__(self, params: list[Tensor]) -> None: ...

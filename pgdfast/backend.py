@@ -28,7 +28,7 @@ class Fast:
         return Fast, (self.name,)
 
     def linearize(self, closure, params: list[torch.Tensor]) -> Linearization:
-        """Linearise one network."""
+        """Linearize one network."""
         return self._linearizer_of(params, None)(closure)
 
     def networks(self, closure, parameters) -> OneNetwork | ManyNetworks:

@@ -52,7 +52,7 @@ class CapturedStep:
         """Take one step and return the loss before it, a 0-dim tensor that nobody has waited for.
 
         What happened stands in `optimizer.report`, whose numbers come when they are read. Raises what the closure raises, and
-        ValueError where it cannot be captured; the parameters are then as they were. A loss that is not finite changes
+        ValueError where it cannot be captured; the parameters are left unchanged. A loss that is not finite changes
         nothing, and the report says so.
         """
         optimizer, device_step = self._optimizer, self._numbers
@@ -234,7 +234,7 @@ def _check_positive(mu: float) -> None:
 
 
 def _check_problem(lin) -> None:
-    """Raise ValueError for linearisations that need the host at every step."""
+    """Raise ValueError for linearizations that need the host at every step."""
     if lin.num_residuals == 0:
         raise ValueError("pgdfast.CapturedStep: the closure's batch has no residuals; give it some before steps are captured.")
     why = lin.sync_reason

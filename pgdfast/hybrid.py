@@ -88,7 +88,7 @@ class Hybrid(torch.optim.Optimizer):
 
         closure: as for LM.step, without backward(). In the second phase it runs once, under grad; residuals are taken as
         1/2 sum of squares; the gradients are cleared before the backward pass and stay until the next.
-        Raises ValueError (bad closure, non-finite loss) or whatever the closure raises, with the parameters as they were.
+        Raises ValueError (bad closure, non-finite loss) or whatever the closure raises; the parameters are left unchanged.
         What a switch raises while it measures reaches you too; the LM step before it then stands and is counted.
         """
         if closure is None:
@@ -184,7 +184,7 @@ class Hybrid(torch.optim.Optimizer):
 
 
 def _half_square(result) -> tuple[torch.Tensor, bool]:
-    """The loss that LM would minimise, and whether it has no residuals."""
+    """The loss that LM would minimize, and whether it has no residuals."""
     if isinstance(result, torch.Tensor) and result.dim() == 0:
         return result, False
     parts = list(result) if isinstance(result, (tuple, list)) else [result]

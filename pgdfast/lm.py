@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt as a torch.optim.Optimizer: linearise, solve, try, keep or undo."""
+"""Levenberg-Marquardt as a torch.optim.Optimizer: linearize, solve, try, keep or undo."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ _DAMPING = itemgetter("damping")
 class LM(torch.optim.Optimizer, Generic[R]):
     """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
 
-    A scalar loss is minimised as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
-    to that. Residual tensors give L = 1/2 ||r||^2 un-normalised. Cross-entropy takes the generalised Gauss-Newton matrix.
+    A scalar loss is minimized as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
+    to that. Residual tensors give L = 1/2 ||r||^2 un-normalized. Cross-entropy takes the generalized Gauss-Newton matrix.
 
     Args:
         params: tensors or parameter groups; groups may have their own lr and weight_decay.
@@ -158,7 +158,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
         runs once, and once more per trial point. What happened stands in `report`.
         Raises ValueError (bad closure, non-finite loss), MemoryError or whatever the closure raises; the parameters are
-        then as they were.
+        left unchanged.
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")

@@ -1,4 +1,4 @@
-"""What one step of LM asks of the network, or networks, that it trains: linearisation, solve, losses at trial points."""
+"""What one step of LM asks of the network, or networks, that it trains: linearization, solve, losses at trial points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OneNetwork:
         self.losses = (float(lin.loss),)
 
     def member(self, b: int):
-        """The linearisation."""
+        """The linearization."""
         return self.lin
 
     def solve(self, members: list, scale, options, time: int) -> None:
@@ -39,11 +39,11 @@ class OneNetwork:
         return (result.item() if isinstance(result, torch.Tensor) and result.dim() == 0 else float(half_square(result)),)
 
     def residuals_at(self, run) -> tuple:
-        """((loss, residual (M,)),) of what `run` returns, comparable with those of the linearisation."""
+        """((loss, residual (M,)),) of what `run` returns, comparable with those of the linearization."""
         return (self.lin.residual_at(run),)
 
     def unchanged(self) -> None:
-        """Say that the parameters are, bit for bit, those of the linearisation again."""
+        """Say that the parameters are, bit for bit, those of the linearization again."""
         self.lin.parameters_unchanged()
 
 
@@ -61,7 +61,7 @@ class ManyNetworks:
         return self.lin.separates
 
     def member(self, b: int):
-        """Member b's linearisation."""
+        """Member b's linearization."""
         return self.lin.member(b)
 
     def solve(self, members: list, scale, options, time: int) -> None:
@@ -94,5 +94,5 @@ class ManyNetworks:
         return list(zip(*self.lin.residual_at(run), strict=True))
 
     def unchanged(self) -> None:
-        """Say that the parameters are, bit for bit, those of the linearisation again."""
+        """Say that the parameters are, bit for bit, those of the linearization again."""
         self.lin.parameters_unchanged()

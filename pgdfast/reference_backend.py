@@ -67,7 +67,7 @@ class ReferenceNetworks:
         replay = RandomReplay(MovedGenerators(), closure, self._params[0].device)
         with torch.enable_grad():
             self.losses = losses_of(closure(), self.count)
-        replay.linearised()
+        replay.linearized()
         try:
             self._members = [self._linearized(closure, replay, b, loss) for b, loss in enumerate(self.losses)]
         finally:
@@ -87,7 +87,7 @@ class ReferenceNetworks:
         return list(torch.cat([part.view(self.count, -1) for part in numbers], 1).unbind())
 
     def _linearized(self, closure, replay, b: int, loss: float):
-        """Member b's linearisation; None where its loss is not finite."""
+        """Member b's linearization; None where its loss is not finite."""
         if not math.isfinite(loss):
             return None
         replay.rewind()
@@ -113,7 +113,7 @@ class ReferenceNetworks:
             return closure()
 
     def member(self, b: int) -> _ReferenceLinearization:
-        """Member b's linearisation."""
+        """Member b's linearization."""
         return self._members[b]
 
     def diagonal(self) -> torch.Tensor:
@@ -156,7 +156,7 @@ def _of_member(result, b: int, count: int):
 
 
 class _ReferenceLinearization:
-    """A reference linearisation with the few names that LM asks for; penalties are rows of its Jacobian."""
+    """A reference linearization with the few names that LM asks for; penalties are rows of its Jacobian."""
 
     penalties: dict = {}
     tapeless, tape_bytes = False, 0   # trials run as the closure is

@@ -156,7 +156,7 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
     if report.status == "failed" or solution.status != "solved":
         return solution.advice
     if failures:
-        return f"the factorisation failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
+        return f"the factorization failed {failures} time(s) and the damping was raised to {report.damping:.3g} for this step"
     return ""
 
 

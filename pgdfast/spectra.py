@@ -1,6 +1,6 @@
 """The neural tangent kernel of a closure, K = J J^T: its eigenvalues and the error in its modes, drift and alignment.
 
-The modes of the error e in the linearised model, with lambda_i, q_i the eigenpairs of K and e_i = q_i . e:
+The modes of the error e in the linearized model, with lambda_i, q_i the eigenpairs of K and e_i = q_i . e:
 
     gradient descent   d e_i/dt = -lambda_i e_i
     LM                 d e_i/dt = -lambda_i / (mu + lambda_i) e_i
@@ -154,7 +154,7 @@ def ntk_spectrum(closure, params, *, backend: str = "auto") -> Spectrum:
 
     closure: as for LM.step. For `lambda: model(x)` K is the neural tangent kernel of the outputs; for residuals f - y too, and
     the coefficients are the error in its modes. A scalar loss is taken as written: the mean of F.mse_loss puts 2/(N O) into
-    K. For cross-entropies J is S^T dF, S S^T the Hessian in the outputs: K is that of the generalised Gauss-Newton matrix.
+    K. For cross-entropies J is S^T dF, S S^T the Hessian in the outputs: K is that of the generalized Gauss-Newton matrix.
     Penalties are left out. params: tensors or an iterable of them; frozen ones do not count. backend: as for LM.
 
     Cost: one run of the closure, the Gram matrix, and an eigendecomposition of about 9 M^3 operations; five float64 matrices
@@ -248,7 +248,7 @@ class SpectrumHistory:
 
 
 class Probe:
-    """Linearises a closure again and again, for its Gram matrix."""
+    """Linearizes a closure again and again, for its Gram matrix."""
 
     def __init__(self, name: str, closure, backend: str = "auto"):
         if not callable(closure):

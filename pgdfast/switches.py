@@ -153,7 +153,7 @@ class Plateau:
     """When progress slows: over `window` LM steps the loss stays above `factor` times what it was.
 
     of="loss": the mean loss of the last `window` steps against that of the `window` before; the means let mini-batches pass.
-    of="model": the linearised model's loss, that before the window less the reductions predicted for the steps kept in it; it
+    of="model": the linearized model's loss, that before the window less the reductions predicted for the steps kept in it; it
     looks at what LM can still gain rather than at what it gained, and needs a rule or line search that tries its steps.
     window: whole number of steps. factor: between 0 and 1; 0.9 asks for a fall of a tenth.
 
@@ -193,7 +193,7 @@ class Plateau:
             before, after = (sum(half) / self.window for half in (self._losses[:self.window], self._losses[self.window:]))
         if after < self.factor * before:
             return ""
-        what = "mean loss" if self.of == "loss" else "linearised model's loss"
+        what = "mean loss" if self.of == "loss" else "linearized model's loss"
         return f"the {what} went from {before:.4g} to {after:.4g} in {self.window} steps, not below {self.factor:g} times"
 
     def state_dict(self) -> dict:

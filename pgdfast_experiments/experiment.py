@@ -58,7 +58,7 @@ def _run_in(folder, task, settings):
         runs, ensembles = _train(cases, checkpoint, settings)
         checkpoint.write()  # whatever goes wrong below loses no training
         extra = task.extra(settings) if hasattr(task, "extra") else {}
-    summary = task.summarise(runs, settings) | extra
+    summary = task.summarize(runs, settings) | extra
     checks = task.judge(summary, settings)
     table = task.table(summary, settings)
     table.notes.extend(

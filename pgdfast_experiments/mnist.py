@@ -1,6 +1,6 @@
 """`mnist`: digits from few images and large initial weights (arXiv 2601.03162, figs. 1, 7, 10, 13 and appendix C).
 
-Weights of alpha times the usual size make a network memorise first and generalise late (Liu et al. 2023, Omnigrok).
+Weights of alpha times the usual size make a network memorise first and generalize late (Liu et al. 2023, Omnigrok).
 Under AdamW the delay grows with alpha; LM with the paper's damping schedule and weight decay has a shorter one.
 """
 
@@ -20,7 +20,7 @@ from pgdfast_experiments.verification import Problem
 NAME = "mnist"
 SUMMARY = """\
 Classify digits from 1,000 images by a ReLU network 784-250-10 whose initial weights are alpha times
-Glorot's, with mean squared error on one-hot targets, batch 200. AdamW generalises late, later for
+Glorot's, with mean squared error on one-hot targets, batch 200. AdamW generalizes late, later for
 larger alpha; LM (2,000 residuals, 198,760 parameters, exact steps) earlier; the hybrid goes from LM
 to AdamW. --loss cross-entropy is the paper's appendix C: 784-200-200-10, alpha 100, 200 images.
 
@@ -184,7 +184,7 @@ def _start(method, seed, alpha, settings, data):
     return Session(model, optimizer, closure, measure, COLUMNS, geometric(steps), member=member)
 
 
-def summarise(runs, settings):
+def summarize(runs, settings):
     """Return, by optimizer and alpha: when the accuracies rise, where they end, weight norms, times."""
     summary = {"data": {"source": mnist_data.train_and_test(settings.data, settings.train_size, 0).source}}
     for (optimizer, variant), mine in grokking.by_group(runs).items():

@@ -1,7 +1,7 @@
 """`modular-mlp`: a + b mod 23 by a quadratic network, at several output scales (arXiv 2601.03162, fig. 5).
 
 f(x) = (M/100) W2 (W1 x)^2 with output multiplier M = alpha^2, one-hot inputs and targets, 90 % of all pairs to train
-on. Under gradient descent the delay from fitting to generalising grows with alpha; under LM the curves nearly coincide.
+on. Under gradient descent the delay from fitting to generalizing grows with alpha; under LM the curves nearly coincide.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ NAME = "modular-mlp"
 SUMMARY = """\
 Learn a + b mod 23 from 90 % of all pairs with a quadratic network f = (M/100) W2 (W1 x)^2,
 M = alpha^2, for several alpha. Gradient descent groks, later for larger alpha; Levenberg-Marquardt
-steps (10,948 residuals, 6,900 parameters) generalise within a few steps at every alpha.
+steps (10,948 residuals, 6,900 parameters) generalize within a few steps at every alpha.
 
 Writes modular-mlp.png, modular-mlp.csv and modular-mlp.json into the folder of --out,
 over those of an earlier run."""
@@ -114,7 +114,7 @@ def _start(method, seed, alpha, settings):
                    member=member)
 
 
-def summarise(runs, settings):
+def summarize(runs, settings):
     """Return, by optimizer and alpha: steps and seconds to 95 % accuracy on training and test pairs."""
     summary = {}
     for (optimizer, variant), mine in grokking.by_group(runs).items():

@@ -120,7 +120,7 @@ def _slope(run):
     return float(np.log(start / end)) / _SLOPE_STEPS
 
 
-def summarise(runs, settings):
+def summarize(runs, settings):
     """Return, by optimizer and frequency: the fall of ln(loss) per step, errors, seconds."""
     summary = {}
     for method in settings.optimizers:

@@ -1,7 +1,7 @@
 """`polynomial`: a quadratic target by a nearly linear network, from rich to lazy (arXiv 2601.03162, fig. 6).
 
 f(x) = (alpha/N) sum_i phi(w_i . x) with phi(h) = h + (eps/2) h^2 learns y = (beta . x)^2 / 2 from 550 points; alpha
-sets how lazy training is (Kumar et al. 2024, sec. 5). Gradient descent generalises later the larger alpha is, LM does not.
+sets how lazy training is (Kumar et al. 2024, sec. 5). Gradient descent generalizes later the larger alpha is, LM does not.
 Also followed: the error along the segments {c x, 0 <= c <= 1} for a training point x and for x = (1, ..., 1).
 """
 
@@ -136,7 +136,7 @@ def _step_below(run, column, level):
     return float(run.at[hits[0]]) if hits.size else float("nan")
 
 
-def summarise(runs, settings):
+def summarize(runs, settings):
     """Return, by optimizer and alpha: steps until losses and segment errors have fallen to their levels."""
     summary = {}
     for (optimizer, variant), mine in grokking.by_group(runs).items():

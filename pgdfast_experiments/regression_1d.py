@@ -44,7 +44,7 @@ def data(points=POINTS):
 
 
 SPECTRUM = spectral.Spectrum(NAME, data, lambda error: fourier_amplitudes(error, MODES), MODES, (3, 5, 7))
-cases, summarise, judge = SPECTRUM.cases, SPECTRUM.summarise, SPECTRUM.judge
+cases, summarize, judge = SPECTRUM.cases, SPECTRUM.summarize, SPECTRUM.judge
 table, extra, add_options = SPECTRUM.table, SPECTRUM.extra, spectral.add_options
 
 

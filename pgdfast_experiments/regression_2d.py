@@ -57,7 +57,7 @@ def amplitudes(error):
 
 _NAMES = tuple(f"{k},{m}" for k, m in MODES)
 SPECTRUM = spectral.Spectrum(NAME, data, amplitudes, _NAMES, ("2,2", "2,6", "6,6"))
-cases, summarise, judge = SPECTRUM.cases, SPECTRUM.summarise, SPECTRUM.judge
+cases, summarize, judge = SPECTRUM.cases, SPECTRUM.summarize, SPECTRUM.judge
 table, extra, add_options = SPECTRUM.table, SPECTRUM.extra, spectral.add_options
 
 

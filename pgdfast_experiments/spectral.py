@@ -1,6 +1,6 @@
 """What `regression-1d` and `regression-2d` share: least squares by plain methods, the error followed by Fourier mode.
 
-What to expect, from the flows of the linearised model, with e the error and lambda_i the eigenvalues of J J^T:
+What to expect, from the flows of the linearized model, with e the error and lambda_i the eigenvalues of J J^T:
 
     gradient descent   d e_i/dt = -lambda_i e_i                     where lambda_i is small: stalls
     LM                 d e_i/dt = -lambda_i / (mu + lambda_i) e_i   in between
@@ -98,7 +98,7 @@ class Spectrum:
         ]
         return {"adam_step_ms": float(np.median(times))}
 
-    def summarise(self, runs, settings):
+    def summarize(self, runs, settings):
         """Return, by optimizer: decay and final amplitude of each mode, final loss, time of a step.
 
         Decay is the factor per 100 steps over the second half of the run (`measures.decay_per_100`). A
@@ -123,7 +123,7 @@ class Spectrum:
         return summary
 
     def judge(self, summary, settings):
-        """Return the checks, from the numbers in `summary` (of `summarise`) alone.
+        """Return the checks, from the numbers in `summary` (of `summarize`) alone.
 
         Under LM a single mode does not fall as an exponential: it dips where its error changes sign and
         bends as the network's features change, so the order of single modes depends on the number of

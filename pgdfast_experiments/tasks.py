@@ -9,7 +9,7 @@ Its module has these names:
     DEFAULTS, QUICK        values of the options, and those that `--quick` puts in their place
     add_options(parser)    options of its own, beside those of every task (`options.add_common`)
     cases(settings)        the runs to be made: a list of `training.Case`
-    summarise(runs, settings), judge(summary, settings)      numbers, and checks made from them alone
+    summarize(runs, settings), judge(summary, settings)      numbers, and checks made from them alone
     table(summary, settings), pictures(runs, summary, settings), describe(settings)      what is shown and recorded
     problem(dtype, seed)   what `pgdfast verify` compares the backends on
 

@@ -279,7 +279,7 @@ def least_squares_closure(optimizer, residual, second_order):
 
 
 def backward_closure(optimizer, loss):
-    """Return the closure of a first-order optimizer that minimises `loss()`."""
+    """Return the closure of a first-order optimizer that minimizes `loss()`."""
 
     def closure():
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """`transformer`: addition mod 97 by a two-layer transformer (arXiv 2601.03162, figs. 8 and 12).
 
 Power et al. (2022): half of all pairs to train on, cross-entropy on the token after "=". Adam groks; Gauss-Newton
-steps on the generalised Gauss-Newton matrix (150 CG iterations, Armijo search) rise earlier and, in the paper, stall.
+steps on the generalized Gauss-Newton matrix (150 CG iterations, Armijo search) rise earlier and, in the paper, stall.
 """
 
 import math
@@ -20,7 +20,7 @@ from pgdfast_experiments.verification import Problem
 NAME = "transformer"
 SUMMARY = """\
 Learn a + b mod 97 from half of all pairs with a transformer (two layers, d = 128, 4 heads,
-cross-entropy, batch 512). Adam, generalised Gauss-Newton steps (CG with at most 150 iterations to
+cross-entropy, batch 512). Adam, generalized Gauss-Newton steps (CG with at most 150 iterations to
 1e-6, Armijo line search), and a hybrid that goes from one to the other.
 
 Writes transformer.png, transformer.csv and transformer.json into the folder of --out, over those of
@@ -155,7 +155,7 @@ def _start(method, seed, settings):
     return Session(model, optimizer, closure, measure, COLUMNS, rows)
 
 
-def summarise(runs, settings):
+def summarize(runs, settings):
     """Return, by optimizer: when validation accuracy rises, where it ends, times."""
     summary = {}
     for (optimizer, _), mine in grokking.by_group(runs).items():

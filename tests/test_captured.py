@@ -145,7 +145,7 @@ def singular(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", ["gain-ratio", "constant"])
-def test_a_failed_factorisation_leaves_the_parameters_and_raises_mu(rule, dtype):
+def test_a_failed_factorization_leaves_the_parameters_and_raises_mu(rule, dtype):
     model, closure = singular(dtype)
     lm = pgdfast.LM(model.parameters(), damping=1e-12, damping_rule=rule, solver="dual")
     step, mus, before = pgdfast.CapturedStep(lm, closure), [], snapshot(model.parameters())
@@ -212,7 +212,7 @@ def test_what_the_closure_raises_at_a_trial_leaves_the_parameters():
 
     def fails():
         calls.append(1)
-        if len(calls) == 4:   # two to look at the problem, the linearisation, the trial
+        if len(calls) == 4:   # two to look at the problem, the linearization, the trial
             raise MemoryError("no more")
         return closure()
 

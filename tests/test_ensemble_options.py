@@ -141,7 +141,7 @@ def test_trials_count_the_runs_of_the_closure(backend):
 
     optimizer = pgdfast.LM(networks.parameters(), ensemble=B, damping_rule="sweep", backend=backend)
     optimizer.step(closure)
-    found = len(runs) - (1 if backend != "reference" else 1 + B)   # the linearisation, or one for each member and the losses
+    found = len(runs) - (1 if backend != "reference" else 1 + B)   # the linearization, or one for each member and the losses
     assert found == max(optimizer.report.trials) == 5 * max(optimizer.report.attempts)
 
 

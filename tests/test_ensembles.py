@@ -77,7 +77,7 @@ def test_trajectories_are_those_of_the_members_alone(name):
 
 
 def test_the_papers_lm_on_the_papers_network():
-    """Task A: tanh 1-80-80-1, 100 points, lr 1e-2, mu 0.1, un-normalised residuals: 50 steps to 1e-10, without exception."""
+    """Task A: tanh 1-80-80-1, 100 points, lr 1e-2, mu 0.1, un-normalized residuals: 50 steps to 1e-10, without exception."""
     x = torch.linspace(-1, 1, 100, dtype=torch.float64)[:, None]
     y = sum(k * torch.sin((2 * k + 1) * math.pi * x - k) for k in (1, 2, 3)) / 3
     alone = networks_of(3, widths=(1, 80, 80, 1))

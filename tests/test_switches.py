@@ -212,7 +212,7 @@ def test_plateau_waits_for_a_plateau():
     assert 14 <= switched <= 18   # both windows must lie on the plateau, or nearly
 
 
-def test_plateau_of_the_linearised_model():
+def test_plateau_of_the_linearized_model():
     falling = [Reported(0.5**k, 0.4 * 0.5**k) for k in range(30)]
     assert asked(pgdfast.Plateau(4, 0.9, of="model"), falling) is None
     small = [Reported(1.0, 0.01)] * 30

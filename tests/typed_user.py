@@ -13,9 +13,11 @@ def closure() -> torch.Tensor:
     return F.mse_loss(model(x), y)
 
 
-opt = pgdfast.LM(model.parameters(), lr=1.0, damping=1e-2, damping_rule="gain-ratio", acceleration="chord", scaling="marquardt",
-                 weight_decay=0.0, solver="auto", line_search=None, cg=pgdfast.CG(max_iterations=10), rcond=1e-8, backend="auto",
-                 momentum=0.0, norm_constraint=None)
+opt = pgdfast.LM(
+    model.parameters(), lr=1.0, damping=1e-2, damping_rule="gain-ratio", acceleration="chord", scaling="marquardt",
+    weight_decay=0.0, solver="auto", line_search=None, cg=pgdfast.CG(max_iterations=10), rcond=1e-8, backend="auto",
+    momentum=0.0, norm_constraint=None,
+)
 loss: torch.Tensor = opt.step(closure)
 mu: float = opt.report.damping
 text: str = opt.report.status + opt.report.advice + str(opt.report)
@@ -59,13 +61,19 @@ g: torch.Tensor = lin.vjp(u) + lin.ggn(v) + lin.gradient() + lin.diagonal()
 J: torch.Tensor = lin.dense() @ lin.dense().T + lin.gram()
 solution: pgdfast.Solution = pgdfast.solve(lin, 0.1)
 step: torch.Tensor = solution.step + solution.solve_with_same_factor(u)
-solutions: pgdfast.Solutions = pgdfast.solve(lin, [0.1, 1.0], solver="cg", cg=pgdfast.CG(preconditioner=pgdfast.Nystrom(rank=5)))
+sketched = pgdfast.CG(preconditioner=pgdfast.Nystrom(rank=5))
+solutions: pgdfast.Solutions = pgdfast.solve(lin, [0.1, 1.0], solver="cg", cg=sketched)
 status: tuple[str, ...] = solutions.status
 
 hybrid = pgdfast.Hybrid(pgdfast.LM(model.parameters()), torch.optim.Adam(model.parameters()), switch=pgdfast.Plateau())
 hybrid.step(closure)
 pgdfast.Hybrid(pgdfast.LM(model.parameters()), torch.optim.Adam(model.parameters()), switch=2000)
-probe = lambda: model(x)
+
+
+def probe() -> torch.Tensor:
+    return torch.as_tensor(model(x))
+
+
 drift = pgdfast.KernelDrift(probe, 0.1)
 align = pgdfast.Alignment(probe, y)
 spectrum: pgdfast.Spectrum = pgdfast.ntk_spectrum(closure, model.parameters())

@@ -37,16 +37,16 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
     if (root) body.muladd(P, T(1), root, 1, x, 1, out, 1, true);
     else std::memcpy(out, x, sizeof(T) * std::size_t(P));
   };
-  const auto normalise = [&](index n, T* x) {
+  const auto normalize = [&](index n, T* x) {
     const double norm = std::sqrt(body.dot(n, x, x));
     if (norm > 0) body.muladd(n, T(1 / norm), nullptr, 0, x, 1, x, 1, true);
     return norm;
   };
-  const auto bidiagonalise = [&](double beta) {   // v = W J^T u - beta v
+  const auto bidiagonalize = [&](double beta) {   // v = W J^T u - beta v
     vjp(program, u, t, arena_);
     if (root) body.muladd(P, T(1), root, 1, t, 1, t, 1, true);
     body.axpby(P, T(1), t, T(-beta), v);
-    return normalise(P, v);
+    return normalize(P, v);
   };
 
   std::memset(delta, 0, sizeof(T) * std::size_t(P));
@@ -58,7 +58,7 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
     jvp(program, t, Jx, arena_);
     body.axpby(M, T(-1), Jx, T(1), u);
   }
-  double beta = normalise(M, u), alpha = beta > 0 ? bidiagonalise(0) : 0;
+  double beta = normalize(M, u), alpha = beta > 0 ? bidiagonalize(0) : 0;
   std::memcpy(h, v, sizeof(T) * std::size_t(P));
   const double b_norm = beta, lowest = 0.01 * std::numeric_limits<T>::epsilon();
   double zetabar = alpha * beta, alphabar = alpha, rho = 1, rhobar = 1, cbar = 1, sbar = 0, zeta = 0;
@@ -71,9 +71,9 @@ Outcome Solver<T>::lsmr(const T* r, const T* d, const T* root, double damp, cons
     scaled(v, t);
     jvp(program, t, Jx, arena_);
     body.axpby(M, T(1), Jx, T(-alpha), u);
-    beta = normalise(M, u);
+    beta = normalize(M, u);
     A_square += beta * beta;
-    if (beta > 0) alpha = bidiagonalise(beta);
+    if (beta > 0) alpha = bidiagonalize(beta);
     else alpha = 0;
     const double A_norm = std::sqrt(A_square + damp * damp);
     A_square += alpha * alpha;

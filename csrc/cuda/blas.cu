@@ -67,7 +67,7 @@ Handle handle(Stream stream) {
   check(cudaGetDevice(&device), "asking for the device");
   const std::lock_guard<std::mutex> lock(guard);
   Handle& found = handles[device];
-  if (found == nullptr && table.create(&found) != 0) throw std::runtime_error("cuBLAS cannot be initialised");
+  if (found == nullptr && table.create(&found) != 0) throw std::runtime_error("cuBLAS cannot be initialized");
   if (table.set_stream(found, stream) != 0) throw std::runtime_error("cuBLAS does not take the stream");
   return found;
 }

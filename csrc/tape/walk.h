@@ -1,4 +1,4 @@
-// Recognises the structure of an autograd tape: which operations, on which shapes and dtypes, joined how,
+// Recognizes the structure of an autograd tape: which operations, on which shapes and dtypes, joined how,
 // over which parameters.
 #pragma once
 

@@ -201,12 +201,12 @@ class Kernels(Traits):
         return v
 
     def _unit_sweeps(self, kind: int) -> torch.Tensor:
-        """The arenas of unit cotangents, one per section."""
+        """The arenas of unit cotangents, one per output."""
         table = self.table(kind)
-        arenas = self._new(max(self.arena_size, 1) * self._rows.max_sections)
+        arenas = self._new(max(self.arena_size, 1) * self._rows.max_outputs)
         u, (_, scratch) = self._new(self.num_residuals), self._arena()
-        sections = table.data_ptr() + 8 * self._info(7 + kind)
-        self.library.unit_sweeps(self.plan, sections, arenas.data_ptr(), u.data_ptr(), scratch, self.stream)
+        outputs = table.data_ptr() + 8 * self._info(7 + kind)
+        self.library.unit_sweeps(self.plan, outputs, arenas.data_ptr(), u.data_ptr(), scratch, self.stream)
         return arenas
 
     def dense(self) -> torch.Tensor:

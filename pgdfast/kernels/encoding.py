@@ -25,8 +25,8 @@ def encoded(program) -> tuple[torch.Tensor, list[float]]:
 
 def encoded_rows(rows) -> torch.Tensor:
     """A row layout as csrc/plan/read.h has it."""
-    numbers = [rows.num_rows, rows.max_sections]
-    for values in (rows.section_of, rows.k_of):
+    numbers = [rows.num_rows, rows.max_outputs]
+    for values in (rows.output_of, rows.k_of):
         numbers += [len(values), *values]
     for group in (rows.blocks, rows.uses):
         numbers.append(len(group))

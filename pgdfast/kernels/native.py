@@ -40,7 +40,7 @@ def applies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def walker(params: list[torch.Tensor]):
-    """The core's recogniser of tape structures over these parameters, or None without the core."""
+    """The core's recognizer of tape structures over these parameters, or None without the core."""
     return None if _C is None else _C.Walker(params)
 
 
@@ -206,7 +206,7 @@ class Kernels(Traits):
         return self._plan.rows_of_parts
 
     @property
-    def sums_sections(self) -> bool:
+    def sums_outputs(self) -> bool:
         """Whether J^T J comes from factors summed over the outputs of a row, without J; known once there are rows."""
         return self._plan.normal_pays
 

@@ -84,7 +84,7 @@ class Traits:
     has_lsmr: bool = False
     has_multishift: bool = False
     solves_members: bool = False   # has set_members, select and members_solve
-    sums_sections: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
+    sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
 
 
@@ -103,7 +103,7 @@ class Kernels(Protocol):
     has_lsmr: bool
     has_multishift: bool
     solves_members: bool
-    sums_sections: bool
+    sums_outputs: bool
     rows_per_sweep: int
 
     dtype: torch.dtype

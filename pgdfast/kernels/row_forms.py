@@ -1,7 +1,7 @@
 """The Gram matrix and other forms from the rows of J, in PyTorch; what the torch and the Triton kernels have in common.
 
-Index legend: O sections (outputs of a row), M residuals in the order of the residual vector: row by row, section by section.
-A use of a weight is y[m, n] += x[m, k] c[k, n], n running over rows; one sweep with unit cotangents per section leaves its
+Index legend: O outputs (outputs of a row), M residuals in the order of the residual vector: row by row, output by output.
+A use of a weight is y[m, n] += x[m, k] c[k, n], n running over rows; one sweep with unit cotangents per output leaves its
 cotangents Y (M, m), and its rows of J are the outer products Y_i (x) C_i. csrc/cpu/{rows,factors,gram,solve}.cpp are the same.
 """
 
@@ -19,7 +19,7 @@ from .row_tables import FACTORED, ROWS, Tables
 class Factors:
     """The rows of J in one use as outer products, for residuals first .. last - 1.
 
-    cotangents (last - first, m); constants (n, k), one per row; sections: how many residuals each of those rows has, or owner:
+    cotangents (last - first, m); constants (n, k), one per row; outputs: how many residuals each of those rows has, or owner:
     the row of each, where their number varies.
     """
 
@@ -28,14 +28,14 @@ class Factors:
     m_is_high: bool
     cotangents: torch.Tensor
     constants: torch.Tensor
-    sections: int
+    outputs: int
     owner: torch.Tensor | None
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of x repeated for the residuals of each."""
         if self.owner is not None:
             return x.index_select(0, self.owner)
-        return x if self.sections == 1 else x.repeat_interleave(self.sections, 0)
+        return x if self.outputs == 1 else x.repeat_interleave(self.outputs, 0)
 
 
 class RowForms(Traits):
@@ -95,7 +95,7 @@ class RowForms(Traits):
         for parameter, uses in tables.uses.items():
             form, weight = uses[0].form, 1.0 if weights is None else weights[parameter]
             if form == FACTORED:
-                bias = uses[0].companion
+                bias = uses[0].fused_bias
                 shift = 0.0 if bias < 0 else 1.0 if weights is None else weights[bias]
                 self.add_factored(K, [self._factors(use, buffers) for use in uses], weight, shift)
             elif form == ROWS:
@@ -115,7 +115,7 @@ class RowForms(Traits):
                     block = p.cotangents @ q.cotangents.T
                     shared = (p.constants @ q.constants.T).mul_(weight).add_(shift)
                     if p.owner is None and q.owner is None:
-                        rows = block.view(len(p.constants), p.sections, len(q.constants), q.sections)
+                        rows = block.view(len(p.constants), p.outputs, len(q.constants), q.outputs)
                         rows.mul_(shared[:, None, :, None])
                     else:
                         block.mul_(q.spread(p.spread(shared).T).T)
@@ -133,10 +133,10 @@ class RowForms(Traits):
         owner = None if use.owner is None else self._tables.on_device(use, "owner", self.device)
         Y = use.cotangents(buffers)   # (O, m, n)
         if owner is None:
-            Y = Y[: use.sections].permute(2, 0, 1).reshape(-1, Y.shape[1])
+            Y = Y[: use.outputs].permute(2, 0, 1).reshape(-1, Y.shape[1])
         else:
-            Y = Y[self._tables.on_device(use, "section", self.device), :, owner]
-        return Factors(use.first, use.last, use.m_is_high, Y, use.constants(self.constant_of).T, use.sections, owner)
+            Y = Y[self._tables.on_device(use, "output", self.device), :, owner]
+        return Factors(use.first, use.last, use.m_is_high, Y, use.constants(self.constant_of).T, use.outputs, owner)
 
     def _rows_of(self, parameter: int, buffers) -> torch.Tensor:
         """The columns of J that belong to one parameter, (M, size)."""

@@ -17,8 +17,8 @@ _PIECE = 1 << 24   # elements of the products that one scatter adds
 class Use:
     """One use of a parameter: its instruction, the windows on its operands, and the residuals of its rows."""
 
-    def __init__(self, op, form: int, row0: int, m_is_high: bool, companion: int, row_per_n: bool, labels, layout):
-        self.op, self.form, self.companion, self.m_is_high = op, form, companion, m_is_high
+    def __init__(self, op, form: int, row0: int, m_is_high: bool, fused_bias: int, row_per_n: bool, labels, layout):
+        self.op, self.form, self.fused_bias, self.m_is_high = op, form, fused_bias, m_is_high
         self.labels = labels
         self.tables: dict = {}   # name -> host array, and (name, device) -> tensor
         self.grouped = False
@@ -36,10 +36,10 @@ class Use:
         n, counts = self.shape[3], layout.counts
         self.first, self.last = int(layout.starts[row0]), int(layout.starts[row0 + n])
         ours = counts[row0 : row0 + n]
-        self.sections, self.owner = int(ours[0]), None
+        self.outputs, self.owner = int(ours[0]), None
         if (ours != ours[0]).any():
             self.owner = self.tables["owner"] = np.repeat(np.arange(n), ours)
-            self.tables["section"] = layout.section_of[self.first : self.last]
+            self.tables["output"] = layout.output_of[self.first : self.last]
 
     def _group(self, rows: np.ndarray, layout) -> None:
         """Positions along n by row, (R, T), filled up with -1; and the residuals (R, O) of those rows, or -1."""
@@ -82,32 +82,32 @@ class Use:
 
 
 class _Layout:
-    """Residuals of every row: counts, first residual, and element[row, section] or -1."""
+    """Residuals of every row: counts, first residual, and element[row, output] or -1."""
 
     def __init__(self, rows):
         self.counts = np.zeros(rows.num_rows, np.int64)
-        for r0, count, sections, _ in rows.blocks:
-            self.counts[r0 : r0 + count] = sections
+        for r0, count, outputs, _ in rows.blocks:
+            self.counts[r0 : r0 + count] = outputs
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self.section_of = np.asarray(rows.section_of)
-        sections = np.arange(rows.max_sections)
-        self.element = np.where(sections < self.counts[:, None], self.starts[:-1, None] + sections, -1)
+        self.output_of = np.asarray(rows.output_of)
+        outputs = np.arange(rows.max_outputs)
+        self.element = np.where(outputs < self.counts[:, None], self.starts[:-1, None] + outputs, -1)
 
 
 class Tables:
     """The uses of every parameter with what Gram, dense and diagonal forms ask of them."""
 
     def __init__(self, program, rows):
-        self.layout, self.sections = _Layout(rows), rows.max_sections
+        self.layout, self.outputs = _Layout(rows), rows.max_outputs
         self.columns, first = {}, 0
         for number, (role, size) in enumerate(program.buffers):
             if role == PARAMETER:
                 self.columns[number] = first, size
                 first += size
         self.uses: dict[int, list[Use]] = {}
-        for i, parameter, form, row0, m_is_high, companion, row_per_n in rows.uses:
+        for i, parameter, form, row0, m_is_high, fused_bias, row_per_n in rows.uses:
             op = program.instructions[i]
-            use = Use(op, form, row0, bool(m_is_high), companion, bool(row_per_n), rows.labels[op.y], self.layout)
+            use = Use(op, form, row0, bool(m_is_high), fused_bias, bool(row_per_n), rows.labels[op.y], self.layout)
             self.uses.setdefault(parameter, []).append(use)
         self._units: dict = {}
 
@@ -115,7 +115,7 @@ class Tables:
         """Unit cotangents (O, M): in row o, ones at the residuals that are the o-th of their row."""
         key = dtype, device
         if key not in self._units:
-            ours = torch.from_numpy(self.layout.section_of == np.arange(self.sections)[:, None])
+            ours = torch.from_numpy(self.layout.output_of == np.arange(self.outputs)[:, None])
             self._units[key] = ours.to(device, dtype)
         return self._units[key]
 
@@ -152,9 +152,9 @@ class Tables:
         rows = rows.transpose(0, 1)   # (R, O, m, k)
         rows = rows if use.op.alpha == 1 else rows * use.op.alpha
         if use.run >= 0:
-            _add_window(use.window(J[use.run : use.run + use.count * self.sections]), rows.flatten(0, 1), use.x[2:])
+            _add_window(use.window(J[use.run : use.run + use.count * self.outputs]), rows.flatten(0, 1), use.x[2:])
             return
-        apart = torch.zeros(use.count * self.sections, J.shape[1], dtype=J.dtype, device=J.device)
+        apart = torch.zeros(use.count * self.outputs, J.shape[1], dtype=J.dtype, device=J.device)
         _add_window(use.window(apart), rows.flatten(0, 1), use.x[2:])
         self._add_whole(J, apart, use)
 

@@ -1,4 +1,4 @@
-"""The Jacobian as an operator: products, Gram and dense forms of one linearisation."""
+"""The Jacobian as an operator: products, Gram and dense forms of one linearization."""
 
 from .ensemble import EnsembleLinearization, EnsembleLinearizer, check_stacked, losses_of, split_result
 from .linearization import Linearization, Linearizer, linearize

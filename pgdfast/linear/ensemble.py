@@ -1,4 +1,4 @@
-"""A closure of B stacked networks linearised: B least-squares problems from one tape."""
+"""A closure of B stacked networks linearized: B least-squares problems from one tape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
 
 
 class EnsembleLinearizer(Linearizer):
-    """Linearises closures of ensembles over fixed parameters, each of them B tensors stacked on a first dimension."""
+    """Linearizes closures of ensembles over fixed parameters, each of them B tensors stacked on a first dimension."""
 
     def __init__(self, params, count: int, backend: str = "auto"):
         check_stacked(params, count)
@@ -23,7 +23,7 @@ class EnsembleLinearizer(Linearizer):
         self._orders: dict[tuple, torch.Tensor] = {}
 
     def read(self, result) -> EnsembleLinearization:
-        """The linearisation of what the closure returned, B losses or residuals with the members first."""
+        """The linearization of what the closure returned, B losses or residuals with the members first."""
         self._check_device(result)
         losses, total = split_result(result, self.count)
         trace = self._tracer.trace(total)
@@ -136,7 +136,7 @@ class EnsembleLinearization(Bound):
     """B least-squares problems of one shape at the current parameters.
 
     Attributes: count B; loss (B,); residual (B, M); num_residuals M and num_parameters P of one member; separates: whether the
-    kernels know the members apart, so that each is a problem of its own size. `member(b)` is the linearisation of one; vectors
+    kernels know the members apart, so that each is a problem of its own size. `member(b)` is the linearization of one; vectors
     of a member are flat, in the order of `params`.
     """
 
@@ -183,7 +183,7 @@ class EnsembleLinearization(Bound):
         return losses_of(result, self.count) if losses is None else losses.tolist(), residual
 
     def member(self, b: int) -> Member:
-        """The linearisation of member b."""
+        """The linearization of member b."""
         member = self._members.get(b)
         if member is None:
             member = self._members[b] = Member(self, b)
@@ -220,7 +220,7 @@ class EnsembleLinearization(Bound):
 
 
 class Member(Products):
-    """One member of an ensemble, with all that a linearisation has."""
+    """One member of an ensemble, with all that a linearization has."""
 
     def __init__(self, ensemble: EnsembleLinearization, b: int):
         self._ensemble, self._b = ensemble, b
@@ -230,6 +230,7 @@ class Member(Products):
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         self.has_squares_only, self.tapeless = ensemble.has_squares_only, ensemble.tapeless
         self.residuals_need_tape, self.sync_reason = ensemble.residuals_need_tape, ensemble.sync_reason
+        self.tape_bytes = ensemble.tape_bytes
         self._alone = None if ensemble.separates else _OneOfAll(ensemble, b)
 
     def kernels(self):

@@ -1,4 +1,4 @@
-"""A closure linearised at the current parameters."""
+"""A closure linearized at the current parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _version = attrgetter("_version")
 
 
 class Plan:
-    """Kernels of one program with its row structure, shared by all linearisations of that structure.
+    """Kernels of one program with its row structure, shared by all linearizations of that structure.
 
     bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN. choices: see
     SolvableLinearization.
@@ -91,7 +91,7 @@ class Plan:
 
 
 class Linearizer:
-    """Linearises closures over fixed parameters, reusing the plan of every structure it has met."""
+    """Linearizes closures over fixed parameters, reusing the plan of every structure it has met."""
 
     def __init__(self, params, backend: str = "auto"):
         self.params = list(params)
@@ -108,10 +108,10 @@ class Linearizer:
         return self.read(result)
 
     def read(self, result, allow_sync: bool = True) -> Linearization:
-        """The linearisation of a closure's result.
+        """The linearization of a closure's result.
 
         allow_sync: may this wait for a device? If not, nothing there is looked at, the loss included. Raises ValueError for
-        results that cannot be linearised and for a loss that is not finite.
+        results that cannot be linearized and for a loss that is not finite.
         """
         scalar = isinstance(result, torch.Tensor) and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
@@ -183,18 +183,18 @@ class Bound:
             self._plan.release(self._constants, wide=False)
 
     def kernels(self, member: int | None = None):
-        """The kernels, bound to this linearisation's constants; member: of an ensemble that separates, whose.
+        """The kernels, bound to this linearization's constants; member: of an ensemble that separates, whose.
 
-        Raises RuntimeError where the parameters have changed or the linearisation was released.
+        Raises RuntimeError where the parameters have changed or the linearization was released.
         """
         if list(map(_version, self.params)) != self._versions:
             raise RuntimeError(
-                "pgdfast: the parameters have changed since this linearisation was made; linearise again."
+                "pgdfast: the parameters have changed since this linearization was made; linearize again."
             )
         constants, plan = self._constants, self._plan
         if constants is None:
             raise RuntimeError(
-                "pgdfast: this linearisation was released at the end of its step, and its tape is gone; linearise again."
+                "pgdfast: this linearization was released at the end of its step, and its tape is gone; linearize again."
             )
         if plan is None:
             return self._operator
@@ -202,7 +202,7 @@ class Bound:
 
     @property
     def sync_reason(self) -> str:
-        """Why linearising this closure looks at what tensors hold, at every step; "" where it does not."""
+        """Why linearizing this closure looks at what tensors hold, at every step; "" where it does not."""
         if self._plan is None:
             return f"there is no tape rule for {self._missing}"
         if self._plan.mixing:
@@ -210,7 +210,7 @@ class Bound:
         return ""
 
     def widened(self):
-        """The same linearisation with products in float64, or itself where that is not to be had.
+        """The same linearization with products in float64, or itself where that is not to be had.
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
         """
@@ -228,7 +228,7 @@ class Bound:
         """Drop what was computed in another precision."""
 
     def parameters_unchanged(self) -> None:
-        """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+        """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
         if self._plan is None:   # autograd goes on reading the tape, and has versions of its own
             torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(self._versions))
         self._versions[:] = map(_version, self.params)   # in place: the widened one shares the list
@@ -244,7 +244,7 @@ class Bound:
 
 
 class Products:
-    """Products, Gram and dense forms of a linearisation by kernels; see protocol.py for their meaning and cost.
+    """Products, Gram and dense forms of a linearization by kernels; see protocol.py for their meaning and cost.
 
     A subclass has params, residual, dtype, device, num_residuals, num_parameters, penalties, kernels() and row_layout().
     """
@@ -377,11 +377,11 @@ def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.
 
 
 def linearize(closure, params, *, backend: str = "auto") -> Linearization:
-    """Linearise a closure at the current parameters.
+    """Linearize a closure at the current parameters.
 
     closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
     concatenation is the flat parameter vector. backend: as for LM. Cost: one run of the closure.
-    Raises ValueError for results that cannot be linearised and for a non-finite loss.
+    Raises ValueError for results that cannot be linearized and for a non-finite loss.
     """
     params = [p for p in params if p.requires_grad]
     if not params:

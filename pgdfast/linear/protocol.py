@@ -1,4 +1,4 @@
-"""What the rooms above ask of a linearisation, and what the solvers ask besides.
+"""What the rooms above ask of a linearization, and what the solvers ask besides.
 
 Index legend: M residuals, P parameters. Vectors are flat, in the order of the parameters; a step is subtracted from them.
 """
@@ -35,7 +35,7 @@ class Linearization(Protocol):
 
     @property
     def sync_reason(self) -> str:
-        """Why linearising this closure looks at what tensors hold at every step; "" where it does not."""
+        """Why linearizing this closure looks at what tensors hold at every step; "" where it does not."""
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,). One forward sweep."""
@@ -65,10 +65,10 @@ class Linearization(Protocol):
         """
 
     def parameters_unchanged(self) -> None:
-        """Declare the parameters to be, bit for bit, those of the linearisation (after undoing a trial step)."""
+        """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
 
     def widened(self) -> Linearization:
-        """The same linearisation with products in float64, or itself where that is not to be had.
+        """The same linearization with products in float64, or itself where that is not to be had.
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
         """
@@ -79,7 +79,7 @@ class Linearization(Protocol):
 
 @runtime_checkable
 class SolvableLinearization(Linearization, Protocol):
-    """A linearisation by kernels, as the solvers take it. Products raise RuntimeError once the parameters have changed."""
+    """A linearization by kernels, as the solvers take it. Products raise RuntimeError once the parameters have changed."""
 
     params: list              # the parameters, whose concatenation is the vector theta
     device: torch.device
@@ -94,9 +94,9 @@ class SolvableLinearization(Linearization, Protocol):
         """C theta, (P,)."""
 
     def kernels(self) -> Kernels:
-        """The kernels, after binding them to this linearisation's constants where another's were bound.
+        """The kernels, after binding them to this linearization's constants where another's were bound.
 
-        Raises RuntimeError once the parameters have changed or the linearisation was released.
+        Raises RuntimeError once the parameters have changed or the linearization was released.
         """
 
     def row_layout(self) -> RowLayout | None:

@@ -15,20 +15,20 @@ import numpy as np
 from ..tape.program import GATHER, MATMUL, MULADD, PARAMETER, PROJECT, RESIDUAL, Program
 from ..tape.simplify import windows
 
-_ROWS, _FACTORED, _COMPANION = 0, 1, 2   # Form in csrc/plan/plan.h
+_ROWS, _FACTORED, _FUSED_BIAS = 0, 1, 2   # Form in csrc/plan/plan.h
 
 
 @dataclass(slots=True)
 class RowLayout:
     """Rows, the order of K, and the uses of parameters, as csrc/plan/plan.h describes them.
 
-    flops: of one Gram matrix. packed: elements of its packed factors, and of the products that sections share; largest: those
+    flops: of one Gram matrix. packed: elements of its packed factors, and of the products that outputs share; largest: those
     of one parameter that a pass over the matrix cannot cut (csrc/cpu/factors.h).
     """
 
     num_rows: int
-    max_sections: int
-    section_of: list[int]
+    max_outputs: int
+    output_of: list[int]
     k_of: list[int]
     blocks: list[tuple[int, int, int, int]]
     uses: list[tuple[int, ...]]
@@ -42,7 +42,7 @@ class RowLayout:
 def row_layout(program: Program, constants=()) -> RowLayout | None:
     """The finest row structure of a program, or None if its residuals do not separate (batch statistics, say).
 
-    constants: those of the linearisation, needed where the program gathers from its workspace: which residuals an element
+    constants: those of the linearization, needed where the program gathers from its workspace: which residuals an element
     reaches depends on their positions there.
     """
     if not any(shape.numel() for shape in program.residual_shapes):
@@ -55,7 +55,7 @@ def row_layout(program: Program, constants=()) -> RowLayout | None:
 
 
 def _candidates(program: Program):
-    """(rows, sections) of every residual block, the finest first.
+    """(rows, outputs) of every residual block, the finest first.
 
     Rows are leading dimensions of the residuals. Where those are flat, as function transforms leave them, an instruction may
     still know how many outputs a row has.
@@ -78,8 +78,8 @@ def _propagate(program: Program, splits, constants) -> dict[int, np.ndarray] | N
     }
     start = 0
     blocks = [k for k, (role, _) in enumerate(program.buffers) if role == RESIDUAL]
-    for k, (rows, sections) in zip(blocks, splits, strict=True):
-        labels[k][:] = np.repeat(np.arange(start, start + rows, dtype=np.int32), sections)
+    for k, (rows, outputs) in zip(blocks, splits, strict=True):
+        labels[k][:] = np.repeat(np.arange(start, start + rows, dtype=np.int32), outputs)
         start += rows
     for op in reversed(program.instructions):
         if program.buffers[op.x][0] == PARAMETER:
@@ -133,26 +133,26 @@ def _scatter(op, labels, positions) -> bool:
 
 
 def _layout(program: Program, splits, labels: dict[int, np.ndarray]) -> RowLayout:
-    section_of, k_of, blocks = [], [], []
+    output_of, k_of, blocks = [], [], []
     first_row = base = 0
-    for rows, sections in splits:
+    for rows, outputs in splits:
         first_row, r0 = first_row + rows, first_row
-        if rows * sections == 0:
+        if rows * outputs == 0:
             continue
-        k_of.append(base + np.arange(rows * sections).reshape(sections, rows).T.reshape(-1))
-        section_of.append(np.tile(np.arange(sections), rows))
-        blocks.append((r0, rows, sections, base))
-        base += rows * sections
-    section_of, k_of = np.concatenate(section_of).tolist(), np.concatenate(k_of).tolist()
-    residuals, sections = len(k_of), max((s for _, s in splits), default=1)
-    uses, flops, packed, columns, largest = _uses(program, labels, residuals, sections)
+        k_of.append(base + np.arange(rows * outputs).reshape(outputs, rows).T.reshape(-1))
+        output_of.append(np.tile(np.arange(outputs), rows))
+        blocks.append((r0, rows, outputs, base))
+        base += rows * outputs
+    output_of, k_of = np.concatenate(output_of).tolist(), np.concatenate(k_of).tolist()
+    residuals, outputs = len(k_of), max((s for _, s in splits), default=1)
+    uses, flops, packed, columns, largest = _uses(program, labels, residuals, outputs)
     return RowLayout(
-        first_row, sections, section_of, k_of, blocks, uses,
+        first_row, outputs, output_of, k_of, blocks, uses,
         {u: labels[u] for u in {program.instructions[i].y for i, *_ in uses}}, flops, packed, columns, largest,
     )
 
 
-def _uses(program: Program, labels, residuals: int, sections: int):
+def _uses(program: Program, labels, residuals: int, outputs: int):
     """Each use as csrc/plan/plan.h's Use; operations, packed elements, explicit columns and `largest` of one Gram matrix.
 
     Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
@@ -165,7 +165,7 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         parameter: [_factored(program.instructions[i], labels) for i in instructions]
         for parameter, instructions in by_parameter.items()
     }
-    companions = _companions(program, by_parameter, candidates)
+    fused_biases = _fused_biases(program, by_parameter, candidates)
 
     def explicit_cost(parameter: int) -> float:
         size = program.buffers[parameter][1]
@@ -177,19 +177,19 @@ def _uses(program: Program, labels, residuals: int, sections: int):
         group = candidates[parameter]
         if group[0] is None or any(c is None or c.window != group[0].window for c in group):
             continue
-        bias = companions.get(parameter, -1)
+        bias = fused_biases.get(parameter, -1)
         rows = sum(c.rows for c in group)
         # The elementwise product weighs like some 4 multiply-adds per element of K.
-        cost = rows**2 * (sections**2 * (group[0].m + 4.0) + group[0].k)
+        cost = rows**2 * (outputs**2 * (group[0].m + 4.0) + group[0].k)
         if cost < explicit_cost(parameter) + (explicit_cost(bias) if bias >= 0 else 0):
             joined |= {parameter, bias}
             flops += cost
-            packed += rows * (group[0].k + sections * group[0].m) + (rows**2 if sections > 1 else 0)
-            largest = max(largest, rows * sections * (group[0].k + group[0].m))
+            packed += rows * (group[0].k + outputs * group[0].m) + (rows**2 if outputs > 1 else 0)
+            largest = max(largest, rows * outputs * (group[0].k + group[0].m))
             uses += [
                 (i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)
             ]
-            uses += [(i, bias, _COMPANION, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in by_parameter.get(bias, ())]
+            uses += [(i, bias, _FUSED_BIAS, 0, 0, -1, int(_row_per_n(program, i, labels))) for i in by_parameter.get(bias, ())]
     for parameter, instructions in by_parameter.items():
         if parameter in joined:
             continue
@@ -232,7 +232,7 @@ def _factored(op, labels) -> _Outer | None:
     return _Outer(window, n, int(rows[0]), m, k, m_is_high)
 
 
-def _companions(program: Program, by_parameter, candidates) -> dict[int, int]:
+def _fused_biases(program: Program, by_parameter, candidates) -> dict[int, int]:
     """{weight: bias} where every use of the weight has the bias added, plainly and only there, to the same result."""
     added: dict[tuple, list[int]] = {}
     for instructions in by_parameter.values():

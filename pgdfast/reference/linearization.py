@@ -1,4 +1,4 @@
-"""One closure, linearised around the present parameters: an explicit float64 Jacobian."""
+"""One closure, linearized around the present parameters: an explicit float64 Jacobian."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .precision import Float64, float64_parameters
 
 @dataclass(frozen=True)
 class Linearization:
-    """A weighted least-squares problem: gradient = J^T r, generalised Gauss-Newton = J^T J.
+    """A weighted least-squares problem: gradient = J^T r, generalized Gauss-Newton = J^T J.
 
     Attributes:
         loss: 0-dim float64, the loss at the present parameters.
@@ -155,7 +155,7 @@ def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block]]:
     if isinstance(result, Tensor) and result.numel() == 1 and _sums_squares(result, params):
         raise ValueError(
             f"pgdfast.reference: the closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does; "
-            "return loss.squeeze() to minimise it as the loss that it is, or the tuple (r,) if it is a residual"
+            "return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) if it is a residual"
         )
     blocks = [residual_block(t) for t in tensors]
     loss = torch.zeros((), dtype=torch.float64, device=params[0].device)

@@ -17,7 +17,7 @@ class Solution:
 
     Attributes:
         step: delta, (P,) float64; the update is theta <- theta - lr * delta. Zeros when the
-            factorisation failed.
+            factorization failed.
         status: "solved", "max_iterations" (CG ran out), "not_positive_definite" (Cholesky failed)
             or "breakdown" (CG met a direction without curvature, or the step was not finite).
         iterations: CG iterations, 0 for a direct solver.

@@ -29,7 +29,7 @@ def choose(problem: Problem, solver: str, options: CG, wide: bool = False, dampi
     """(solver, why), for so many dampings of which the problem's is the least.
 
     Gauss-Newton and a vanishing diagonal need the pseudo-inverse. A choice that memory has no part in is remembered with the
-    linearisation's structure.
+    linearization's structure.
     """
     damped = problem.mu > 0
     if damped and solver != "auto" or solver == "cg" or (solver == "lsmr" and problem.penalty is None):

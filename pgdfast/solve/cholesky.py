@@ -89,12 +89,12 @@ class Cholesky:
         """See Solver."""
         M, P, dampings = s.M, s.P, s.dampings
         if self.name == "dual":
-            gram = s.sections * s.sweep + (M * M * P if s.explicit else s.build)
+            gram = s.outputs * s.sweep + (M * M * P if s.explicit else s.build)
             factor = CHOLESKY * M**3 / 3 + s.sweep
             # The core keeps its matrix for further dampings, unless a penalty weighs it by each.
-            return gram + dampings * factor if not s.explicit and not s.penalised else dampings * (gram + factor)
-        if s.local and s.kernels.sums_sections:
-            normal = s.sections * s.sweep + s.layout.num_rows * P * P
+            return gram + dampings * factor if not s.explicit and not s.penalized else dampings * (gram + factor)
+        if s.local and s.kernels.sums_outputs:
+            normal = s.outputs * s.sweep + s.layout.num_rows * P * P
         else:
             normal = s.jacobian + M * P * P
         factor = CHOLESKY * P**3 / 3
@@ -108,7 +108,7 @@ class Cholesky:
             matrix = s.factored(M) + max(min(packed, max(PASS_BYTES, width * M * M / PASS_PART)), width * s.layout.largest)
         elif self.name == "dual":
             matrix = s.jacobian_bytes + (width * M * P if s.scaled else 0) + s.dense(M)
-        elif s.local and s.kernels.sums_sections:
+        elif s.local and s.kernels.sums_outputs:
             matrix = s.factored(P) + width * s.layout.packed
         else:
             matrix = s.jacobian_bytes + (s.factored(P) if s.kernels.fused else s.dense(P))

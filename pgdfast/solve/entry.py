@@ -1,4 +1,4 @@
-"""The door to the solvers: one damping, or many from one linearisation."""
+"""The door to the solvers: one damping, or many from one linearization."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def solve(
 def solve(
     linearization, damping, *, scale=None, solver="auto", cg=None, rcond=1e-8, wide=False, keep=None, time=0, prior=None
 ) -> Solution | Solutions:
-    """Solve (mu D + J^T J) delta = J^T r + mu D p at a linearisation, for one mu or for many.
+    """Solve (mu D + J^T J) delta = J^T r + mu D p at a linearization, for one mu or for many.
 
     A step is subtracted from the parameters. Many dampings: "dual" and "primal" factor one matrix K times, "eigh" decomposes it
     once, "cg" makes one Krylov space (multi-shift CG) that begins at zero and stops for each mu by itself, "lsmr" solves one
@@ -49,7 +49,7 @@ def solve(
     Args:
         linearization: of pgdfast.linearize.
         damping: mu >= 0; 0 is Gauss-Newton, the pseudo-inverse cut at rcond. A list, tuple or 1-D tensor of K of them, in any
-            order, gives Solutions, of which the linearisation is shared.
+            order, gives Solutions, of which the linearization is shared.
         scale: (P,), the positive diagonal D, or None for the identity.
         solver: one of SOLVERS.
         cg: options of CG and LSMR.
@@ -97,7 +97,7 @@ def _checked(damping) -> list[float]:
 
 
 def _nothing(lin) -> Solution:
-    """The step of a linearisation without residuals."""
+    """The step of a linearization without residuals."""
     step = torch.zeros(lin.num_parameters, dtype=lin.dtype, device=lin.device)
     return Solution(step, "solved", 0, "none", "no residuals", 0.0, 0.0, lin, 0.0, 0.0, same_factor=lambda u: step.clone())
 
@@ -105,7 +105,7 @@ def _nothing(lin) -> Solution:
 def solution(name: str, reason: str, problem: Problem, found: Found, dtype: torch.dtype | None = None) -> Solution:
     """What a solver found, for the problem as it was given and in its precision.
 
-    dtype: that precision, where the problem's linearisation is a function that makes it, as of a member of an ensemble.
+    dtype: that precision, where the problem's linearization is a function that makes it, as of a member of an ensemble.
     """
     lin, prior, (outcome, again, wide, keep, path) = problem.linearization, problem.prior, found
     if prior is not None:

@@ -66,7 +66,7 @@ def _rotation(a: float, b: float) -> tuple[float, float, float]:
     return (a / r, b / r, r) if r != 0 else (1.0, 0.0, 0.0)
 
 
-def _normalised(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _normalized(x: torch.Tensor) -> tuple[torch.Tensor, float]:
     norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
     return (x / norm if norm > 0 else x), norm
 
@@ -76,8 +76,8 @@ def _lsmr(kernels, r, d, root, damp, q, max_iterations, tolerance):
         return x if root is None else root * x
 
     offset = None if q is None else q / d
-    u, beta = _normalised(r if q is None else r - kernels.jvp(offset))
-    v, alpha = _normalised(scaled(kernels.vjp(u)))
+    u, beta = _normalized(r if q is None else r - kernels.jvp(offset))
+    v, alpha = _normalized(scaled(kernels.vjp(u)))
     x, h, hbar = torch.zeros_like(v), v.clone(), torch.zeros_like(v)
     b_norm, lowest = beta, 0.01 * torch.finfo(v.dtype).eps
     zetabar, alphabar, rho, rhobar, cbar, sbar, zeta = alpha * beta, alpha, 1.0, 1.0, 1.0, 0.0, 0.0
@@ -86,9 +86,9 @@ def _lsmr(kernels, r, d, root, damp, q, max_iterations, tolerance):
     status, iterations = "solved" if zetabar == 0 else "max_iterations", 0
     while status == "max_iterations" and iterations < max_iterations:
         iterations += 1
-        u, beta = _normalised(kernels.jvp(scaled(v)) - alpha * u)
+        u, beta = _normalized(kernels.jvp(scaled(v)) - alpha * u)
         A_square += beta**2
-        v, alpha = _normalised(scaled(kernels.vjp(u)) - beta * v) if beta > 0 else (v, 0.0)
+        v, alpha = _normalized(scaled(kernels.vjp(u)) - beta * v) if beta > 0 else (v, 0.0)
         A_norm = math.sqrt(A_square + damp**2)
         A_square += alpha**2
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Nystrom:
-    """A preconditioner for CG from a randomised sketch of J^T J, remade every `refresh` steps.
+    """A preconditioner for CG from a randomized sketch of J^T J, remade every `refresh` steps.
 
     rank: columns of the sketch; it costs as many products with J^T J, and 2 rank P operations an iteration. It removes the
     largest `rank` eigenvalues from the condition. seed: of its random numbers, so that runs repeat bit for bit.

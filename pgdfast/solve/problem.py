@@ -43,7 +43,7 @@ class Solver(Protocol):
         """Predicted, of all steps asked for."""
 
     def bytes(self, sizes: Sizes) -> float:
-        """Predicted, at the peak, beyond the linearisation itself."""
+        """Predicted, at the peak, beyond the linearization itself."""
 
     def solve(self, problem: Problem, options: CG, rcond: float, wide: bool, keep: dict | None, time: int) -> Found:
         """The step; the arguments are those of pgdfast.solve."""
@@ -92,7 +92,7 @@ class Problem:
 
     @classmethod
     def of(cls, linearization, mu, scale: torch.Tensor | None = None, prior: torch.Tensor | None = None) -> Problem:
-        """A linearisation's problem at a damping. A prior costs one product with J."""
+        """A linearization's problem at a damping. A prior costs one product with J."""
         lin, r = linearization, linearization.residual
         if prior is None and not lin.penalties:
             return cls(lin, mu, scale, r)
@@ -170,7 +170,7 @@ class Problem:
 
 
 def for_iterations(lin, options: CG):
-    """The linearisation, in float64 where an iterative solve to this tolerance needs it."""
+    """The linearization, in float64 where an iterative solve to this tolerance needs it."""
     return lin.widened() if affords_float64(lin) and options.tolerance < NARROW_TOLERANCE else lin
 
 

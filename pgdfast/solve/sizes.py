@@ -13,9 +13,9 @@ CHOLESKY, EIGH, SWEEP = 1.5, 25.0, 1.5
 class Sizes:
     """Of one problem, solved for so many dampings.
 
-    M, P; options: of CG; wide: a float32 problem is known to need float64 sums; scaled, penalised: there is a D, a penalty.
+    M, P; options: of CG; wide: a float32 problem is known to need float64 sums; scaled, penalized: there is a D, a penalty.
     local: rows separate and the kernels make use of it. explicit: dual matrices come from J.
-    Operations: sweep, of a product with J or J^T; build, of one Gram matrix beside its sweeps, of which there are `sections`;
+    Operations: sweep, of a product with J or J^T; build, of one Gram matrix beside its sweeps, of which there are `outputs`;
     jacobian, of J. Bytes: width, of a number; arena, of a sweep; sweeps, of those for J or a matrix; jacobian_bytes, of J;
     vectors; steps, where there are many dampings; krylov, of CG without options.
     """
@@ -25,18 +25,18 @@ class Sizes:
         self.kernels, self.layout = kernels, rows = lin.kernels(), lin.row_layout()
         self.M, self.P = M, P = float(lin.num_residuals), float(lin.num_parameters)
         self.options, self.dampings = options, dampings
-        self.scaled, self.penalised = problem.scale is not None, problem.penalty is not None
+        self.scaled, self.penalized = problem.scale is not None, problem.penalty is not None
         self.sweep = max(kernels.flops, 2 * P, 2 * M)
         self.local = rows is not None and kernels.fused
         self.explicit = self.scaled or not kernels.fused
-        self.build, self.sections = (rows.flops, rows.max_sections) if self.local else (M * M * P, M)
-        self.jacobian = self.sections * self.sweep + (2 * M * P if self.local else 0.0)
+        self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, M)
+        self.jacobian = self.outputs * self.sweep + (2 * M * P if self.local else 0.0)
         self.small = min(M, P) <= WIDE_FACTOR
         self.width = 8 if wide and self.small else lin.residual.element_size()
         self.arena = self.width * kernels.arena_size
         self.jacobian_bytes = self.width * M * P * (1 if kernels.fused else 2)   # PyTorch joins batches of rows
-        # An arena per section, or batches of rows (kernels/torch_kernels.py), or rows one by one.
-        self.sweeps = self.arena * (rows.max_sections if self.local else kernels.rows_per_sweep)
+        # An arena per output, or batches of rows (kernels/torch_kernels.py), or rows one by one.
+        self.sweeps = self.arena * (rows.max_outputs if self.local else kernels.rows_per_sweep)
         self.sweeps += 0 if self.local and self.arena > ONE_ARENA_BYTES else self.arena
         self.vectors = 8 * self.width * (M + P)
         self.steps = 2 * self.width * P * dampings if dampings > 1 else 0   # apart, and as one matrix

@@ -76,8 +76,8 @@ class Solution:
         """(mu D + J^T J + penalty)^-1 J^T u: (M,) -> (P,), at the same mu, whatever was solved since.
 
         Cost: two triangular solves and a product with J^T; for CG and LSMR another solve of their own; of several dampings by a
-        direct solver a new factor at first. With the parameters of the linearisation. Raises RuntimeError where the step is not
-        usable, and where parameters have changed or the linearisation was released.
+        direct solver a new factor at first. With the parameters of the linearization. Raises RuntimeError where the step is not
+        usable, and where parameters have changed or the linearization was released.
         """
         if not self.usable or self.same_factor is None:
             raise RuntimeError(
@@ -89,7 +89,7 @@ class Solution:
     def shortened(self) -> Solution | None:
         """The last iterate kept that is at most half as long as this step, or None.
 
-        CG's iterates from zero grow in norm (Steihaug 1983, theorem 2.1), and each is the model's minimiser over its Krylov
+        CG's iterates from zero grow in norm (Steihaug 1983, theorem 2.1), and each is the model's minimizer over its Krylov
         space; so this is what CG would have answered with a trust radius of about half the step. Costs no product.
         """
         radius_square = 0.25 * float(self.step.double().square().sum())
@@ -125,7 +125,7 @@ class Solution:
 
 @dataclass(slots=True)
 class Solutions:
-    """The solutions for K dampings of one linearisation, in the order in which these were given.
+    """The solutions for K dampings of one linearization, in the order in which these were given.
 
     Its items are what each damping alone would have given, a Solution; its attributes gather theirs. Direct solvers keep one
     factor: `solve_with_same_factor` of another damping factors once more.

@@ -31,7 +31,7 @@ class Eigh:
     def operations(self, s: Sizes) -> float:
         """See Solver."""
         M, P, least = s.M, s.P, min(s.M, s.P)
-        count = (s.sections * s.sweep + s.build if M <= P else s.jacobian + M * P * P) + EIGH * least**3 / 3
+        count = (s.outputs * s.sweep + s.build if M <= P else s.jacobian + M * P * P) + EIGH * least**3 / 3
         return count + (s.dampings - 1) * (s.sweep + 2 * least**2)
 
     def bytes(self, s: Sizes) -> float:

@@ -75,7 +75,7 @@ class Chord:
     They go on while each lowers the loss to `factor` of what it was, `rounds` times at most; the best point counts. A round
     that cannot do so is left out: it changes the residual by no more than what m has changed by. The first is geodesic
     acceleration with h = 1. A round costs one run of the closure, one product with J, one with J^T and two triangular solves:
-    small beside a linearisation and its factor.
+    small beside a linearization and its factor.
 
     Source: Shamanskii (1967); Fan, J. Comput. Appl. Math. 254 (2013), for Levenberg-Marquardt.
     """

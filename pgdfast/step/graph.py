@@ -56,7 +56,7 @@ class GraphStep:
         return dict(zip(self.fields, self.numbers.tolist(), strict=False))
 
     def take(self) -> None:
-        """One attempt: linearise, solve, try, keep or undo, decide."""
+        """One attempt: linearize, solve, try, keep or undo, decide."""
         tries, rule = self._rule.tries, self._rule
         old = self.numbers[: len(self.fields)]
         mu, start, attempt, rejected, promised, *remembered = old.unbind()

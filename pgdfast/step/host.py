@@ -1,4 +1,4 @@
-"""One step of LM, decided on the host: linearise; solve, attempt and decide until every member has its step; commit, or undo.
+"""One step of LM, decided on the host: linearize; solve, attempt and decide until every member has its step; commit, or undo.
 
 A single network is an ensemble of one. Members that have their step wait for the others where they stand.
 """
@@ -111,7 +111,7 @@ class HostStep:
         if self._networks is not None:
             self._networks.lin.release()
 
-    # --- linearise --------------------------------------------------------------------------------------------------------
+    # --- linearize --------------------------------------------------------------------------------------------------------
 
     def linearize(self) -> None:
         """Run the closure, read its tape, and see which members can take a step."""
@@ -123,7 +123,7 @@ class HostStep:
         if options.acceleration is not None and not networks.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
         if again:
-            self._replay.linearised()
+            self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin
         empty = lin.num_residuals == 0 and not lin.penalties
         for b, loss in enumerate(networks.losses):
@@ -168,7 +168,7 @@ class HostStep:
         start, options, pending = perf_counter(), self.options, self.pending
         unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
         if unsolved:
-            there = self._at_linearisation() if self.parameters.touched else None
+            there = self._at_linearization() if self.parameters.touched else None
             self._networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
@@ -182,7 +182,7 @@ class HostStep:
             m.solution = shorter
         return shorter is not None
 
-    def _at_linearisation(self):
+    def _at_linearization(self):
         """Make products with J possible; the members that have to return to theta for that, to be brought `forward` again.
 
         Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
@@ -261,7 +261,7 @@ class HostStep:
         With corrections, which ask for products with J, the members are at theta between the rounds.
         """
         corrected = self.options.acceleration is not None
-        there = self._at_linearisation() if corrected and self.parameters.touched else None
+        there = self._at_linearization() if corrected and self.parameters.touched else None
         answers: dict[int, float | None] = dict.fromkeys(proposals)
         while answers:
             points = {}
@@ -400,7 +400,7 @@ class HostStep:
     def _with_products(self, m: Member, find):
         """find(), which takes products with member m's J: the member returns to theta for them."""
         self.parameters.back((m.number,))
-        there = self._at_linearisation() if self.parameters.touched else None
+        there = self._at_linearization() if self.parameters.touched else None
         found = find()
         self.parameters.forward(there)
         return found

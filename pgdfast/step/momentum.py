@@ -3,7 +3,7 @@
     phi_k = argmin ||J phi - r||^2 + mu ||phi - beta phi_(k-1)||_D^2,   theta <- theta - lr phi_k
 
 Each batch asks for J phi = r on its own few rows; what they do not determine is kept from the batches before, as in the
-randomised Kaczmarz method. phi_k is kept as it was solved for, whatever lr, line search or norm constraint made of the move.
+randomized Kaczmarz method. phi_k is kept as it was solved for, whatever lr, line search or norm constraint made of the move.
 
 Source: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190 (SPRING); for PINNs arXiv 2505.12149.
 """

@@ -1,6 +1,6 @@
 """Several dampings tried at every step: the best of their trial points.
 
-All solves share the linearisation. One network's trial losses are one batched run of the closure where it allows that; the
+All solves share the linearization. One network's trial losses are one batched run of the closure where it allows that; the
 point that is chosen is then evaluated as any other trial, so that its loss is the closure's own.
 """
 

@@ -1,4 +1,4 @@
-"""The random numbers of a closure: a trial draws those of the linearisation again, so that both see the same batch."""
+"""The random numbers of a closure: a trial draws those of the linearization again, so that both see the same batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RandomReplay:
         quick = not self._kinds and self._gpu is None
         self._before = (torch.default_generator.get_state(), None) if quick else self._states()
 
-    def linearised(self) -> None:
+    def linearized(self) -> None:
         """Say that the closure has run once, to learn which generators it moves."""
         if self._seen is not None:
             seen = memory_of_generators()

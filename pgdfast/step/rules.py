@@ -83,7 +83,7 @@ def _checked(smallest: float) -> float:
 
 
 class Constant(DampingRule):
-    """mu as given; every finite step is taken (the paper's plain LM). A failed factorisation tries 10 mu, this step only."""
+    """mu as given; every finite step is taken (the paper's plain LM). A failed factorization tries 10 mu, this step only."""
 
     tries = False
 
@@ -96,7 +96,7 @@ class Constant(DampingRule):
         return mu, memory
 
     def failed(self, mu, memory, curvature):
-        """Ten times mu, for another factorisation of the same step."""
+        """Ten times mu, for another factorization of the same step."""
         return raised(mu, 10.0, curvature), memory
 
     def exhausted(self, mu, memory):
@@ -157,7 +157,7 @@ class Delayed(DampingRule):
 class Sweep(DampingRule):
     """Several mu at every step, mu times each factor; the one with the least loss becomes the next step's mu.
 
-    factors: positive numbers; the solves share a linearisation, and where the closure runs under torch.func.vmap the trial
+    factors: positive numbers; the solves share a linearization, and where the closure runs under torch.func.vmap the trial
     losses share one run. None better than the loss before: mu is raised until its least factor lies beyond all that were tried.
     smallest: as for GainRatio. mu = 0 is tried alone. Greedy: the best next loss is not the best path (bench/NOTES.md).
     """

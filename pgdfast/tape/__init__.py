@@ -1,8 +1,8 @@
-"""From the result of a closure to a linear program: the autograd tape read as the linearisation."""
+"""From the result of a closure to a linear program: the autograd tape read as the linearization."""
 
 from . import members
-from .losses import Form, UnrecognisedLoss
+from .losses import Form, UnrecognizedLoss
 from .program import Program
 from .trace import Trace, Tracer
 
-__all__ = ["Form", "Program", "Trace", "Tracer", "UnrecognisedLoss", "members"]
+__all__ = ["Form", "Program", "Trace", "Tracer", "UnrecognizedLoss", "members"]

@@ -1,7 +1,7 @@
 """Reading the loss off the end of a tape: which outputs it is a convex function of, and their scaled residuals.
 
 A loss becomes blocks, each a least-squares problem at the current point: a residual r and a factor S of the output
-Hessian H = S S^T, such that the gradient is J^T r and the (generalised) Gauss-Newton matrix J^T J with J = S^T dF.
+Hessian H = S S^T, such that the gradient is J^T r and the (generalized) Gauss-Newton matrix J^T J with J = S^T dF.
 """
 
 from __future__ import annotations
@@ -110,15 +110,15 @@ class Form:
         """True where the loss sums over several numbers, or ends in an operation that is a loss by name."""
         return (
             any(block.residual.numel() > 1 for block in self.blocks)
-            or any(number > 1 for number in self._penalised(tape))
+            or any(number > 1 for number in self._penalized(tape))
             or any(tape.kind(position) in _LOSSES for position in self.consumed)
         )
 
-    def _penalised(self, tape: Tape) -> list[int]:
+    def _penalized(self, tape: Tape) -> list[int]:
         return [tape.shape(tape.leaf.index(leaf)).numel() for leaf in self.penalties]
 
 
-class UnrecognisedLoss(ValueError):
+class UnrecognizedLoss(ValueError):
     """A scalar that is neither squares nor a cross-entropy."""
 
 
@@ -127,36 +127,36 @@ def residual_form(residuals: list[torch.Tensor], edges: list) -> Form:
     return Form([Squares((edge,), r.detach(), 1.0) for r, edge in zip(residuals, edges, strict=True)])
 
 
-def scalar_form(tape: Tape, root: int, waits: bool = True) -> Form:
+def scalar_form(tape: Tape, root: int, allow_sync: bool = True) -> Form:
     """The form of the scalar at a tape position.
 
-    waits: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
-    Raises: UnrecognisedLoss naming the operation that fits none of the forms.
+    allow_sync: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
+    Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
-    return _Reader(tape, waits).read(root)
+    return _Reader(tape, allow_sync).read(root)
 
 
-def _root_of(weight, waits: bool):
+def _root_of(weight, allow_sync: bool):
     """sqrt(2 w) for a number or tensor."""
     if isinstance(weight, torch.Tensor):
-        if _looked_at(weight, waits) and bool((weight < 0).any()):
-            raise UnrecognisedLoss("one of its squares has a negative weight, so it is no sum of squares")
+        if _looked_at(weight, allow_sync) and bool((weight < 0).any()):
+            raise UnrecognizedLoss("one of its squares has a negative weight, so it is no sum of squares")
         return torch.sqrt(2 * weight)
     if weight < 0:
-        raise UnrecognisedLoss(f"one of its squares has the negative weight {weight:g}, so it is no sum of squares")
+        raise UnrecognizedLoss(f"one of its squares has the negative weight {weight:g}, so it is no sum of squares")
     return math.sqrt(2 * weight)
 
 
-def _looked_at(t: torch.Tensor, waits: bool) -> bool:
+def _looked_at(t: torch.Tensor, allow_sync: bool) -> bool:
     """Whether entries may decide what is done."""
-    return waits or t.device.type == "cpu"
+    return allow_sync or t.device.type == "cpu"
 
 
 class _Reader:
     """Walks down from the loss with the weight (dL / d node output, constant) until a convex function is reached."""
 
-    def __init__(self, tape: Tape, waits: bool):
-        self.tape, self.waits = tape, waits
+    def __init__(self, tape: Tape, allow_sync: bool):
+        self.tape, self.allow_sync = tape, allow_sync
         self.form = Form()
         self.log_softmax: dict[int, object] = {}
 
@@ -167,7 +167,7 @@ class _Reader:
             reader = _READERS.get(self.tape.kind(position))
             if reader is None:
                 name = self.tape.name(position)
-                raise UnrecognisedLoss(f"its operation {name} leads to no sum of squares and no cross-entropy")
+                raise UnrecognizedLoss(f"its operation {name} leads to no sum of squares and no cross-entropy")
             self.form.consumed.add(position)
             node, edges = self.tape.nodes[position], self.tape.edges[position]
             following = reader(self, position, node, edges, weight)
@@ -209,21 +209,21 @@ class _Reader:
         if edges[0] is not None and edges[0] == edges[1]:
             return self._square(edges[0], position, weight)
         if edges[0] is not None and edges[1] is not None:
-            raise UnrecognisedLoss("it multiplies two different quantities that both depend on the parameters")
+            raise UnrecognizedLoss("it multiplies two different quantities that both depend on the parameters")
         k = 0 if edges[0] is not None else 1
         factor = plain(node._saved_other if k == 0 else node._saved_self).detach().to(self._dtype(position))
         return [(*edges[k], self._fit(edges[k], position, self._times(weight, factor)))]
 
     def divide(self, position, node, edges, weight):
         if edges[1] is not None:
-            raise UnrecognisedLoss("it divides by a quantity that depends on the parameters")
+            raise UnrecognizedLoss("it divides by a quantity that depends on the parameters")
         # In float64: the tape keeps the number in `loss / 7` as a tensor whose reciprocal would be of default precision.
         divisor = plain(node._saved_other).detach()
         factor = (torch.ones_like(divisor, dtype=torch.float64) / divisor).to(self._dtype(position))
         return [(*edges[0], self._fit(edges[0], position, self._times(weight, factor)))]
 
     def _times(self, weight, factor: torch.Tensor):
-        return weight * (float(factor) if factor.numel() == 1 and _looked_at(factor, self.waits) else factor)
+        return weight * (float(factor) if factor.numel() == 1 and _looked_at(factor, self.allow_sync) else factor)
 
     def multiply_number(self, position, node, edges, weight):
         return [(*edges[0], weight * float(node._saved_other))]
@@ -284,30 +284,30 @@ class _Reader:
         position = edge[0]
         leaf = self.tape.leaf[position]
         if leaf >= 0 and not isinstance(weight, torch.Tensor):
-            _root_of(weight, self.waits)
+            _root_of(weight, self.allow_sync)
             self.form.penalties[leaf] = self.form.penalties.get(leaf, 0.0) + 2 * weight
             return ()
         if self.tape.kind(position) == "LinalgVectorNormBackward0" and self.tape.nodes[position]._saved_ord == 2:
             node, below = self.tape.nodes[position], self.tape.edges[position][0]
             self.form.consumed.add(position)
             return self._square(below, position, self._spread(position, node, below, weight))
-        scale = _root_of(weight, self.waits)
+        scale = _root_of(weight, self.allow_sync)
         value = plain(self.tape.nodes[saver]._saved_self).detach()
         if value.is_complex():
-            raise UnrecognisedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
+            raise UnrecognizedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
         self.form.blocks.append(Squares((edge,), value * scale, scale, ((saver, "_saved_self"),)))
         return ()
 
     def power(self, position, node, edges, weight):
         if node._saved_exponent != 2:
-            raise UnrecognisedLoss(f"it raises a quantity to the power {node._saved_exponent:g}, not 2")
+            raise UnrecognizedLoss(f"it raises a quantity to the power {node._saved_exponent:g}, not 2")
         return self._square(edges[0], position, weight)
 
     def product(self, position, node, edges, weight):
         """r^T r as a product of matrices, for one column r (or r r^T for one row)."""
         if all(edges) and self.tape.shape(position).numel() == 1 and self._same_but_for_transpose(*edges):
             return self._square(edges[0], position, weight)
-        raise UnrecognisedLoss("it is a product of matrices, but not of one column's transpose with the column itself")
+        raise UnrecognizedLoss("it is a product of matrices, but not of one column's transpose with the column itself")
 
     def _same_but_for_transpose(self, a, b) -> bool:
         for one, other in ((a, b), (b, a)):
@@ -319,14 +319,14 @@ class _Reader:
         if edges[0] is not None and edges[0] == edges[1]:
             return self._square(edges[0], position, weight)
         if edges[0] is not None and edges[1] is not None:
-            raise UnrecognisedLoss("it is a dot product of two different vectors that both depend on the parameters")
+            raise UnrecognizedLoss("it is a dot product of two different vectors that both depend on the parameters")
         return self.pull(position, node, edges, weight)
 
     def mse(self, position, node, edges, weight):
         a, b = plain(node._saved_self), plain(node._saved_target)
         if node._saved_reduction == 1:
             weight = weight / max(a.numel(), 1)
-        scale = _root_of(weight, self.waits)
+        scale = _root_of(weight, self.allow_sync)
         parts = (position, "_saved_self"), (position, "_saved_target")
         if edges[0] is None:
             self.form.blocks.append(Squares((edges[1],), (b - a).mul_(scale), scale, parts[::-1]))
@@ -339,7 +339,7 @@ class _Reader:
         log_p, target, classes = node._saved_self.detach(), node._saved_target, node._saved_weight
         if node._saved_reduction == 1:
             total = node._saved_total_weight
-            if _looked_at(total, self.waits):
+            if _looked_at(total, self.allow_sync):
                 total = float(total)
                 weight = weight / total if total else 0.0   # no label counts: the loss itself is not a number
             else:
@@ -362,8 +362,8 @@ class _Reader:
         dim = _signed(node._saved_dim) % max(log_p.dim(), 1)
         p = torch.exp(log_p).clamp_min(_tiny(log_p.dtype))
         q = q.to(p.dtype).expand_as(p) if isinstance(q, torch.Tensor) else torch.full_like(p, q)
-        if _looked_at(q, self.waits) and bool((q < 0).any()):
-            raise UnrecognisedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
+        if _looked_at(q, self.allow_sync) and bool((q < 0).any()):
+            raise UnrecognizedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
         total = q.sum(dim, keepdim=True)
         root = torch.sqrt(total * p)
         residual = torch.where(total > 0, (total * p - q) / root, 0.0).to(p.dtype)
@@ -372,15 +372,15 @@ class _Reader:
     def binary_cross_entropy(self, position, node, edges, weight):
         z, t = node._saved_self.detach(), node._saved_target.detach()
         if edges[0] is None or (len(edges) > 1 and edges[1] is not None):
-            raise UnrecognisedLoss("its binary cross-entropy has a target that depends on the parameters")
+            raise UnrecognizedLoss("its binary cross-entropy has a target that depends on the parameters")
         if node._saved_reduction == 1:
             weight = weight / max(z.numel(), 1)
         if node._saved_weight is not None:
             weight = weight * node._saved_weight.detach()
         positive = 1.0 if node._saved_pos_weight is None else node._saved_pos_weight.detach()
-        signed = [t for t in (torch.as_tensor(weight), torch.as_tensor(positive)) if _looked_at(t, self.waits)]
+        signed = [t for t in (torch.as_tensor(weight), torch.as_tensor(positive)) if _looked_at(t, self.allow_sync)]
         if any(torch.any(t < 0) for t in signed):
-            raise UnrecognisedLoss("its binary cross-entropy has a negative weight")
+            raise UnrecognizedLoss("its binary cross-entropy has a negative weight")
         s = torch.sigmoid(z)
         # L = w (pos t softplus(-z) + (1 - t) softplus(z)), L' = w ((1 - t) s - pos t (1 - s))
         gradient = weight * ((1 - t) * s - positive * t * torch.sigmoid(-z))

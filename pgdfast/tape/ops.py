@@ -95,7 +95,7 @@ class Refresh:
         """Out is in_i repeated along each dimension."""
 
     def temporary(self, name, shape):
-        """Name a zero-initialised temporary that other verbs may use in place of an input or output."""
+        """Name a zero-initialized temporary that other verbs may use in place of an input or output."""
 
 
 class Record:

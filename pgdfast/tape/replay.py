@@ -73,7 +73,7 @@ class Replay:
         """The loss as Python reads it, its constants filled in; None if it is not of the known form."""
         try:
             form = losses.scalar_form(tape, self.root)
-        except losses.UnrecognisedLoss:   # for the long way to explain
+        except losses.UnrecognizedLoss:   # for the long way to explain
             return None
         if form.consumed != self.consumed or [block.signature() for block in form.blocks] != self.signatures:
             return None

@@ -29,7 +29,7 @@ class Trace:
     loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
     that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
-    program and constants: the linearisation, or None where `missing` names an operation without a rule;
+    program and constants: the linearization, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs. foreign: does code
     of the user's take part in the backward: hooks, or a torch.autograd.Function?
     """
@@ -74,20 +74,20 @@ class Tracer:
         self._known: dict[tuple, Known] = {}
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
-    def trace(self, result, waits: bool = True) -> Trace:
+    def trace(self, result, allow_sync: bool = True) -> Trace:
         """Read what a closure returned.
 
-        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. waits: may this wait for
+        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. allow_sync: may this wait for
         a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
-        Raises ValueError for results that cannot be linearised, each with what to do instead.
+        Raises ValueError for results that cannot be linearized, each with what to do instead.
         """
         try:
-            if self.replays and waits:
+            if self.replays and allow_sync:
                 trace = self._replay(result)
                 if trace is not None:
                     return trace
             with torch.no_grad():
-                return self._trace(result, waits)
+                return self._trace(result, allow_sync)
         except RuntimeError as error:
             if "already been freed" in str(error) or "second time" in str(error):
                 raise ValueError(
@@ -116,7 +116,7 @@ class Tracer:
         tapeless = replay.structure.tapeless
         return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
 
-    def _trace(self, result, waits: bool) -> Trace:
+    def _trace(self, result, allow_sync: bool) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
@@ -131,28 +131,28 @@ class Tracer:
             )
         if scalar:
             try:
-                form = losses.scalar_form(tape, positions[0][0], waits) if positions[0] else losses.Form()
-            except losses.UnrecognisedLoss as error:
+                form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
+            except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
-                raise losses.UnrecognisedLoss(
+                raise losses.UnrecognizedLoss(
                     f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
                     f"{error}. {losses.RECOGNISED}"
                 ) from None
             loss = result.detach()
         else:
             if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0], waits)
+                self._refuse_loss_with_dimensions(tape, result, positions[0], allow_sync)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
         residual = self._residual(form, tensors[0])
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
-        value = loss.item() if waits else None
+        value = loss.item() if allow_sync else None
         trace = Trace(loss, value, residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
         try:
             trace.program, trace.constants = self._program(
-                tape, form, positions[0][0] if scalar and positions[0] else None, waits
+                tape, form, positions[0][0] if scalar and positions[0] else None, allow_sync
             )
             return trace
         except Fallback as error:
@@ -183,19 +183,19 @@ class Tracer:
         return tape
 
     @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, waits: bool) -> None:
+    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, allow_sync: bool) -> None:
         """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
         if result.numel() != 1 or position is None:
             return
         try:
-            form = losses.scalar_form(tape, position[0], waits)
-        except losses.UnrecognisedLoss:
+            form = losses.scalar_form(tape, position[0], allow_sync)
+        except losses.UnrecognizedLoss:
             return
         if form.reduces(tape):
             raise ValueError(
                 f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimise it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimised."
+                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
             )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
@@ -225,7 +225,7 @@ class Tracer:
             return torch.empty(0, dtype=self.dtype, device=like.device)
         return torch.cat([part.to(self.dtype) for part in parts])
 
-    def _program(self, tape: Tape, form: losses.Form, root: int | None, waits: bool) -> tuple[Program, list]:
+    def _program(self, tape: Tape, form: losses.Form, root: int | None, allow_sync: bool) -> tuple[Program, list]:
         number, nodes = tape.structure.number, tape.nodes
         work, key = [], [number]
         for position, rule in self._rules(tape, form):
@@ -246,7 +246,7 @@ class Tracer:
                         self._walker.detach(forgotten.replay)
                 self._known[key] = known
             return known.program, constants
-        if self.replays and waits and known.replay is None:   # seen twice, it may well come again
+        if self.replays and allow_sync and known.replay is None:   # seen twice, it may well come again
             known.replay = attach(self._walker, known, tape, work, form, root)
         op = Refresh(self.dtype)
         for k, needs, _ in known.with_constants:

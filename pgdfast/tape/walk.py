@@ -11,7 +11,7 @@ from .rules import RULES
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
 # but for leaves and losses.
-_CHOOSY = {"BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"}
+GRAD_MODE_DEPENDENT_OPS = {"BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"}
 _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
@@ -58,7 +58,7 @@ class Structure:
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
-        self.tapeless = not _CHOOSY.intersection(self.kinds) and all(n in RULES or n in _PLAIN for n in self.kinds)
+        self.tapeless = not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds) and all(n in RULES or n in _PLAIN for n in self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
         self.complex = [k for k in self.wanted if any(m.dtype.is_complex for m in nodes[k]._input_metadata)]
@@ -89,7 +89,7 @@ class Tape:
 
 
 class Walker:
-    """Walks tapes over fixed parameters and recognises structures it has seen.
+    """Walks tapes over fixed parameters and recognizes structures it has seen.
 
     The core compares structures in a few microseconds; without it every tape is described anew.
     """
@@ -119,7 +119,7 @@ class Walker:
         return self._tape(Structure(number, nodes, roots, self._number, hooked), nodes)
 
     def remember(self, structure: Structure) -> None:
-        """From now on tapes of this structure are recognised."""
+        """From now on tapes of this structure are recognized."""
         if structure.number < 0:
             return
         if self._generation != self._core.generation:

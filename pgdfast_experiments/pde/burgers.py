@@ -88,7 +88,7 @@ WORKED = worked.Worked(
     NAME, "u_t + u u_x = (0.01/\u03c0) u_xx", make, Grid("x", "t", (-1, 0), (1, 1), exact, count=201),
     "relative L2 distance from the Cole-Hopf solution on a 201 x 201 grid", (worked.Goal(1e-5, 60.0),),
 )
-cases, summarise, judge, table, pictures = WORKED.cases, WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
+cases, summarize, judge, table, pictures = WORKED.cases, WORKED.summarize, WORKED.judge, WORKED.table, WORKED.pictures
 add_options = WORKED.add_options
 
 

@@ -68,7 +68,7 @@ WORKED = worked.Worked(
     NAME, "u_t = 0.05 u_xx", make, Grid("x", "t", (0, 0), (1, 1), exact),
     "relative L2 distance from the exact solution on a 121 x 121 grid", (worked.Goal(1e-6, 20.0),),
 )
-cases, summarise, judge, table, pictures = WORKED.cases, WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
+cases, summarize, judge, table, pictures = WORKED.cases, WORKED.summarize, WORKED.judge, WORKED.table, WORKED.pictures
 add_options = WORKED.add_options
 
 

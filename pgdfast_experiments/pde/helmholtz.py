@@ -78,7 +78,7 @@ WORKED = worked.Worked(
     NAME, "\u0394u + k\u00b2u = q, k = 4\u03c0", make, Grid("x", "y", (0, 0), (1, 1), exact),
     "relative L2 distance from the exact solution on a 121 x 121 grid", (worked.Goal(1e-5, 15.0),),
 )
-cases, summarise, judge, table, pictures = WORKED.cases, WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
+cases, summarize, judge, table, pictures = WORKED.cases, WORKED.summarize, WORKED.judge, WORKED.table, WORKED.pictures
 add_options = WORKED.add_options
 
 

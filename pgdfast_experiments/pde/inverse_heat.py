@@ -96,7 +96,7 @@ WORKED = worked.Worked(
     (worked.Goal(5e-4, 15.0, column="coefficient_error", label="relative error of the coefficient"),),
     truth=DIFFUSIVITY,
 )
-cases, summarise, judge, table, pictures = WORKED.cases, WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
+cases, summarize, judge, table, pictures = WORKED.cases, WORKED.summarize, WORKED.judge, WORKED.table, WORKED.pictures
 add_options = WORKED.add_options
 
 

@@ -121,7 +121,7 @@ WORKED = worked.Worked(
     ),
     published_note="published: arXiv 2405.15603, one RTX 6000 GPU, the best of about 100 tuned runs (ENGD: of 59 to 851 s)",
 )
-summarise, judge, table, pictures = WORKED.summarise, WORKED.judge, WORKED.table, WORKED.pictures
+summarize, judge, table, pictures = WORKED.summarize, WORKED.judge, WORKED.table, WORKED.pictures
 
 
 def cases(settings):

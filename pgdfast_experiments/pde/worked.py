@@ -149,7 +149,7 @@ class Worked:
             return True
         return lm.report is not None and lm.report.status == "stalled"
 
-    def summarise(self, runs, settings):
+    def summarize(self, runs, settings):
         """Return, by optimizer and variant: errors, seconds, steps, and the seconds to each error that is asked."""
         summary = {}
         for variant in self.variants(settings):
@@ -185,7 +185,7 @@ class Worked:
         return found
 
     def judge(self, summary, settings):
-        """Return the checks, from the numbers in `summary` (of `summarise`) alone."""
+        """Return the checks, from the numbers in `summary` (of `summarize`) alone."""
         lm = next((method.name for method in settings.optimizers if method.kind == "lm"), None)
         checks = []
         for goal in self.goals:

@@ -55,7 +55,7 @@ PROBLEMS = {f.__name__: f for f in (regression, two_outputs, pinn, softmax, gath
 
 
 def ensemble(library, make, dtype, wide=None):
-    """(kernels over the members' joined constants, the members' linearisations, their references)."""
+    """(kernels over the members' joined constants, the members' linearizations, their references)."""
     lins, refs, all_constants = [], [], []
     for seed in range(COUNT):
         model, closure = make(seed, dtype)

@@ -125,12 +125,12 @@ def shared_by_the_batch():
     return model, normed
 
 
-def penalised():
+def penalized():
     model, x = mlp(2, 4, 1), rand(11, 2, seed=1)
     return model, lambda: F.mse_loss(model(x), x[:, :1]) + 1e-2 * sum(p.square().sum() for p in model.parameters())
 
 
-CLOSURES = {f.__name__: f for f in (convolution, attention, pinn, wide_pinn, shared_by_the_batch, penalised)}
+CLOSURES = {f.__name__: f for f in (convolution, attention, pinn, wide_pinn, shared_by_the_batch, penalized)}
 
 
 def made(name):
@@ -148,7 +148,7 @@ def made(name):
 def test_programs_of_every_kind(name):
     params, closure = made(name)
     lin, ref = both(closure, params)
-    if name != "penalised":   # the reference has the penalty as rows of J
+    if name != "penalized":   # the reference has the penalty as rows of J
         assert products(lin, ref) < 1e-12
     mu = damping_of(ref)
     expected = reference.solve(ref, mu).step

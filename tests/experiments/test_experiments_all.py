@@ -178,7 +178,7 @@ def _runs(name, variant, at, seeds=3, **columns):
 
 
 def _outcomes(task, settings, runs):
-    return [check.outcome for check in task.judge(task.summarise(runs, settings), settings)]
+    return [check.outcome for check in task.judge(task.summarize(runs, settings), settings)]
 
 
 def _pinn(lm_rates, adam_rates, error=1e-2):

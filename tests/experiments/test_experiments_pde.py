@@ -199,7 +199,7 @@ def _run(name, variant, seed, seconds, error, **more):
 
 
 def _outcomes(task, settings, runs):
-    return [check.outcome for check in task.judge(task.summarise(runs, settings), settings)]
+    return [check.outcome for check in task.judge(task.summarize(runs, settings), settings)]
 
 
 @pytest.mark.parametrize(("lm", "adam", "expected"), [
@@ -225,7 +225,7 @@ def test_times_are_medians_over_seeds_and_the_others_are_read_at_lms_end():
     settings = _settings(poisson_2d, "--net", "small", "--derivatives", "pde", "--seeds", "3", "--optimizers", "lm,adam")
     runs = [_run("lm", "small", seed, 4.0 * (seed + 1), [1, 1e-5, 1e-6, 1e-7, 1e-8]) for seed in range(3)]
     runs += [_run("adam", "small", seed, 16.0, [1, 0.5, 0.25, 0.125, 0.0625]) for seed in range(3)]
-    summary = poisson_2d.summarise(runs, settings)
+    summary = poisson_2d.summarize(runs, settings)
     assert summary["lm small"]["seconds_to"] == {"1e-05": 2.0, "1e-06": 4.0, "1e-07": 6.0}
     assert summary["adam small"]["error_at_lm_seconds"] == 0.25 and summary["adam small"]["error"] == 0.0625
     assert math.isinf(summary["adam small"]["seconds_to"]["1e-05"])
@@ -259,7 +259,7 @@ def test_lm_ends_early_where_it_has_what_is_asked_and_adam_takes_all_seconds():
     assert (lm.columns["error"][:-1] > 0.025).all(), "it ends with the first row that has it"
     assert adam.columns["error"][-1] < adam.columns["error"][0]
     assert lm.outcome["solution"].shape == heat_1d.WORKED.grid.shape
-    assert easy.judge(easy.summarise([lm, adam], settings), settings)[0].outcome == PASS
+    assert easy.judge(easy.summarize([lm, adam], settings), settings)[0].outcome == PASS
 
 
 def test_the_rate_of_adam_falls_over_the_seconds():

@@ -49,7 +49,7 @@ def _exponential(optimizer, factor, seeds=3, steps=400):
 
 def _outcomes(*groups, steps=400, lr=1e-2):
     settings = SimpleNamespace(steps=steps, lr=lr)
-    summary = task.summarise([run for group in groups for run in group], settings)
+    summary = task.summarize([run for group in groups for run in group], settings)
     return [check.outcome for check in task.judge(summary, settings)]
 
 

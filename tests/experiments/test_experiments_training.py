@@ -1,4 +1,4 @@
-"""Network initialisation, optimizers by name, and the training loop."""
+"""Network initialization, optimizers by name, and the training loop."""
 
 import copy
 import dataclasses

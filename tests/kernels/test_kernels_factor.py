@@ -95,7 +95,7 @@ def pinn(seed):
 
 
 @pytest.mark.parametrize("what", ["products", "solves", "factor"])
-def test_threads_share_a_linearisation(what):
+def test_threads_share_a_linearization(what):
     """Half of the products of two threads were wrong, silently: they worked in one arena."""
     lin = pinn(0)
     _ = lin.row_layout()

@@ -62,7 +62,7 @@ def test_a_step_at_many_limits_of_memory(solver):
     assert set(steps_at([(solver, STEP[solver] * k) for k in range(25)])) == {"MemoryError unchanged", "done"}
 
 
-def test_pytorchs_allocator_is_recognised():
+def test_pytorchs_allocator_is_recognized():
     with pytest.raises(MemoryError, match="pgdfast: .*can't allocate memory"), native.memory_errors():
         torch.empty(1 << 55, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="other") as caught, native.memory_errors():

@@ -1,4 +1,4 @@
-"""The core's small helpers for a step: recognising tapes, copying tensors, the state of PyTorch's generator."""
+"""The core's small helpers for a step: recognizing tapes, copying tensors, the state of PyTorch's generator."""
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def transformer():
     return list(model.parameters()), lambda: F.cross_entropy(model(ids)[:, -1], t)
 
 
-def penalised():
+def penalized():
     params, loss = regression()
     return params, lambda: loss() + 0.05 * params[0].square().sum() + 0.01 * params[2].square().sum()
 
@@ -93,7 +93,7 @@ def batch_statistics():
 PROBLEMS = {
     "regression": regression, "one output": lambda: regression(outputs=1), "N > P": lambda: regression(N=230, outputs=1),
     "pinn": pinn, "pinn of two": lambda: pinn(2), "classification": classification, "transformer": transformer,
-    "penalty": penalised, "blocks": blocks, "no rows": batch_statistics,
+    "penalty": penalized, "blocks": blocks, "no rows": batch_statistics,
 }
 
 

@@ -1,4 +1,4 @@
-"""Members of a linearised ensemble against the same networks linearised alone."""
+"""Members of a linearized ensemble against the same networks linearized alone."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ CASES = {
 
 
 def ensemble(make, of_one, backend="auto", each=False):
-    """(linearisation of the stacked closure, those of the members alone)."""
+    """(linearization of the stacked closure, those of the members alone)."""
     members = [make(seed) for seed in range(B)]
     values, buffers = stack_module_state(members)
 
@@ -107,7 +107,7 @@ def test_rows_of_members_separate_as_those_of_one_network_do():
     for case in ("residual", "mse", "cross-entropy", "PINN"):
         lin, singles = ensemble(*CASES[case][:2], "native")
         assert (lin.member(0).row_layout() is None) == (singles[0].row_layout() is None), case
-        assert lin.member(0).row_layout().max_sections == singles[0].row_layout().max_sections, case
+        assert lin.member(0).row_layout().max_outputs == singles[0].row_layout().max_outputs, case
 
 
 @pytest.mark.parametrize("stack", [

@@ -29,7 +29,7 @@ def pinn():
     return list(model.parameters()), residuals
 
 
-def normalised():
+def normalized():
     model, out = mlp(3, 64, 64), torch.nn.Parameter(rand(64, 5, seed=3))
     x = rand(ROWS, 3, seed=1)
     return [*model.parameters(), out], lambda: F.layer_norm(torch.softmax(model(x), 1) * 3, (64,)) @ out
@@ -64,7 +64,7 @@ PROBLEMS = {   # with the rows that their independent parts are cut into
     "one output": (lambda: network(1), {ROWS}),
     "three outputs": (lambda: network(3), {ROWS}),
     "pinn": (pinn, {ROWS, 97}),
-    "normalised": (normalised, {ROWS}),
+    "normalized": (normalized, {ROWS}),
     "embedded": (embedded, {ROWS}),
     "sequences": (sequences, {ROWS}),
     "shared by rows": (shared_by_rows, {1}),

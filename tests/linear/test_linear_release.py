@@ -1,4 +1,4 @@
-"""What a linearisation holds, how it lets go, and what an interruption leaves behind."""
+"""What a linearization holds, how it lets go, and what an interruption leaves behind."""
 
 import gc
 
@@ -52,7 +52,7 @@ def test_release_lets_go_of_the_tape(backend, rule):
         assert torch.equal(solution.step, step) and float(lin.residual.norm()) == norm and lin.loss.isfinite()
         for product in (lambda: lin.vjp(lin.residual), lin.dense, lambda: solution.solve_with_same_factor(lin.residual),  # noqa: B023
                         lambda: pgdfast.solve(lin, 1.0), lambda: lin.widened().gradient()):  # noqa: B023
-            with pytest.raises(RuntimeError, match="released at the end of its step, and its tape is gone; linearise again"):
+            with pytest.raises(RuntimeError, match="released at the end of its step, and its tape is gone; linearize again"):
                 product()
 
 
@@ -128,7 +128,7 @@ def test_asking_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
-def test_every_linearisation_has_what_the_protocol_names():
+def test_every_linearization_has_what_the_protocol_names():
     params, closure = fit()
     tape = pgdfast.linearize(closure, params)
     fallback = pgdfast.linearize(lambda: torch.special.i0e(torch.stack([p.sum() for p in params])), params)

@@ -1,4 +1,4 @@
-"""A float32 model is linearised in float64, and is the same model afterwards."""
+"""A float32 model is linearized in float64, and is the same model afterwards."""
 
 import copy
 

@@ -25,7 +25,7 @@ def resident(field):
 
 
 def problem(samples, tokens, *widths):
-    """A tanh network with a mean squared error, linearised; averaged over the tokens of a sample, if it has any."""
+    """A tanh network with a mean squared error, linearized; averaged over the tokens of a sample, if it has any."""
     torch.manual_seed(0)
     pairs = zip(widths[:-1], widths[1:], strict=True)
     model = nn.Sequential(*[layer for a, b in pairs for layer in (nn.Linear(a, b), nn.Tanh())][:-1])

@@ -1,4 +1,4 @@
-"""Many dampings of one linearisation: each as one damping alone gives it."""
+"""Many dampings of one linearization: each as one damping alone gives it."""
 
 import math
 

@@ -77,7 +77,7 @@ def test_chord_with_a_prior_ends_where_the_damped_problem_is_solved():
     torch.manual_seed(0)
     replay = RandomReplay(MovedGenerators(), closure, params[0].device)
     lin, p = Linearizer(params)(closure), 0.05 * rand(25, seed=3)
-    replay.linearised()
+    replay.linearized()
 
     def replayed():
         replay.rewind()
@@ -167,7 +167,7 @@ def test_a_promised_rise_is_no_convergence(rule):
 @pytest.mark.parametrize("name", ACCELERATIONS)
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("form", ["residuals", "mean"])
-def test_corrections_see_the_batch_of_the_linearisation(form, backend, name, rule):
+def test_corrections_see_the_batch_of_the_linearization(form, backend, name, rule):
     params, inner, seen = resampled()
     closure = inner if form == "residuals" else lambda: inner().square().mean()
     optimizer = pgdfast.LM(params, damping=0.01, damping_rule=rule, acceleration=name, backend=backend)

@@ -73,7 +73,7 @@ def evaluated(closure, params, tapeless, evaluator=None):
     """The loss at the present parameters, as a trial finds it."""
     evaluator = evaluator or Evaluator()
     replay = RandomReplay(MovedGenerators(), closure, params[0].device)
-    replay.linearised()
+    replay.linearized()
     result = evaluator.run(closure, params, tapeless, replay)
     return float(result.detach() if isinstance(result, torch.Tensor) and result.dim() == 0 else half_square(result))
 

@@ -86,7 +86,7 @@ def test_takes_the_best_of_separate_trials(backend, solver):
         assert report.status == "accepted" and report.damping == report.next_damping == best
         assert report.loss_after == pytest.approx(loss, rel=1e-6) and relative(flat(params), theta) < 1e-6
         assert report.loss_after == float(plain().detach())   # the closure's own, to the bit
-        assert report.trials == 2 and len(runs) == 3   # linearised, all five at once, the winner
+        assert report.trials == 2 and len(runs) == 3   # linearized, all five at once, the winner
         seen.add(best / mu)
         mu = best
     assert len(seen) > 1
@@ -221,7 +221,7 @@ def test_closures_that_need_it_run_point_by_point(name):
 
 @pytest.mark.parametrize("kind", ["dropout", "points"])
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_all_points_see_the_batch_of_the_linearisation(kind, backend):
+def test_all_points_see_the_batch_of_the_linearization(kind, backend):
     model, seen = mlp(2, 6, 1), []
     drop = nn.Dropout(0.3)
 

@@ -1,4 +1,4 @@
-"""Trials draw the random numbers of the linearisation, and rejections leave the later batches alone."""
+"""Trials draw the random numbers of the linearization, and rejections leave the later batches alone."""
 
 import random
 
@@ -15,7 +15,7 @@ from pgdfast.step import MovedGenerators, RandomReplay, rng_replay
 
 @pytest.mark.parametrize("source", DRAWS)
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_trials_see_the_batch_of_the_linearisation(backend, source):
+def test_trials_see_the_batch_of_the_linearization(backend, source):
     params, closure, seen = resampled(source)
     optimizer = pgdfast.LM(params, damping=0.1, line_search="armijo", backend=backend)
     seed_all()
@@ -83,7 +83,7 @@ def test_states_that_are_dear_to_ask_for_are_asked_once(monkeypatch):
     optimizer = pgdfast.LM(params, damping=0.1)
     for _ in range(3):
         optimizer.step(closure)
-    assert len(asked) == 2   # before and after the first linearisation
+    assert len(asked) == 2   # before and after the first linearization
 
 
 def test_steps_that_try_nothing_ask_for_nothing(monkeypatch):
@@ -146,7 +146,7 @@ def test_closures_without_code_are_asked_every_time():
     source = np.random.mtrand.RandomState.random_sample
     made = RandomReplay(MovedGenerators(), source, torch.device("cpu"))
     before = np.random.get_state()
-    made.linearised()
+    made.linearized()
     np.random.rand(3)
     made.rewind()
     assert np.array_equal(np.random.get_state()[1], before[1])

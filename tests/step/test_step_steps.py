@@ -312,7 +312,7 @@ def test_stalled_at_the_minimum():
     assert "rounding level: converged for float64" in optimizer.report.advice
 
 
-def test_failed_factorisation_raises_mu_and_says_so():
+def test_failed_factorization_raises_mu_and_says_so():
     J = torch.ones(3, 2)   # J^T J is exactly singular, and 1e-30 is lost in it
     for rule in RULES:
         w = torch.zeros(2, requires_grad=True)
@@ -322,7 +322,7 @@ def test_failed_factorisation_raises_mu_and_says_so():
         assert report.attempts > 1 and report.damping > 1e-30
         if rule in ("gain-ratio", "sweep"):   # mu rises fast enough to get there within a step
             assert report.status == "accepted" and report.loss_after < 1e-6
-            assert "the factorisation failed" in report.advice
+            assert "the factorization failed" in report.advice
         else:
             assert report.status == "failed" and not w.any()
             assert "not positive definite" in report.advice and "raise the damping" in report.advice

@@ -1,4 +1,4 @@
-"""Closures that cannot be linearised: what the user reads."""
+"""Closures that cannot be linearized: what the user reads."""
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ def test_products_after_the_parameters_have_changed():
         model[0].weight.add_(1.0)
     with pytest.raises(
         RuntimeError,
-        match="parameters have changed since this linearisation was made; linearise again",
+        match="parameters have changed since this linearization was made; linearize again",
     ):
         lin.jvp(torch.zeros(lin.num_parameters))
 

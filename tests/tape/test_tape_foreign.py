@@ -22,7 +22,7 @@ def flat_gradient(loss, params):
 
 
 def check(closure, params, backend="native"):
-    """Gradient, products and Jacobian against autograd, hooks included; the linearisation."""
+    """Gradient, products and Jacobian against autograd, hooks included; the linearization."""
     linearizer = Linearizer(params, backend)
     for visit in range(3):
         result = closure()
@@ -159,7 +159,7 @@ def test_hooks_without_a_jacobian_are_refused(name):
     assert unchanged(params, before)
 
 
-def test_a_hook_at_a_penalised_parameter_is_refused():
+def test_a_hook_at_a_penalized_parameter_is_refused():
     model = mlp(3, 5, 4)
     model[0].weight.register_hook(lambda g: 2 * g)
     penalty = lambda: 0.1 * model[0].weight.square().sum()  # noqa: E731

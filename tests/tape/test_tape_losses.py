@@ -165,10 +165,10 @@ PENALTIES = {
 def test_quadratic_penalty_agrees_with_the_reference(penalty, every, backend):
     model = mlp(D, 5, K)
     params = list(model.parameters())
-    penalised = params if every else params[:1]
+    penalized = params if every else params[:1]
 
     def closure():
-        return F.mse_loss(model(X), Y) + sum(PENALTIES[penalty](p) for p in penalised)
+        return F.mse_loss(model(X), Y) + sum(PENALTIES[penalty](p) for p in penalized)
 
     assert agreement(Linearizer(params, backend), closure, params) < 1e-12
 

@@ -33,7 +33,7 @@ class Pair:
         tracer._trace = counted
 
     def read(self, closure):
-        """Read one tape with both, which must agree bit for bit; the linearisation by replay."""
+        """Read one tape with both, which must agree bit for bit; the linearization by replay."""
         result = closure()
         one, other = self.replaying.read(result), self.plain.read(result)
         assert torch.equal(one.loss, other.loss) and one.loss.dtype == other.loss.dtype and not one.loss.requires_grad
@@ -153,7 +153,7 @@ def test_closures_batches_and_frozen_parameters_may_alternate():
     assert pair.looked == 10
 
 
-def test_linearisations_of_one_structure_take_turns():
+def test_linearizations_of_one_structure_take_turns():
     model = mlp(3, 5, 4)
     linearizer = Linearizer(model.parameters())
     found = [linearizer(lambda k=k: F.mse_loss(model(rand(6, 3, seed=k)), rand(6, 4, seed=k))) for k in range(5)]

@@ -251,7 +251,7 @@ class Kernels(torch_kernels.Kernels):
         """Into the upper tiles of K; see row_forms.py."""
         alike = all(f.m_is_high == factors[0].m_is_high for f in factors)
         total = sum(len(f.constants) for f in factors)
-        shares = alike and any(f.sections != 1 or f.owner is not None for f in factors)
+        shares = alike and any(f.outputs != 1 or f.owner is not None for f in factors)
         shares = shares and total * total <= max(_SHARED, K.numel() // 4)
         first, second, owners, ranges, start, rows = [], [], [], [], 0, 0
         for f in factors:
@@ -263,7 +263,7 @@ class Kernels(torch_kernels.Kernels):
             if shares:
                 owner = f.owner
                 if owner is None:
-                    owner = torch.arange(f.last - f.first, device=K.device) // f.sections
+                    owner = torch.arange(f.last - f.first, device=K.device) // f.outputs
                 owners.append(owner + rows)
             start, rows = start + f.last - f.first, rows + len(f.constants)
         A, B = torch.cat(first).contiguous(), torch.cat(second).contiguous()

@@ -1,4 +1,4 @@
-"""Operations that normalise along dimensions: softmax, layer norm, attention, and smooth and hard maxima."""
+"""Operations that normalize along dimensions: softmax, layer norm, attention, and smooth and hard maxima."""
 
 from __future__ import annotations
 

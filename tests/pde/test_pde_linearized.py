@@ -38,7 +38,7 @@ def by_nested(monkeypatch, function):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["laplacian", "burgers", "boundary too", "the value alone", "a mean of squares", "all of it"])
-def test_linearisation(name, kind, monkeypatch):
+def test_linearization(name, kind, monkeypatch):
     net, x, boundary = build(name), rand(17, 2, seed=1), rand(5, 2, seed=2)
     params, closure = list(net.parameters()), residuals(net, x, boundary)[kind]
     fast = pgdfast.linearize(closure, params)
@@ -69,7 +69,7 @@ def test_steps_agree_with_the_reference(backend, solver):
 def test_rows_and_their_order_are_those_of_the_points():
     net, x = mlp(2, 8, 8, 1), rand(40, 2, seed=1)
     lin = pgdfast.linearize(lambda: burgers(net, x), list(net.parameters()))
-    assert lin.row_layout() is not None and lin.row_layout().num_rows == 40 and lin.row_layout().max_sections == 1
+    assert lin.row_layout() is not None and lin.row_layout().num_rows == 40 and lin.row_layout().max_outputs == 1
     assert set(lin.kernels().rows_of_parts) == {40}, "the sweeps cannot be cut by points"
 
 
