@@ -14,7 +14,7 @@ def predicted_reduction(lin, direction: torch.Tensor, t: float) -> float:
 def curvature(lin, solution) -> float:
     """Curvature along the step, g . delta / ||delta||^2, or along the gradient where there is no step.
 
-    lin: a function that gives the linearisation.
+    lin: a function that gives the linearization.
     """
     square = float(solution.step.double().square().sum())
     if square > 0 and solution.gain > 0:
