@@ -169,6 +169,8 @@ class HostStep:
         unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
         if unsolved:
             there = self._at_linearization() if self.parameters.touched else None
+            for m in unsolved:
+                m.solution = None   # the memory of its factor serves the next
             self._networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
