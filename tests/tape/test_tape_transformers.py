@@ -179,7 +179,7 @@ def test_distinct_rows_keep_their_row_structure_and_shared_ones_lose_it():
     linearizer = Linearizer([w])
 
     def rows(ids):
-        return linearizer(lambda: (x @ w)[torch.tensor(ids)]).rows
+        return linearizer(lambda: (x @ w)[torch.tensor(ids)]).row_layout()
 
     assert rows([2, 0, 1]).num_rows == 12
     assert rows([1, 1, 2]) is None
