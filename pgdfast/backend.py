@@ -21,29 +21,29 @@ class Fast:
 
     def __init__(self, backend: str):
         self.name = backend
-        self._linearizer = None
+        self._linearizer = self._parameters = None
 
     def __reduce__(self):
         """Copies start without plans, which belong to the original's parameters."""
         return Fast, (self.name,)
 
     def linearize(self, closure, params: list[torch.Tensor]) -> Linearization:
-        """Linearize one network."""
-        return self._linearizer_of(params, None)(closure)
+        """Linearize one network, keeping plans while the parameters stay the same tensors."""
+        current = self._linearizer
+        if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
+            self._linearizer, self._parameters = Linearizer(params, self.name), None
+        return self._linearizer(closure)
 
     def networks(self, closure, parameters) -> OneNetwork | ManyNetworks:
         """The networks of a closure over a step.parameters.Parameters. Cost: one run of the closure."""
-        if parameters.stacked:
-            return ManyNetworks(self._linearizer_of(parameters.params, parameters.count)(closure))
-        return OneNetwork(self._linearizer_of(parameters.params, None)(closure), solve)
-
-    def _linearizer_of(self, params: list[torch.Tensor], count: int | None) -> Linearizer:
-        """Of one network or of an ensemble, whose plans are kept while the parameters stay the same tensors."""
-        current = self._linearizer
-        if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
-            made = Linearizer(params, self.name) if count is None else EnsembleLinearizer(params, count, self.name)
-            self._linearizer = current = made
-        return current
+        if self._parameters is not parameters:
+            if parameters.stacked:
+                self._linearizer = EnsembleLinearizer(parameters.params, parameters.count, self.name)
+            else:
+                self._linearizer = Linearizer(parameters.params, self.name)
+            self._parameters = parameters
+        lin = self._linearizer(closure)
+        return ManyNetworks(lin) if parameters.stacked else OneNetwork(lin, solve)
 
 
 def backend(name: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import sys
@@ -217,7 +216,8 @@ class Bound:
         if self.dtype == torch.float64 or self._plan is None:
             return self
         if self._wide is None:   # one, so that what its plan holds serves further dampings
-            wide = copy.copy(self)   # its list of versions is the same
+            wide = object.__new__(type(self))   # a copy, which shares the list of versions
+            wide.__dict__.update(self.__dict__)
             wide._plan, wide.residual, wide.dtype = self._plan.wide, self.residual.double(), torch.float64
             wide.choices = wide._plan.choices
             wide._forget()

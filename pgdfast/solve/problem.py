@@ -110,7 +110,11 @@ class Problem:
     def widened(self) -> Problem:
         """The same problem in float64 (see Linearization.widened)."""
         wide = self.linearization.widened()
-        return self if wide is self.linearization else Problem.of(wide, self.mu, self.scale, self.prior)
+        if wide is self.linearization:
+            return self
+        if self.penalty is None and self.prior is None:
+            return Problem(wide, self.mu, self.scale, wide.residual)
+        return Problem.of(wide, self.mu, self.scale, self.prior)
 
     def for_iterations(self, options: CG) -> Problem:
         """The same, in float64 where an iterative solve to this tolerance needs it."""

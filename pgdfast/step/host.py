@@ -169,6 +169,8 @@ class HostStep:
         unsolved = [m for m in pending if not self._shortened(m)] if options.cg.truncate else pending
         if unsolved:
             there = self._at_linearization() if self.parameters.touched else None
+            for m in unsolved:
+                m.solution = None   # the memory of its factor serves the next
             self._networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
@@ -239,7 +241,7 @@ class HostStep:
 
     def _predicted(self, m: Member, t: float = 1.0) -> float:
         """The predicted reduction at theta - t d, d the step times its learning rates."""
-        rate = self.parameters.one_rate(m.number)
+        rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
             return self._with_products(m, lambda: predicted_reduction(self._networks.member(m.number), direction, t))
@@ -294,7 +296,7 @@ class HostStep:
 
     def _searched(self, m: Member):
         """Line search along member m's step."""
-        rate = self.parameters.one_rate(m.number)
+        rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
             slope = float(torch.dot(self._networks.member(m.number).gradient(), direction))
@@ -456,7 +458,7 @@ class _CorrectedStep:
 
     def correction(self, m: torch.Tensor) -> torch.Tensor:
         found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
-        return found if parameters.one_rate(b) is not None else parameters.scaled(b, found) / max(parameters.rates(b))
+        return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
 
     def size(self, e: torch.Tensor) -> float:
         D, e = self._solution.damping_diagonal, e.double()

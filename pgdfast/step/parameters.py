@@ -33,12 +33,16 @@ class Parameters:
         self.touched = False   # since products with J were last possible
         self._saved: list[torch.Tensor] | None = None
         self._rates: list[list[float]] = []
+        self.common_rates: list[float | None] = []   # each member's learning rate, None where its parameters have several
         self._factors: list[float] = []
         self._square: float | None = None
 
     def begin(self, rates: list[list[float]], square: float | None) -> None:
         """Start a step from here, of which a copy is kept: learning rates of each parameter, by member; norm constraint."""
         self._rates, self._square, self._factors = rates, square, [1.0] * self.count
+        self.common_rates = []
+        for each in rates:
+            self.common_rates.append(each[0] if each.count(each[0]) == len(each) else None)
         self.away.clear()
         self.touched = False
         if self._saved is None:
@@ -53,11 +57,6 @@ class Parameters:
         factor, rates = self._factors[b], self._rates[b]
         return rates if factor == 1 else [factor * rate for rate in rates]
 
-    def one_rate(self, b: int) -> float | None:
-        """Member b's learning rate, None where its parameters have several."""
-        rates = self._rates[b]
-        return self._factors[b] * rates[0] if rates.count(rates[0]) == len(rates) else None
-
     def scaled(self, b: int, direction: torch.Tensor) -> torch.Tensor:
         """A direction with each parameter's part times its learning rate, (P,)."""
         return torch.cat([rate * part for rate, part in zip(self.rates(b), direction.split(self.sizes), strict=True)])
@@ -66,7 +65,9 @@ class Parameters:
         """Shorten member b's rates, all by one factor, so that ||rates * d||^2 obeys the norm constraint, if there is one."""
         if self._square is not None:
             self._factors[b] = 1.0
-            self._factors[b] = self._fits(self.scaled(b, direction))
+            self._factors[b] = factor = self._fits(self.scaled(b, direction))
+            if self.common_rates[b] is not None:
+                self.common_rates[b] = factor * self._rates[b][0]
 
     def fitting(self, displacement: torch.Tensor) -> torch.Tensor:
         """A displacement, (P,), shortened where the norm constraint wants it."""

@@ -26,14 +26,11 @@ def bounded(x, low: float, high: float):
     return x.clamp(low, high) if isinstance(x, torch.Tensor) else min(max(x, low), high)
 
 
-def is_zero(mu) -> bool:
-    """Whether mu is 0: Gauss-Newton. On a device mu is positive."""
-    return not isinstance(mu, torch.Tensor) and mu == 0
-
-
 def raised(mu, factor, curvature: Callable[[], float]):
     """The product of mu and a factor; where mu is 0, the model's curvature along the step, which is the scale of mu."""
-    return bounded(curvature(), SMALLEST, LARGEST) if is_zero(mu) else bounded(mu * factor, 0.0, LARGEST)
+    if isinstance(mu, float) and mu == 0:   # on a device mu is positive
+        return bounded(curvature(), SMALLEST, LARGEST)
+    return bounded(mu * factor, 0.0, LARGEST)
 
 
 class DampingRule(ABC):
@@ -121,7 +118,7 @@ class GainRatio(DampingRule):
 
     def accepted(self, mu, memory, rho):
         """Down by at most 3; up when the model was poor."""
-        if is_zero(mu):
+        if isinstance(mu, float) and mu == 0:
             return mu, {"nu": 2.0}
         factor = bounded(1 - (2 * bounded(rho, 0.0, 1.0) - 1) ** 3, 1 / 3, 2.0)
         return select(rho != rho, mu, bounded(mu * factor, self.smallest, LARGEST)), {"nu": 2.0}
@@ -147,7 +144,7 @@ class Delayed(DampingRule):
 
     def accepted(self, mu, memory, rho):
         """Down by 5."""
-        return (mu if is_zero(mu) else bounded(mu / 5, self.smallest, LARGEST)), memory
+        return (mu if isinstance(mu, float) and mu == 0 else bounded(mu / 5, self.smallest, LARGEST)), memory
 
     def rejected(self, mu, memory, rho, curvature):
         """Up by 2."""

@@ -77,8 +77,8 @@ class Tracer:
     def trace(self, result, allow_sync: bool = True) -> Trace:
         """Read what a closure returned.
 
-        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. allow_sync: may this wait for
-        a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
+        result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. allow_sync: may it wait
+        for a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
         Raises ValueError for results that cannot be linearized, each with what to do instead.
         """
         try:

@@ -11,7 +11,9 @@ from .rules import RULES
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
 # but for leaves and losses.
-GRAD_MODE_DEPENDENT_OPS = {"BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"}
+GRAD_MODE_DEPENDENT_OPS = {
+    "BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0",
+}
 _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
@@ -58,7 +60,8 @@ class Structure:
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
-        self.tapeless = not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds) and all(n in RULES or n in _PLAIN for n in self.kinds)
+        known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
+        self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
         self.complex = [k for k in self.wanted if any(m.dtype.is_complex for m in nodes[k]._input_metadata)]

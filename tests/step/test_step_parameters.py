@@ -91,7 +91,7 @@ def test_the_norm_constraint_shortens_all_rates_of_a_member_by_one_factor(count)
     parameters, rates = Parameters(two() if count is None else stacked(), count), [0.5, 0.25]
     parameters.begin([rates] * (count or 1), 0.01)
     b, P = (0, 14) if count is None else (2, 5)
-    assert parameters.one_rate(b) is None
+    assert parameters.common_rates[b] is None
     d = rand(P, seed=3)
     parameters.constrain(b, d)
     assert float(parameters.scaled(b, d).square().sum()) == pytest.approx(0.01, rel=1e-14)
