@@ -178,7 +178,8 @@ def _in_turn(name, reason, problem, mus, options: CG, rcond, wide, keep, time) -
         found = BY_NAME[name].solve(one, options, rcond, wide, keep, time)
         wide, keep = found.wide, found.keep
         if not iterative and found.again is not None:
-            found = found._replace(again=_Refactored(name, one, (options, rcond, was_wide, None, 0), shared))
+            again = _Refactored(name, one, (options, rcond, was_wide, None, 0), shared)
+            found = found._replace(again=again, outcome=found.outcome._replace(factor=None))   # its memory serves the next
         solutions[mu] = solution(name, reason, one, found)
     if not start:
         for s in solutions.values():
