@@ -1,6 +1,5 @@
 // The module, and tapes in Python. Only the binding files know pybind11: they unpack tensors into pointers, check them and
 // release the GIL.
-#include <ATen/CPUGeneratorImpl.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
@@ -180,34 +179,6 @@ bool copy_tensors(const py::list& to, const py::list& from) {
   return true;
 }
 
-// The state of PyTorch's CPU generator, read and set in a third of the time that a tensor of it takes.
-class CpuGeneratorState {
- public:
-  CpuGeneratorState() : CpuGeneratorState(std::lock_guard(impl().mutex_)) {}
-  void restore() const {
-    const std::lock_guard guard(impl().mutex_);
-    impl().set_engine(engine_);
-    impl().set_next_float_normal_sample(single_);
-    impl().set_next_double_normal_sample(wide_);
-  }
-  bool operator==(const CpuGeneratorState& other) const {
-    const at::mt19937_data_pod a = engine_.data(), b = other.engine_.data();
-    return a.left_ == b.left_ && a.seeded_ == b.seeded_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.state_ == b.state_ &&
-           single_ == other.single_ && wide_ == other.wide_;
-  }
-
- private:
-  // An engine made by itself would be seeded, which takes longer than all else.
-  explicit CpuGeneratorState(const std::lock_guard<std::mutex>&)
-      : engine_(impl().engine()), single_(impl().next_float_normal_sample()), wide_(impl().next_double_normal_sample()) {}
-  static at::CPUGeneratorImpl& impl() {
-    return *static_cast<at::CPUGeneratorImpl*>(at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl());
-  }
-  at::mt19937 engine_;
-  std::optional<float> single_;
-  std::optional<double> wide_;
-};
-
 }  // namespace
 }  // namespace pgdfast
 
@@ -227,10 +198,6 @@ PYBIND11_MODULE(_C, m) {
     return d.scalar_type() == at::kFloat ? subtract<float>(tensors, rates, d) : subtract<double>(tensors, rates, d);
   });
   m.def("copy_tensors", &copy_tensors);
-  py::class_<CpuGeneratorState>(m, "CpuGeneratorState")
-      .def(py::init<>())
-      .def("restore", &CpuGeneratorState::restore)
-      .def("__eq__", [](const CpuGeneratorState& a, const CpuGeneratorState& b) { return a == b; });
   m.def("configure", [] {
     if (const char* name = std::getenv("PGDFAST_ISA")) choose_instruction_set(name);
     if (const char* name = std::getenv("PGDFAST_BLAS")) blas_name = fill_blas(name);
