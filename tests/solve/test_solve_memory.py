@@ -77,7 +77,7 @@ def test_available_memory_counts_caches(tmp_path):
 
 def test_limits_of_control_groups(tmp_path):
     """Version 2: the least of what a group and those around it leave; file pages that nobody uses are not in use."""
-    files(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="0::/work/job\n")
+    files(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="0::/jobs/one\n")
     top = tmp_path / "sys/fs/cgroup"
     files(top, memory_dot_max="max\n", memory_dot_current="9\n")
     files(top / "work", memory_dot_max="8000000000\n", memory_dot_current="3000000000\n")
