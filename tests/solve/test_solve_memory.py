@@ -80,12 +80,12 @@ def test_limits_of_control_groups(tmp_path):
     files(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="0::/jobs/one\n")
     top = tmp_path / "sys/fs/cgroup"
     files(top, memory_dot_max="max\n", memory_dot_current="9\n")
-    files(top / "work", memory_dot_max="8000000000\n", memory_dot_current="3000000000\n")
-    files(top / "work/job", memory_dot_max="max\n", memory_dot_current="2000000000\n")
+    files(top / "jobs", memory_dot_max="8000000000\n", memory_dot_current="3000000000\n")
+    files(top / "jobs/one", memory_dot_max="max\n", memory_dot_current="2000000000\n")
     assert available_memory(CPU, tmp_path) == 5e9
-    files(top / "work", memory_dot_stat="anon 7\ninactive_file 1000000000\n")
+    files(top / "jobs", memory_dot_stat="anon 7\ninactive_file 1000000000\n")
     assert available_memory(CPU, tmp_path) == 6e9
-    files(top / "work/job", memory_dot_max="1000000000\n")
+    files(top / "jobs/one", memory_dot_max="1000000000\n")
     assert available_memory(CPU, tmp_path) == 0.0   # beyond its limit already
 
 
