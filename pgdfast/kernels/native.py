@@ -59,24 +59,6 @@ subtract = _no_core if _C is None else _C.subtract
 copy_tensors = _no_core if _C is None else _C.copy_tensors
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: PyTorch raises RuntimeErrors, too."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def memory_errors():
-    """For a scope, raise MemoryError for every exception that says that memory ran out."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(f"pgdfast: {str(error).splitlines()[0]}") from error
-
-
 @contextlib.contextmanager
 def lapack_threads(order: int):
     """For a scope, LAPACK on one thread for matrices of a small order, which a second one slows down (bench/NOTES.md)."""

@@ -3,11 +3,11 @@
 from .captured import Direct, direct, solve_direct
 from .choice import SOLVERS
 from .entry import solve
-from .members import MemberSolutions, solve_members
+from .members import solve_members
 from .options import CG, Nystrom
 from .solution import ADVICE, Solution, Solutions
 
 __all__ = [
-    "ADVICE", "CG", "SOLVERS", "Direct", "MemberSolutions", "Nystrom", "Solution", "Solutions", "direct", "solve",
+    "ADVICE", "CG", "SOLVERS", "Direct", "Nystrom", "Solution", "Solutions", "direct", "solve",
     "solve_direct", "solve_members",
 ]

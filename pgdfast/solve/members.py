@@ -18,16 +18,10 @@ from .solution import Solution
 _TRY_AGAIN = 20   # steps after which members that were refined one by one are tried in one call again
 
 
-class MemberSolutions(dict):
-    """{member: Solution}. steps: all members' steps, (B, P), where one call has found them all, else None."""
-
-    steps: torch.Tensor | None = None
-
-
 def solve_members(
     lin, dampings: dict[int, float], *, scale=None, solver: str = "auto", cg: CG | None = None, rcond: float = 1e-8,
     wide=None, keep=None, time: int = 0, priors: dict | None = None, factors: bool = False,
-) -> MemberSolutions:
+) -> dict[int, Solution]:
     """Solve (mu_b D_b + J_b^T J_b) delta_b = J_b^T r_b + mu_b D_b p_b for members of an ensemble.
 
     Returns {member: Solution}, each as pgdfast.solve would return it for that member alone. Cost: that of the members' solves,
@@ -51,7 +45,7 @@ def solve_members(
     groups: dict[tuple, list[int]] = {}
     for b, mu in dampings.items():
         groups.setdefault((mu == 0, wide[b], factors or priors.get(b) is not None), []).append(b)
-    found = MemberSolutions()
+    found: dict[int, Solution] = {}
     for (_, is_wide, alone), group in groups.items():
         b = group[0]
         problem = Problem.of(lin.member(b), dampings[b], None if scale is None else scale[b])
@@ -59,8 +53,6 @@ def solve_members(
         together = _Together(lin, dampings, scale, options, rcond, name, reason, keep, time)
         if together.possible and not alone:
             found.update(together.run(group, is_wide))
-            if len(found) == lin.count and together.calls == 1 and len(groups) == 1:
-                found.steps = together.steps
         for b in group:
             if b not in found:
                 found[b] = solve(
@@ -79,7 +71,7 @@ class _Together:
         self.lin, self.scale, self.options, self.rcond = lin, scale, options, rcond
         self.solver, self.name, self.reason, self.keep, self.time = BY_NAME[name], name, reason, keep, time
         self.mu = [float(dampings.get(b, 0.0)) for b in range(lin.count)]
-        self.calls, self.steps, self._factor = 0, None, None
+        self._factor = None
         self.refines = name in ("dual", "primal") and self.solver.refines(lin)   # which is done for one member at a time
 
     @property
@@ -119,7 +111,6 @@ class _Together:
 
     def _call(self, group: list[int], lin):
         """(steps (B, P), the numbers of these members' Outcomes), in the precision of `lin`."""
-        self.calls += 1
         scale, count, penalties = None if self.scale is None else self.scale.to(lin.dtype), lin.count, []
         q = start = None
         if lin.penalties:
@@ -164,7 +155,7 @@ class _Together:
 
     def _solutions(self, group, steps, outcomes, widened: bool = False) -> dict[int, Solution]:
         lin, name, scale, mu, found = self.lin, self.name, self.scale, self.mu, {}
-        self.steps = steps = steps if steps.dtype is lin.dtype else steps.to(lin.dtype)
+        steps = steps if steps.dtype is lin.dtype else steps.to(lin.dtype)
         keep, starts = {}, name == "cg" and self.options.warm_start
         rows = steps.unbind()
         for b, numbers in zip(group, outcomes, strict=True):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from pgdfast.kernels import native
 
@@ -60,11 +59,3 @@ def test_a_step_at_limits_of_memory():
 @pytest.mark.parametrize("solver", STEP)
 def test_a_step_at_many_limits_of_memory(solver):
     assert set(steps_at([(solver, STEP[solver] * k) for k in range(25)])) == {"MemoryError unchanged", "done"}
-
-
-def test_pytorchs_allocator_is_recognized():
-    with pytest.raises(MemoryError, match="pgdfast: .*can't allocate memory"), native.memory_errors():
-        torch.empty(1 << 55, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="other") as caught, native.memory_errors():
-        raise RuntimeError("other")
-    assert not native.is_out_of_memory(caught.value) and native.is_out_of_memory(MemoryError())

@@ -13,7 +13,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pgdfast
-from pgdfast.step import Evaluator, MovedGenerators, RandomReplay, half_square, host
+from pgdfast.step import Evaluator, MovedGenerators, RandomReplay, half_square, host, out_of_memory
 
 X, Y = rand(12, 3, seed=1), rand(12, 2, seed=2)
 STACK = rand(4, 5, 3, seed=3)
@@ -310,3 +310,9 @@ def test_frozen_parameters_stay_frozen():
     params[0].requires_grad_(False)
     pgdfast.LM(params).step(closure)
     assert [p.requires_grad for p in params] == [False, True, True, True]
+
+
+def test_pytorchs_allocator_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    assert out_of_memory(caught.value) and out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("other"))
