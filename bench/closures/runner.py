@@ -88,7 +88,12 @@ def _judge(case, n, steps, make_step, outcome):
         expected = None
         if case.raises is None or case.either:
             torch.manual_seed(k)
-            expected = truth(twin)
+            try:
+                expected = truth(twin)
+            except BrokenCase:
+                raise
+            except Exception as error:
+                raise BrokenCase(f"the oracle fails: {type(error).__name__}: {error}") from error
             mu[0] = expected.mu(case.dtype)
             outcome.residuals, outcome.parameters = expected.J.shape
         before = _flat(params)

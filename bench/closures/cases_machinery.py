@@ -1,0 +1,524 @@
+"""What stands between a closure and its tape: Functions, checkpoints, hooks, scripts, compilers, complex numbers, versions."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+from .corpus import Values, case
+
+
+def layered(kind, name, middle, **more):
+    """A fit of head(middle(net(x))), middle: g -> (more modules, function of features (n, 8))."""
+    @case(kind, name, **more)
+    def make(g):
+        net, head = g.net(3, 8), g.net(8, 1)
+        modules, f = middle(g)
+        d = g.batch(x=(g.n, 3), y=(g.n, 1))
+        outputs = lambda: (head(f(net(d.x))) - d.y) * (2 / g.n) ** 0.5   # noqa: E731
+        return g.problem([net, head, *modules], lambda: F.mse_loss(head(f(net(d.x))), d.y), outputs)
+
+
+def plain(kind, name, f, **more):
+    layered(kind, name, lambda g: ([], f), **more)
+
+
+class Cube(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class OnceCube(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class NumpySine(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach().numpy()
+        return torch.from_numpy(np.sin(ctx.x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(np.cos(ctx.x) * grad.detach().numpy())
+
+
+class StraightThrough(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Product(Function):
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        return grad @ W, grad.T @ x
+
+
+class ReversedGradient(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -0.5 * grad
+
+
+class NewStyle(Function):
+    @staticmethod
+    def forward(x):
+        return torch.exp(-x * x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return -2 * x * y * grad
+
+
+class ThroughModule(Function):
+    """Runs a module again in its backward, as memory-saving layers do; the module's parameters are no inputs."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.module(x)
+        y.backward(grad)
+        return x.grad, None
+
+
+def _with_function_product(g):
+    p = g.values(W=(8, 8))
+    return [p], lambda h: Product.apply(torch.tanh(h), p.W)
+
+
+plain("custom functions", "cube", lambda h: Cube.apply(torch.tanh(h)))
+plain("custom functions", "once-differentiable", lambda h: OnceCube.apply(torch.tanh(h)))
+plain("custom functions", "numpy", NumpySine.apply)
+plain("custom functions", "straight-through", StraightThrough.apply)
+plain("custom functions", "setup-context", NewStyle.apply)
+plain("custom functions", "twice", lambda h: Cube.apply(NewStyle.apply(h)))
+layered("custom functions", "product-with-a-parameter", _with_function_product)
+
+
+@case("custom functions")
+def in_every_residual(g):
+    p = g.values(a=(8,), W=(8, 3))
+    d = g.batch(x=(g.n, 3), y=(g.n,))
+    return g.residuals(p, lambda: NewStyle.apply(d.x @ p.W.T) @ Cube.apply(p.a) - d.y)
+
+
+@case("custom functions")
+def numpy_with_many_rows(g):
+    net, m = g.net(3, 8, 1), 8 * g.n
+    d = g.batch(x=(m, 3), y=(m, 1))
+    return g.residuals(net, lambda: NumpySine.apply(net(d.x)) - d.y)
+
+
+@case("custom functions", "hidden-parameters", raises="pgdfast")
+def _hidden(g):
+    net, inner = g.net(3, 8, 1), g.net(8, 8)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals([net, inner], lambda: net[2](ThroughModule.apply(torch.tanh(net[0](d.x)), inner)) - d.y)
+
+
+# Checkpoints. The reentrant form hides the parameters that it uses; without parameters it is plain.
+
+def _block(g):
+    block = g.net(8, 8, 8)
+    return [block], lambda h: checkpoint(block, torch.tanh(h), use_reentrant=False)
+
+
+def _two_blocks(g):
+    blocks = [g.net(8, 8) for _ in range(2)]
+
+    def f(h):
+        for block in blocks:
+            h = checkpoint(lambda t, b=block: torch.tanh(b(t)), h, use_reentrant=False)
+        return h
+
+    return blocks, f
+
+
+@case("checkpoints", "reentrant-with-parameters", raises="pgdfast", either=True)
+def _reentrant(g):
+    net, block, head = g.net(3, 8), g.net(8, 8, 8), g.net(8, 1)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    closure = lambda: head(checkpoint(block, net(d.x), use_reentrant=True)) - d.y   # noqa: E731
+    outputs = lambda: head(block(net(d.x))) - d.y   # noqa: E731
+    half = lambda: 0.5 * outputs().square().sum()   # noqa: E731
+    return g.problem([net, block, head], closure, outputs, plain=half)
+
+
+layered("checkpoints", "non-reentrant", _block)
+layered("checkpoints", "two-blocks", _two_blocks)
+
+
+@case("checkpoints")
+def reentrant_without_parameters(g):
+    net, head = g.net(3, 8), g.net(8, 1)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    closure = lambda: head(checkpoint(torch.tanh, net(d.x), use_reentrant=True)) - d.y   # noqa: E731
+    outputs = lambda: head(torch.tanh(net(d.x))) - d.y   # noqa: E731
+    return g.problem([net, head], closure, outputs, plain=lambda: 0.5 * outputs().square().sum())
+
+
+# Hooks.
+
+def _hooked(h, hook):
+    h = torch.tanh(h)
+    h.register_hook(hook)
+    return 2 * h
+
+
+plain("hooks", "scaled-gradient", lambda h: _hooked(h, lambda g: 3 * g))
+plain("hooks", "observer", lambda h: _hooked(h, lambda g: None))
+plain("hooks", "reversed-gradient", lambda h: ReversedGradient.apply(torch.tanh(h)))
+plain("hooks", "clipped-gradient", lambda h: _hooked(h, lambda g: g.clamp(-1e-3, 1e-3)), raises="linear|clip|hook")
+
+
+@case("hooks")
+def gradient_mask_on_a_weight(g):
+    net = g.net(3, 8, 1)
+    mask = (g.uniform(8, 3) > 0.4).to(g.dtype)
+    net[0].weight.register_hook(lambda grad: grad * mask)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(net, lambda: net(d.x) - d.y)
+
+
+@case("hooks")
+def implicit_layer(g):
+    """A deep equilibrium model: the fixed point by iteration, its derivative by a hook that solves the adjoint."""
+    p, head = g.values(W=(6, 6), U=(6, 3)), g.net(6, 1)
+    d = g.batch(x=(g.n // 2 + 2, 3), y=(g.n // 2 + 2, 1))
+    step = lambda z: torch.tanh(0.3 * z @ p.W.T + d.x @ p.U.T)   # noqa: E731
+
+    def outputs():
+        with torch.no_grad():
+            z = torch.zeros(len(d.x), 6, dtype=g.dtype)
+            for _ in range(80):
+                z = step(z)
+        z = step(z)
+        z0 = z.detach().requires_grad_()
+        f0 = step(z0)
+
+        def adjoint(grad):
+            found = grad
+            for _ in range(80):
+                found = torch.autograd.grad(f0, z0, found, retain_graph=True)[0] + grad
+            return found
+
+        z.register_hook(adjoint)
+        return head(z) - d.y
+
+    return g.residuals([p, head], outputs)
+
+
+@case("hooks")
+def module_forward_hook(g):
+    net = g.net(3, 8, 8, 1)
+    net[0].register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    return g.fit(net, net, g.batch(x=(g.n, 3), y=(g.n, 1)))
+
+
+@case("hooks")
+def module_backward_hook_that_observes(g):
+    net = g.net(3, 8, 8, 1)
+    net[2].register_full_backward_hook(lambda module, into, out: None)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(net, lambda: net(d.x) - d.y)
+
+
+# Scripts, compilers, other ways to call modules.
+
+@case("compiled")
+def jit_script(g):
+    net = torch.jit.script(g.net(3, 8, 8, 1))
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(net, lambda: net(d.x) - d.y)
+
+
+@case("compiled")
+def jit_trace(g):
+    net = g.net(3, 8, 1)
+    traced = torch.jit.trace(net, g.randn(4, 3))
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(traced, lambda: traced(d.x) - d.y)
+
+
+@torch.jit.script
+def _scripted(x):
+    return torch.tanh(x) * torch.sigmoid(x) + x * x
+
+
+plain("compiled", "scripted-function", _scripted)
+
+
+@case("compiled", "torch-compiled-module")
+def _compiled(g):
+    net = g.net(3, 8, 1)
+    compiled = torch.compile(net, backend="aot_eager")
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    outputs = lambda: net(d.x) - d.y   # noqa: E731
+    return g.problem(net, lambda: compiled(d.x) - d.y, outputs)
+
+
+@case("compiled")
+def functional_call_of_a_module(g):
+    net = g.net(3, 8, 1)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(net, lambda: functional_call(net, dict(net.named_parameters()), (d.x,)) - d.y)
+
+
+@case("compiled")
+def vmap_over_samples(g):
+    net = g.net(3, 8, 1)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.problem(net, lambda: vmap(net)(d.x) - d.y, lambda: net(d.x) - d.y)
+
+
+@case("compiled")
+def ensemble_by_stacked_modules(g):
+    nets = [g.net(2, 6, 1) for _ in range(3)]
+    d = g.batch(x=(g.n // 3 + 2, 2), y=(g.n // 3 + 2, 1))
+    base = nets[0]
+
+    def closure():
+        theta = {name: torch.stack([dict(net.named_parameters())[name] for net in nets]) for name, _ in base.named_parameters()}
+        return vmap(lambda t, x: functional_call(base, t, (x,)), (0, None))(theta, d.x) - d.y
+
+    return g.problem(nets, closure, lambda: torch.stack([net(d.x) for net in nets]) - d.y)
+
+
+@case("compiled")
+def deep_copied_parameters_stacked(g):
+    nets = [g.net(2, 6, 1) for _ in range(3)]
+    theta, _ = stack_module_state(nets)
+    held = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(value.detach().clone()) for name, value in theta.items()})
+    named = lambda: {name: held[name.replace(".", "_")] for name in theta}   # noqa: E731
+    d = g.batch(x=(g.n // 3 + 2, 2), y=(g.n // 3 + 2, 1))
+    base = nets[0]
+    return g.residuals(held, lambda: vmap(lambda t, x: functional_call(base, t, (x,)), (0, None))(named(), d.x) - d.y)
+
+
+@case("compiled")
+def parameters_as_one_vector(g):
+    p = g.values(theta=(3 * 8 + 8 + 8 + 1,))
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+
+    def outputs():
+        W, b, v, c = p.theta.split([24, 8, 8, 1])
+        return torch.tanh(F.linear(d.x, W.view(8, 3), b)) @ v[:, None] + c - d.y
+
+    return g.residuals(p, outputs)
+
+
+# Complex numbers.
+
+def imaginary(name, outputs, **more):
+    """Residuals of a network q (n, 4) and complex constants."""
+    @case("complex", name, **more)
+    def make(g):
+        net = g.net(3, 8, 4)
+        d = g.batch(x=(g.n, 3), y=(g.n,), c=lambda: torch.complex(g.randn(g.n, 4), g.randn(g.n, 4)))
+        return g.residuals(net, lambda: outputs(torch.tanh(net(d.x)), d.c) - d.y)
+
+
+imaginary("lazy-negative-constant", lambda q, c: (q * c.conj().imag).sum(1))
+imaginary("lazy-conjugate-constant", lambda q, c: (torch.complex(q, q) * c.conj()).sum(1).real)
+imaginary("view-as-complex", lambda q, c: (torch.view_as_complex(q.view(-1, 2, 2).contiguous()) * c[:, :2]).sum(1).imag)
+imaginary("polar", lambda q, c: torch.polar(torch.exp(q[:, 0]), q[:, 1]).real)
+imaginary("abs", lambda q, c: (q * c).sum(1).abs())
+imaginary("abs-squared", lambda q, c: (q * c).sum(1).abs() ** 2)
+imaginary("angle", lambda q, c: (3 + (0.1 * q * c).sum(1)).angle())
+imaginary("product-of-complex", lambda q, c: (lambda z: (z * z * c[:, 0]).real)(torch.complex(q[:, 0], q[:, 1])))
+imaginary("exp", lambda q, c: (torch.exp(1j * q) * c).sum(1).real)
+imaginary("division", lambda q, c: (1 / (q + c + 3)).sum(1).imag)
+imaginary("matmul", lambda q, c: (torch.complex(q, 2 * q) @ c[:4].T).sum(1).real)
+imaginary("z-times-conj", lambda q, c: (lambda z: (z * z.conj()).real.sum(1))(torch.complex(q, q**2) + c))
+
+
+def complex_loss(name, loss, weight=lambda k: 1.0):
+    """weight * sum |z|^2 of z = q + i s - c."""
+    @case("complex", name)
+    def make(g):
+        net = g.net(3, 8, 2)
+        d = g.batch(x=(g.n // 2, 3), c=lambda: torch.complex(g.randn(g.n // 2), g.randn(g.n // 2)))
+        z = lambda: torch.complex(*net(d.x).unbind(1)) - d.c   # noqa: E731
+        return g.problem(net, lambda: loss(z()), lambda: (2 * weight(g.n // 2)) ** 0.5 * torch.view_as_real(z()))
+
+
+complex_loss("loss-view-as-real", lambda z: torch.view_as_real(z).pow(2).sum())
+complex_loss("loss-z-conj", lambda z: (z * z.conj()).real.sum())
+complex_loss("loss-conj-z-mean", lambda z: (z.conj() * z).real.mean(), lambda k: 1 / k)
+complex_loss("loss-abs-squared", lambda z: (z.abs() ** 2).mean(), lambda k: 1 / k)
+complex_loss("loss-norm-squared", lambda z: torch.linalg.norm(z) ** 2)
+complex_loss("loss-torch-norm-squared", lambda z: torch.norm(z) ** 2 / len(z), lambda k: 1 / k)
+complex_loss("loss-vdot", lambda z: torch.vdot(z, z).real)
+complex_loss("loss-parts", lambda z: (z.real**2 + z.imag**2).mean(), lambda k: 1 / k)
+
+
+@case("complex")
+def complex_residuals(g):
+    net = g.net(3, 8, 2)
+    d = g.batch(x=(g.n // 2, 3), c=lambda: torch.complex(g.randn(g.n // 2), g.randn(g.n // 2)))
+    z = lambda: torch.complex(*net(d.x).unbind(1)) - d.c   # noqa: E731
+    return g.problem(net, lambda: torch.view_as_real(z()), z)
+
+
+def _complex_parameter(g, *shape):
+    return 0.5 * torch.complex(g.randn(*shape), g.randn(*shape))
+
+
+@case("complex")
+def complex_parameters(g):
+    p = Values(w=_complex_parameter(g, 4, 3), v=_complex_parameter(g, 4))
+    d = g.batch(x=(g.n, 3), y=(g.n,))
+    return g.residuals(p, lambda: (torch.tanh(d.x.to(g.complex) @ p.w.T) @ p.v).real - d.y)
+
+
+@case("complex")
+def complex_parameters_linear(g):
+    p, net = Values(w=_complex_parameter(g, 4, 3)), g.net(8, 1)
+    d = g.batch(x=lambda: torch.complex(g.randn(g.n, 3), g.randn(g.n, 3)), y=(g.n, 1))
+    return g.residuals([p, net], lambda: net(torch.tanh(torch.view_as_real(d.x @ p.w.T).flatten(1))) - d.y)
+
+
+@case("complex")
+def complex_poles(g):
+    p = Values(poles=_complex_parameter(g, 3), residues=_complex_parameter(g, 3))
+    d = g.batch(s=lambda: g.uniform(g.n, low=1, high=3), y=(g.n, 2))
+    return g.residuals(p, lambda: torch.view_as_real((p.residues / (1j * d.s[:, None] - p.poles)).sum(1)) - d.y)
+
+
+@case("complex")
+def fourier_layer_with_complex_weights(g):
+    lift, head, p = g.net(1, 3), g.net(3, 1), Values(W=_complex_parameter(g, 3, 3, 3))
+    d = g.batch(x=(4, 12, 1), y=(4, 12, 1))
+
+    def outputs():
+        modes = torch.fft.rfft(lift(d.x), dim=1)[:, :3]
+        mixed = torch.einsum("bki,iok->bko", modes, p.W)
+        return head(torch.tanh(torch.fft.irfft(F.pad(mixed, (0, 0, 0, 4)), n=12, dim=1))) - d.y
+
+    return g.residuals([lift, head, p], outputs)
+
+
+# Views, in-place operations, precisions, constants that change.
+
+plain("in place", "tanh-in-place", lambda h: (2 * h).tanh_() * 1.0)
+plain("in place", "add-in-place", lambda h: torch.sin(h).add_(0.3))
+plain("in place", "mul-on-a-slice", lambda h: _scaled_slice(torch.tanh(h)))
+plain("in place", "relu-in-place", lambda h: F.relu(h, inplace=True))
+plain("in place", "chained-views", lambda h: torch.tanh(h).t().contiguous().t().unflatten(1, (2, 4)).flatten(1))
+plain("in place", "detached-branch", lambda h: torch.tanh(h) + torch.sin(h.detach()))
+plain("in place", "no-grad-branch", lambda h: torch.tanh(h) * _without_grad(h))
+plain("in place", "clone-and-fill", lambda h: _filled(torch.tanh(h)))
+plain("in place", "double-in-the-middle", lambda h: torch.tanh(h.double()).to(h.dtype), dtype=torch.float32)
+
+
+def _scaled_slice(t):
+    t = 1.0 * t
+    t[:, 2:5].mul_(0.5)
+    return t
+
+
+def _without_grad(h):
+    with torch.no_grad():
+        return h.abs() + 1
+
+
+def _filled(t):
+    t = t.clone()
+    t[:, 3].fill_(0.2)
+    t[0] = 0.1
+    return t
+
+
+@case("in place")
+def float32_network_float64_loss(g):
+    net = g.net(3, 8, 1).double()
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    return g.residuals(net, lambda: (net(d.x.double()) - d.y.double()))
+
+
+@case("in place", dtype=torch.float32)
+def float32_with_a_float64_loss(g):
+    net = g.net(3, 8, 1)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+    outputs = lambda: (net(d.x) - d.y).double() * (2 / g.n) ** 0.5   # noqa: E731
+    return g.problem(net, lambda: ((net(d.x) - d.y).double() ** 2).mean(), outputs)
+
+
+@case("in place")
+def constant_that_changes_at_every_call(g):
+    """Weights that the closure updates from its residuals, in place, as residual-based attention does."""
+    net, w = g.net(3, 8, 1), torch.ones(g.n, 1, dtype=g.dtype)
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+
+    def closure():
+        r = net(d.x) - d.y
+        w.copy_(1 + r.detach().abs())
+        return (w * r**2).mean()
+
+    def outputs():
+        r = net(d.x) - d.y
+        return r * (2 * (1 + r.detach().abs()) / g.n).sqrt()
+
+    return g.problem(net, closure, outputs)
+
+
+@case("in place")
+def buffer_updated_by_the_module(g):
+    net = g.net(3, 8, 1)
+    net.register_buffer("seen", torch.zeros((), dtype=g.dtype))
+    d = g.batch(x=(g.n, 3), y=(g.n, 1))
+
+    def outputs():
+        net.seen.add_(0)
+        return (net(d.x) - d.y) * (1 + net.seen)
+
+    return g.residuals(net, outputs)
