@@ -18,7 +18,8 @@ def curve(name, model, **starts):
 
 
 curve("exponential", lambda p, t: p.a * torch.exp(-p.k * t), a=1.2, k=0.7)
-curve("two-exponentials", lambda p, t: p.a * torch.exp(-p.k * t) + p.b * torch.exp(-p.l * t) + p.c, a=1.2, k=0.7, b=0.4, l=2.1, c=0.1)
+curve("two-exponentials", lambda p, t: p.a * torch.exp(-p.k * t) + p.b * torch.exp(-p.l * t) + p.c,
+      a=1.2, k=0.7, b=0.4, l=2.1, c=0.1)
 curve("lorentzian", lambda p, t: p.a / (1 + ((t - p.m) / p.w) ** 2), a=1.5, m=0.9, w=0.4)
 curve("three-lorentzians", lambda p, t: (p.a / (1 + ((t[..., None] - p.m) / p.w) ** 2)).sum(-1),
       a=[1.0, 0.5, 2.0], m=[0.5, 1.0, 1.5], w=[0.3, 0.2, 0.4])

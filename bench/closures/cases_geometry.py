@@ -64,7 +64,8 @@ posed("quaternion-f-normalize", QUATERNION, lambda p, x: _rotate(F.normalize(p.q
 posed("quaternion-matrix", QUATERNION, lambda p, x: _rotate_by_matrix(p.q / torch.linalg.norm(p.q), x) + p.t)
 posed("rodrigues", VECTOR, lambda p, x: _rodrigues(p.w, x) + p.t)
 posed("matrix-exp", VECTOR, lambda p, x: x @ torch.linalg.matrix_exp(_skew(p.w)).T + p.t)
-posed("six-dimensional", {"a": [[1.0, 0.2, 0.1], [-0.1, 0.9, 0.3]], "t": [0.1, 0.2, -0.1]}, lambda p, x: _six_dimensional(p.a, x) + p.t)
+posed("six-dimensional", {"a": [[1.0, 0.2, 0.1], [-0.1, 0.9, 0.3]], "t": [0.1, 0.2, -0.1]},
+      lambda p, x: _six_dimensional(p.a, x) + p.t)
 posed("euler-angles", {"e": [0.3, -0.4, 0.2], "t": [0.1, 0.2, -0.1]}, lambda p, x: _euler(p.e, x) + p.t)
 posed("similarity", QUATERNION | {"s": 0.1}, lambda p, x: torch.exp(p.s) * _rotate(p.q / p.q.norm(), x) + p.t)
 posed("procrustes-svd", {"A": [[1.0, 0.2, 0.1], [-0.1, 0.9, 0.3], [0.2, 0.1, 1.2]]},

@@ -14,6 +14,10 @@ class Layer(nn.Module):
         self.forward = function
 
 
+def _shuffled(x):
+    return x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
+
+
 # Convolutions: images or signals in, one number per image out.
 
 def convolution(name, layers, shape, flat):
@@ -31,7 +35,8 @@ convolution("conv1d-dilated", lambda: [nn.Conv1d(2, 4, 3, dilation=2), nn.Tanh()
 convolution("conv1d-circular", lambda: [nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular"), nn.Tanh()], (2, 10), 40)
 convolution("conv1d-causal", lambda: [nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(2, 4, 3), nn.Tanh()], (2, 8), 32)
 convolution("conv2d", lambda: [nn.Conv2d(1, 3, 3), nn.Tanh()], (1, 6, 6), 48)
-convolution("conv2d-same-relu", lambda: [nn.Conv2d(1, 3, 3, padding="same"), nn.ReLU(), nn.Conv2d(3, 2, 3, stride=2)], (1, 6, 6), 8)
+convolution("conv2d-same-relu", lambda: [nn.Conv2d(1, 3, 3, padding="same"), nn.ReLU(), nn.Conv2d(3, 2, 3, stride=2)],
+            (1, 6, 6), 8)
 convolution("conv2d-groups", lambda: [nn.Conv2d(4, 4, 3, groups=2), nn.Tanh()], (4, 5, 5), 36)
 convolution("conv2d-depthwise-separable", lambda: [nn.Conv2d(3, 3, 3, groups=3), nn.Tanh(), nn.Conv2d(3, 4, 1)], (3, 5, 5), 36)
 convolution("conv2d-without-bias", lambda: [nn.Conv2d(1, 3, 3, bias=False), nn.SiLU()], (1, 5, 5), 27)
@@ -45,12 +50,13 @@ convolution("adaptive-max-pool", lambda: [nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Adap
 convolution("global-mean-of-conv1d", lambda: [nn.Conv1d(2, 6, 3), nn.Tanh(), Layer(lambda x: x.mean(-1))], (2, 10), 6)
 convolution("lp-pool", lambda: [nn.Conv1d(2, 3, 3), nn.Tanh(), nn.LPPool1d(2, 2)], (2, 10), 12)
 convolution("upsample-nearest", lambda: [nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Upsample(scale_factor=2)], (1, 5, 5), 72)
-convolution("upsample-bilinear", lambda: [nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Upsample(scale_factor=2, mode="bilinear")], (1, 4, 4), 32)
+convolution("upsample-bilinear", lambda: [nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Upsample(scale_factor=2, mode="bilinear")],
+            (1, 4, 4), 32)
 convolution("pixel-shuffle", lambda: [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.PixelShuffle(2)], (1, 5, 5), 36)
 convolution("unfold", lambda: [nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Unfold(2)], (1, 4, 4), 32)
 convolution("conv-batch-norm", lambda: [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU()], (1, 5, 5), 27)
-convolution("channel-shuffle", lambda: [nn.Conv1d(2, 4, 3), nn.Tanh(), Layer(lambda x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)),
-                                        nn.Conv1d(4, 2, 1, groups=2)], (2, 8), 12)
+convolution("channel-shuffle", lambda: [nn.Conv1d(2, 4, 3), nn.Tanh(), Layer(_shuffled), nn.Conv1d(4, 2, 1, groups=2)],
+            (2, 8), 12)
 
 
 @case("convolutions")
@@ -164,6 +170,10 @@ def _attend(q, k, v, mask=None):
     return torch.softmax(scores, -1) @ v
 
 
+def _encoder_layer(**more):
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **more)
+
+
 def _multihead():
     module = nn.MultiheadAttention(8, 2, batch_first=True)
     wrapper = Layer(lambda x: module(x, x, x, need_weights=False)[0])
@@ -173,19 +183,19 @@ def _multihead():
 
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
-transformer("encoder-layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
-transformer("encoder-layer-pre-norm", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True,
-                                                                        activation="gelu"))
+transformer("encoder-layer", _encoder_layer)
+transformer("encoder-layer-pre-norm", lambda: _encoder_layer(norm_first=True, activation="gelu"))
 transformer("multihead", _multihead)
 transformer("by-hand", lambda: Attention(_attend))
 transformer("by-hand-causal", lambda: Attention(lambda q, k, v: _attend(q, k, v, CAUSAL)))
 transformer("scaled-dot-product", lambda: Attention(F.scaled_dot_product_attention))
-transformer("scaled-dot-product-causal", lambda: Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+transformer("scaled-dot-product-causal", lambda: Attention(
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 transformer("linear-attention", lambda: Attention(lambda q, k, v: (F.elu(q) + 1) @ ((F.elu(k) + 1).transpose(-1, -2) @ v)))
 transformer("einsum-attention", lambda: Attention(lambda q, k, v: torch.einsum(
     "bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v)))
 transformer("relu-squared", lambda: Attention(lambda q, k, v: F.relu(q @ k.transpose(-1, -2)) ** 2 @ v / 5))
-transformer("encoder-layer-float32", lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), dtype=torch.float32)
+transformer("encoder-layer-float32", _encoder_layer, dtype=torch.float32)
 
 
 def embedded(name, layer, ids=5, read=lambda h: h, classes=3, **more):

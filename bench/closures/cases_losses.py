@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .corpus import case
 from .cases_squares import predictions
+from .corpus import case
 
 CLASSES = 4
 
@@ -45,7 +45,8 @@ classification("log-of-sum-of-exp", lambda z, d: (torch.exp(z).sum(1).log() - z[
 classification("nll-of-log-of-softmax", lambda z, d: F.nll_loss(torch.log(torch.softmax(z, 1) + 0.0), d.y), _ce)
 classification("categorical", lambda z, d: -torch.distributions.Categorical(logits=z).log_prob(d.y).mean(), _ce)
 classification("kl-div", lambda z, d: F.kl_div(F.log_softmax(z, 1), d.q, reduction="batchmean"))
-classification("kl-div-log-target", lambda z, d: F.kl_div(F.log_softmax(z, 1), d.q.log(), reduction="batchmean", log_target=True))
+classification("kl-div-log-target", lambda z, d: F.kl_div(F.log_softmax(z, 1), d.q.log(), reduction="batchmean",
+                                                                log_target=True))
 classification("distillation", lambda z, d: F.kl_div(F.log_softmax(z / 2, 1), d.q, reduction="batchmean") * 4 + _ce(z, d))
 classification("multi-margin-squared", lambda z, d: (F.relu(1 - z.gather(1, d.y[:, None]) + z) ** 2).mean())
 classification("focal", lambda z, d: _focal(z, d), raises="pgdfast", either=True)
@@ -74,7 +75,8 @@ binary("bce-logits", _bce)
 binary("bce-logits-weighted", lambda z, d: F.binary_cross_entropy_with_logits(z, d.q, weight=d.w, pos_weight=d.w[0]))
 binary("bce-of-sigmoid", lambda z, d: F.binary_cross_entropy(torch.sigmoid(z), d.t), _bce)
 binary("bce-module-of-sigmoid", lambda z, d: nn.BCELoss()(z.sigmoid(), d.t), _bce)
-binary("bce-by-hand", lambda z, d: -(d.t * torch.log(torch.sigmoid(z)) + (1 - d.t) * torch.log(1 - torch.sigmoid(z))).mean(), _bce)
+binary("bce-by-hand", lambda z, d: -(d.t * torch.log(torch.sigmoid(z)) + (1 - d.t) * torch.log(1 - torch.sigmoid(z))).mean(),
+       _bce)
 binary("bce-by-softplus", lambda z, d: (F.softplus(z) - d.t * z).mean(), _bce)
 binary("bce-by-logsigmoid", lambda z, d: -(d.t * F.logsigmoid(z) + (1 - d.t) * F.logsigmoid(-z)).mean(), _bce)
 binary("soft-margin", lambda z, d: F.soft_margin_loss(z, 2 * d.t - 1))
@@ -85,13 +87,13 @@ binary("logistic-regression", lambda z, d: torch.log1p(torch.exp(-(2 * d.t - 1) 
 binary("bernoulli", lambda z, d: -torch.distributions.Bernoulli(logits=z).log_prob(d.t).mean(), _bce)
 
 
-def _curvature(rho, slope, exact):
-    """Output Hessians of mean rho(r): second derivatives where positive, else weights; and weights everywhere."""
+def _curvature(rho, weights):
+    """rho'' where it is positive, else the weights."""
     def second(r):
         r = r.detach().requires_grad_()
         (first,) = torch.autograd.grad(rho(r).sum(), r, create_graph=True)
         h = torch.autograd.grad(first.sum(), r)[0] if first.requires_grad else torch.zeros_like(r)
-        return torch.where(h > 0, h, slope(r.detach()))
+        return torch.where(h > 0, h, weights(r.detach()))
 
     return second
 
@@ -107,9 +109,13 @@ def robust(name, loss, rho, **more):
             (slope,) = torch.autograd.grad(rho(r).sum(), r)
             return (slope / r).detach()
 
-        second = _curvature(rho, weights, True)
-        candidates = [lambda z: (second(z - d.y) / z.numel()).reshape(-1), lambda z: (weights(z - d.y) / z.numel()).reshape(-1)]
-        return g.problem(net, lambda: loss(z(), d.y), z, lambda z: rho(z - d.y).mean(), curvatures=tuple(candidates), exact=False)
+        second = _curvature(rho, weights)
+        candidates = tuple(lambda z, h=h: (h(z - d.y) / z.numel()).reshape(-1) for h in (second, weights))
+        return g.problem(net, lambda: loss(z(), d.y), z, lambda z: rho(z - d.y).mean(), curvatures=candidates, exact=False)
+
+
+def _pinball(r):
+    return torch.maximum(-0.3 * r, 0.7 * r)
 
 
 _T0 = float(torch.distributions.StudentT(torch.tensor(3.0, dtype=torch.float64)).log_prob(torch.tensor(0.0)))
@@ -135,7 +141,7 @@ robust("geman-mcclure", lambda z, y: (lambda s: (s / (1 + s)).mean())((z - y) **
 robust("welsch", lambda z, y: (1 - torch.exp(-0.5 * (z - y) ** 2)).mean(), lambda r: 1 - torch.exp(-0.5 * r * r))
 robust("l1", F.l1_loss, torch.abs)
 robust("l1-by-abs", lambda z, y: (z - y).abs().mean(), torch.abs)
-robust("quantile", lambda z, y: (lambda r: torch.maximum(-0.3 * r, 0.7 * r).mean())(z - y), lambda r: torch.maximum(-0.3 * r, 0.7 * r))
+robust("quantile", lambda z, y: _pinball(z - y).mean(), _pinball)
 robust("fourth-power", lambda z, y: ((z - y) ** 4).mean(), lambda r: r**4)
 robust("abs-to-the-1.5", lambda z, y: ((z - y).abs() ** 1.5).mean(), lambda r: r.abs() ** 1.5)
 robust("student-t", lambda z, y: -torch.distributions.StudentT(torch.tensor(3.0, dtype=z.dtype), z).log_prob(y).mean() + _T0,
@@ -143,15 +149,15 @@ robust("student-t", lambda z, y: -torch.distributions.StudentT(torch.tensor(3.0,
 
 
 
-def likelihood(name, loss, of=None, outputs=1, curvature=None, **more):
+def likelihood(name, loss, of=None, outputs=1, curvature=(), **more):
     """A loss of outputs z (n, k) and a batch with y (n, 1), positive v and counts c; its Hessian is the curvature."""
     @case("likelihoods", name, **more)
     def make(g):
         net = g.net(3, 12, outputs)
         d = g.batch(x=(g.n, 3), y=(g.n, 1), v=lambda: g.uniform(g.n, 1, low=0.3, high=2),
                     c=lambda: g.integers(5, g.n, 1).to(g.dtype))
-        return g.problem(net, lambda: loss(net(d.x), d), lambda: net(d.x), lambda z: (of or loss)(z, d), exact=curvature is None,
-                         curvatures=() if curvature is None else tuple(lambda z, c=c: c(z, d) for c in curvature))
+        return g.problem(net, lambda: loss(net(d.x), d), lambda: net(d.x), lambda z: (of or loss)(z, d), exact=not curvature,
+                         curvatures=tuple(lambda z, c=c: c(z, d) for c in curvature))
 
 
 def _mean_and_log_variance(z, d):

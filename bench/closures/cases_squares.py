@@ -109,7 +109,8 @@ weighted("weights-inside", lambda z, d: F.mse_loss(d.w * z, d.w * d.y), lambda r
 weighted("by-uncertainty", lambda z, d: (((z - d.y) / d.s) ** 2).sum(), lambda r, d: 2**0.5 * r / d.s)
 weighted("average-by-weights", lambda z, d: (d.w * (z - d.y) ** 2).sum() / d.w.sum(),
          lambda r, d: (2 * d.w / d.w.sum()).sqrt() * r)
-weighted("masked-by-index", lambda z, d: ((z - d.y)[d.mask] ** 2).mean(), lambda r, d: (2 / int(d.mask.sum())) ** 0.5 * r[d.mask])
+weighted("masked-by-index", lambda z, d: ((z - d.y)[d.mask] ** 2).mean(),
+         lambda r, d: (2 / int(d.mask.sum())) ** 0.5 * r[d.mask])
 weighted("masked-by-where", lambda z, d: torch.where(d.mask, (z - d.y) ** 2, 0.0).sum() / int(d.mask.sum()),
          lambda r, d: (2 / int(d.mask.sum())) ** 0.5 * r * d.mask)
 weighted("masked-by-factor", lambda z, d: ((z - d.y) ** 2 * d.mask).sum() / int(d.mask.sum()),

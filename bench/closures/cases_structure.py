@@ -114,8 +114,9 @@ def _by_complex(p, h):
 
 def _by_written_modes(p, h):
     modes = torch.fft.rfft(h.transpose(-1, -2))
+    weights = torch.view_as_complex(torch.stack([p.real, p.imaginary], -1))
     out = torch.zeros_like(modes)
-    out[..., :3] = torch.einsum("...ik,iok->...ok", modes[..., :3], torch.view_as_complex(torch.stack([p.real, p.imaginary], -1)))
+    out[..., :3] = torch.einsum("...ik,iok->...ok", modes[..., :3], weights)
     return torch.fft.irfft(out, n=12).transpose(-1, -2)
 
 
@@ -165,54 +166,65 @@ def spectral_derivative(g):
 
 # Graphs.
 
+def edges(nodes):
+    """How many edges a graph has."""
+    return 3 * nodes
+
+
 def graph(name, gather):
-    """Two rounds of messages over 12 nodes and 30 edges."""
+    """Two rounds of messages; gather: (messages of nodes (m, 6), ends i and j of the edges) -> sums (m, 6)."""
     @case("graphs", name)
     def make(g):
-        message, update, head = g.net(4, 6), g.net(10, 4), g.net(4, 2)
-        d = g.batch(x=(12, 4), y=(12, 2), i=lambda: g.integers(12, 30), j=lambda: g.integers(12, 30))
+        message, update, head, m = g.net(4, 6), g.net(10, 4), g.net(4, 2), g.n // 4 + 2
+        ends = lambda: g.integers(m, edges(m))   # noqa: E731
+        d = g.batch(x=(m, 4), y=(m, 2), i=ends, j=ends)
 
         def outputs():
             h = d.x
             for _ in range(2):
-                m = torch.tanh(message(h))
-                h = torch.tanh(update(torch.cat([h, gather(m, d.i, d.j)], 1)))
+                found = gather(torch.tanh(message(h)), d.i, d.j)
+                h = torch.tanh(update(torch.cat([h, found], 1)))
             return head(h) - d.y
 
         return g.residuals([message, update, head], outputs)
 
 
-def _adjacency(i, j, dtype):
-    return torch.sparse_coo_tensor(torch.stack([i, j]), torch.ones(30, dtype=dtype), (12, 12)).coalesce()
+def _adjacency(m, i, j):
+    return torch.sparse_coo_tensor(torch.stack([i, j]), torch.ones(len(i), dtype=m.dtype), (len(m), len(m))).coalesce()
+
+
+def _columns(i):
+    return i[:, None].expand(-1, 6)
 
 
 def _attention_by_edges(m, i, j):
     scores = torch.exp((m[i] * m[j]).sum(1))
-    total = torch.zeros(12, dtype=m.dtype).index_add(0, i, scores)
-    return torch.zeros(12, 6, dtype=m.dtype).index_add(0, i, (scores / total[i])[:, None] * m[j])
+    total = torch.zeros(len(m), dtype=m.dtype).index_add(0, i, scores)
+    return torch.zeros_like(m).index_add(0, i, (scores / total[i])[:, None] * m[j])
 
 
-graph("index-add", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).index_add(0, i, m[j]))
-graph("index-add-in-place", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).index_add_(0, i, m[j]))
-graph("scatter-add", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).scatter_add(0, i[:, None].expand(-1, 6), m[j]))
-graph("scatter-mean", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).scatter_reduce(0, i[:, None].expand(-1, 6), m[j], "mean"))
-graph("scatter-max", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).scatter_reduce(0, i[:, None].expand(-1, 6), m[j], "amax"))
-graph("sparse-mm", lambda m, i, j: torch.sparse.mm(_adjacency(i, j, m.dtype), m))
-graph("sparse-matmul", lambda m, i, j: _adjacency(i, j, m.dtype) @ m)
-graph("dense-adjacency", lambda m, i, j: _adjacency(i, j, m.dtype).to_dense() @ m)
-graph("index-put-accumulate", lambda m, i, j: torch.zeros(12, 6, dtype=m.dtype).index_put((i,), m[j], accumulate=True))
+graph("index-add", lambda m, i, j: torch.zeros_like(m).index_add(0, i, m[j]))
+graph("index-add-in-place", lambda m, i, j: torch.zeros_like(m).index_add_(0, i, m[j]))
+graph("scatter-add", lambda m, i, j: torch.zeros_like(m).scatter_add(0, _columns(i), m[j]))
+graph("scatter-mean", lambda m, i, j: torch.zeros_like(m).scatter_reduce(0, _columns(i), m[j], "mean"))
+graph("scatter-max", lambda m, i, j: torch.zeros_like(m).scatter_reduce(0, _columns(i), m[j], "amax"))
+graph("sparse-mm", lambda m, i, j: torch.sparse.mm(_adjacency(m, i, j), m))
+graph("sparse-matmul", lambda m, i, j: _adjacency(m, i, j) @ m)
+graph("dense-adjacency", lambda m, i, j: _adjacency(m, i, j).to_dense() @ m)
+graph("index-put-accumulate", lambda m, i, j: torch.zeros_like(m).index_put((i,), m[j], accumulate=True))
 graph("attention-by-edges", _attention_by_edges)
-graph("index-select", lambda m, i, j: m.index_select(0, (torch.arange(12) + i[0]) % 12))
+graph("index-select", lambda m, i, j: m.index_select(0, i[:len(m)]))
 
 
 @case("graphs")
 def edges_with_features(g):
-    net, update = g.net(9, 8, 4), g.net(4, 1)
-    d = g.batch(x=(12, 4), e=(30, 1), y=(12, 1), i=lambda: g.integers(12, 30), j=lambda: g.integers(12, 30))
+    net, update, m = g.net(9, 8, 4), g.net(4, 1), g.n // 4 + 2
+    ends = lambda: g.integers(m, edges(m))   # noqa: E731
+    d = g.batch(x=(m, 4), e=(edges(m), 1), y=(m, 1), i=ends, j=ends)
 
     def outputs():
-        m = net(torch.cat([d.x[d.i], d.x[d.j], d.e], 1))
-        return update(torch.zeros(12, 4, dtype=g.dtype).index_add(0, d.j, torch.tanh(m))) - d.y
+        found = net(torch.cat([d.x[d.i], d.x[d.j], d.e], 1))
+        return update(torch.zeros(m, 4, dtype=g.dtype).index_add(0, d.j, torch.tanh(found))) - d.y
 
     return g.residuals([net, update], outputs)
 

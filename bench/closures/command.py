@@ -20,7 +20,7 @@ def main(argv=None) -> int:
     """Run the command line; the exit code is 1 where a case is not as expected."""
     parser = argparse.ArgumentParser(prog="python -m bench closures", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--only", action="append", metavar="KIND[/NAME]", help="run these kinds or cases only; may be repeated")
-    parser.add_argument("--json", metavar="FILE", help=f"where results go (default for a whole run: {RESULTS.name} in bench/results)")
+    parser.add_argument("--json", metavar="FILE", help="where results go (default of a whole run: bench/results/closures.json)")
     parser.add_argument("--no-time", action="store_true", help="verdicts and paths only")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps against the oracle (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=ROWS, help="size of a batch (default: %(default)s)")
@@ -77,8 +77,9 @@ def line(o) -> str:
     """A row of the table."""
     number = lambda value, form: "" if value is None else format(value, form)   # noqa: E731
     note = o.message or o.note or o.hand
-    return (f"{o.label:46} {o.verdict:19} {o.path:11} {o.residuals or '':>5} {o.parameters or '':>5} {number(o.error, '.0e'):>7} "
-            f"{number(o.lm, '.2f'):>8} {number(o.over_adam, '.1f'):>7} {number(o.over_hand, '.2f'):>7}  {note[:100]}")
+    return (f"{o.label:46} {o.verdict:19} {o.path:11} {o.residuals or '':>5} {o.parameters or '':>5} "
+            f"{number(o.error, '.0e'):>7} {number(o.lm, '.2f'):>8} {number(o.over_adam, '.1f'):>7} "
+            f"{number(o.over_hand, '.2f'):>7}  {note[:100]}")
 
 
 def too_slow(o) -> str:
@@ -103,13 +104,13 @@ def summary(outcomes) -> list[str]:
     over = lambda bound: sum(o.over_adam is not None and o.over_adam > bound for o in outcomes)   # noqa: E731
     by_hand = sum(o.over_hand is not None and o.over_hand > BY_HAND for o in outcomes)
     found = [
-        f"{len(outcomes)} closures: {count(RIGHT)} right, {count(EXPECTED)} raise as they should, {count(WRONG)} SILENTLY WRONG, "
-        f"{count(RAISES)} raise though they should not, {count(BROKEN)} broken cases",
+        f"{len(outcomes)} closures: {count(RIGHT)} right, {count(EXPECTED)} raise as they should, "
+        f"{count(WRONG)} SILENTLY WRONG, {count(RAISES)} raise though they should not, {count(BROKEN)} broken cases",
         "right by " + ", ".join(f"{path}: {number}" for path, number in paths.items()),
     ]
     if any(o.lm is not None for o in outcomes):
-        found.append(f"slower than {ADAM_SEPARATED:g} Adam steps: {over(ADAM_SEPARATED)}, than {ADAM_DEEP:g}: {over(ADAM_DEEP)}; "
-                     f"than {BY_HAND:g} steps by hand: {by_hand}; beyond their bound: {len(slow)}")
+        found.append(f"slower than {ADAM_SEPARATED:g} Adam steps: {over(ADAM_SEPARATED)}, than {ADAM_DEEP:g}: "
+                     f"{over(ADAM_DEEP)}; than {BY_HAND:g} steps by hand: {by_hand}; beyond their bound: {len(slow)}")
     found += [f"  {o.verdict}: {o.label}: {o.message[:160]}" for o in outcomes if o.failed]
     found += [f"  slow: {label}: {why}" for label, why in slow.items()]
     return found

@@ -20,7 +20,7 @@ SEPARATED, COUPLED, FALLBACK = "rules, rows", "rules", "fallback"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 STEPS, WANDER = 3, 0.02   # steps against the oracle; how far from their start parameters are put before each
 ROWS = 200
-SECONDS, FEWEST = 0.12, 3   # for each timing; calls of one that takes longer
+SECONDS, FEWEST = 0.05, 3   # for each timing; calls of one that takes longer
 TINY = 1e-6                 # the learning rate of timed steps, which are to stay where they are
 
 
