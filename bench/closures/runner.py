@@ -182,6 +182,9 @@ def _adam(problem: Problem):
     def step():
         adam.zero_grad()
         loss_of(problem.closure()).backward()
+        for p in problem.params:
+            if p.grad is not None and p.grad.is_sparse:   # which Adam refuses
+                p.grad = p.grad.to_dense()
         adam.step()
 
     return step
