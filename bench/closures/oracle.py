@@ -87,7 +87,7 @@ def truth(problem, check_closure: bool = True) -> Truth:
     points = [z.detach().requires_grad_() for z in outputs]
     loss = (problem.loss or half_squares)(*points)
     slope = torch.autograd.grad(loss, points, materialize_grads=True)
-    found = Truth(float(loss), J.T @ flat(slope).double(), J, [])
+    found = Truth(float(loss.detach()), J.T @ flat(slope).double(), J, [])
     if problem.loss is None:
         found.curvatures.append(torch.ones(len(J), dtype=torch.float64))
     elif problem.exact:
@@ -116,6 +116,7 @@ def check(problem, found: Truth) -> None:
     loss = loss_of(problem.closure()) if problem.plain is None else problem.plain()
     gradient = torch.autograd.grad(loss, problem.params, allow_unused=True, materialize_grads=True)
     gradient = flat([g.to_dense() for g in gradient]).double()
+    loss = loss.detach()
     if abs(float(loss) - found.loss) > 1e-9 * abs(found.loss) + 1e-12:
         raise BrokenCase(f"the closure's loss is {float(loss):.10g}, the oracle's {found.loss:.10g}")
     if not (gradient - found.gradient).norm() <= 1e-8 * found.gradient.norm() + 1e-12:

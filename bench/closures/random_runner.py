@@ -43,6 +43,12 @@ def differences(lin, closure: RandomClosure, found, v, u) -> dict[str, float]:
 
 def compare(closure: RandomClosure, rounds: int = ROUNDS) -> tuple[str, str]:
     """(verdict, why) of a closure at some points."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _compare(closure, rounds)
+
+
+def _compare(closure, rounds):
     linearizer, worst = Linearizer(closure.params), ("", 0.0)
     for k in range(rounds):
         try:
@@ -93,12 +99,9 @@ def smallest(seed: int) -> str:
 
 def run(seeds):
     """Yield (seed, verdict, why, closure)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for seed in seeds:
-            closure = RandomClosure(seed)
-            verdict, why = compare(closure)
-            yield seed, verdict, why, closure
+    for seed in seeds:
+        closure = RandomClosure(seed)
+        yield seed, *compare(closure), closure
 
 
 def main(count: int, first: int = 0) -> int:
@@ -108,9 +111,7 @@ def main(count: int, first: int = 0) -> int:
         verdicts[verdict] += 1
         used.update(node.name for node in closure.nodes)
         if verdict in (DIFFERS, RAISED):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                shortest = smallest(seed)
+            shortest = smallest(seed)
             print(f"seed {seed} {verdict}: {why[:160]}\n    {closure.described()}\n    smallest: {shortest[:300]}", flush=True)
     counts = ", ".join(f"{n} {name}" for name, n in verdicts.most_common())
     print(f"{count} random closures from {len(used)} operations: {counts}; {time.perf_counter() - start:.0f} s")
