@@ -178,11 +178,12 @@ class Plan {
     const Running running = alone();
     pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
   }
-  void gram(py::handle K) {
+  void gram(py::handle weights, py::handle K) {
     require_rows("gram");
+    const T* w = pointer<T>(weights, solver_.structure.num_parameter_buffers, "weights");
     T* to = pointer<T>(K, M() * M(), "K");
     const Running running = alone();
-    solver_.gram_matrix(to);
+    solver_.gram_matrix(w, to);
   }
   void diagonal(py::handle d) {
     T* to = pointer<T>(d, P(), "d");

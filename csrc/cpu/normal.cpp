@@ -62,7 +62,7 @@ class Outers {
 
   bool touches(const Use& use, const Block& block) const {
     if (use.form != Form::factored) return true;
-    return use.row0 < block.r0 + block.rows && block.r0 < use.row0 + instruction(use).matmul.n;
+    return block.before(use.row0) < block.before(use.row0 + instruction(use).matmul.n);
   }
 
   // Explicit rows hold all uses of a parameter, so they are taken with the first.
@@ -90,13 +90,19 @@ class Outers {
     return out;
   }
 
-  // Packs rows begin .. end - 1 of a block, with zeros before and after.
-  const T* pack_rows(index count, const Block& block, index begin, index end, const T* x, index row, index column) {
-    const index width = tiles<T>().width, before = begin - block.r0, depth = end - begin;
+  // Packs the rows of a block that a use reaches, with zeros for the others; x is that of the use's first row.
+  const T* pack_rows(index count, const Use& use, const Block& block, const T* x, index row, index column) {
+    const index width = tiles<T>().width, n = instruction(use).matmul.n;
+    const index begin = block.before(use.row0), end = block.before(use.row0 + n);
     T* out = next_;
     next_ += panels_of(count) * block.rows * width;
-    if (depth < block.rows) std::memset(out, 0, sizeof(T) * std::size_t(next_ - out));
-    tiles<T>().pack(count, depth, x, row, column, out + before * width, block.rows * width);
+    if (end - begin < block.rows) std::memset(out, 0, sizeof(T) * std::size_t(next_ - out));
+    for (index i = begin; i < end;) {   // rows one after the other at once
+      index stop = i + 1;
+      while (stop < end && block.row(stop) == block.row(stop - 1) + 1) ++stop;
+      tiles<T>().pack(count, stop - i, x + (block.row(i) - use.row0) * column, row, column, out + i * width, block.rows * width);
+      i = stop;
+    }
     return out;
   }
 
@@ -113,13 +119,10 @@ class Outers {
     }
     const Instruction& op = instruction(use);
     const MatMul& g = op.matmul;
-    const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
     Outer<T> result{&block, use.parameter, parameter + op.x_offset, m, k, g.xm, g.xk, next_, nullptr};
-    for (index o = 0; o < block.outputs; ++o)
-      pack_rows(m, block, begin, end, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size) + (begin - use.row0) * g.yn,
-                g.ym, g.yn);
-    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
-    result.c = pack_rows(k, block, begin, end, c, g.ck, g.cn);
+    for (index o = block.first_output; o < block.first_output + block.outputs; ++o)
+      pack_rows(m, use, block, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size), g.ym, g.yn);
+    result.c = pack_rows(k, use, block, program_.constants[std::size_t(op.constant)].data + op.c_offset, g.ck, g.cn);
     return result;
   }
 

@@ -5,6 +5,8 @@
 #include <utility>
 
 #include "../plan/blas.h"
+#include "../plan/limits.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace pgdfast {
@@ -132,21 +134,39 @@ bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Work
   return true;
 }
 
+namespace {
+
+// J by M products with J^T, or by P with J where those are fewer; several at a time where threads are to be had.
+template <class T>
+void dense_by_products(const Bound<T>& program, Workspace<T>& work, T* J) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters, count = std::min(M, P);
+  const bool forward = P < M, large = s.arena_size * index(sizeof(T)) > limits::kOneArenaBytes / 8;
+  const int threads = large ? 1 : int(std::min<index>(count, threads_for(0.5 * double(count) * s.flops)));
+  const index own = s.arena_size + count + (forward ? M : 0);   // of one thread: an arena, a unit vector, a column
+  ensure(work.arenas, threads * own);
+  for (int t = 0; t < threads; ++t) std::fill_n(work.arenas.data() + t * own + s.arena_size, count, T(0));
+  each_item(threads, count, [&](index i, int thread) {
+    T *arena = work.arenas.data() + thread * own, *unit = arena + s.arena_size;
+    unit[i] = 1;
+    if (forward) {
+      T* column = unit + count;
+      jvp(program, unit, column, arena);
+      for (index e = 0; e < M; ++e) J[e * P + i] = column[e];
+    } else {
+      vjp(program, unit, J + i * P, arena);
+    }
+    unit[i] = 0;
+  });
+}
+
+}  // namespace
+
 template <class T>
 void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J) {
   const Structure& s = *program.structure;
   const index M = s.num_residuals, P = s.num_parameters;
-  if (!layout.local) {
-    ensure(work.arenas, s.arena_size);
-    ensure(work.unit, M);
-    std::fill(work.unit.begin(), work.unit.begin() + M, T(0));
-    for (index i = 0; i < M; ++i) {
-      work.unit[std::size_t(i)] = 1;
-      vjp(program, work.unit.data(), J + i * P, work.arenas.data());
-      work.unit[std::size_t(i)] = 0;
-    }
-    return;
-  }
+  if (!layout.local) return dense_by_products(program, work, J);
   unit_sweeps(program, layout, work);
   std::memset(J, 0, sizeof(T) * std::size_t(M * P));
   for (const Use& use : layout.uses)

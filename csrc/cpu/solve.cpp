@@ -193,11 +193,10 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
 }
 
 template <class T>
-void Solver<T>::gram_matrix(T* K) {
+void Solver<T>::gram_matrix(const T* weights, T* K) {
   const index M = structure.num_residuals, ld = gram_stride<T>(M);
-  std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
   std::vector<T> ordered(std::size_t(M * ld));
-  gram(program, layout, ones.data(), work, ordered.data());
+  gram(program, layout, weights, work, ordered.data());
   work.unit_cotangents_valid = true;
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {

@@ -77,7 +77,7 @@ struct Solver {
   // of Fong and Saunders (2011) are a hundredth of the rounding unit.
   Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
-  void gram_matrix(T* K);   // full symmetric, residual order
+  void gram_matrix(const T* weights, T* K);   // J W J^T, full symmetric, residual order; W by parameter buffer
   // Does J^T J come cheaper from factors summed over outputs (normal.h) than from J?
   bool normal_pays() const;
 
