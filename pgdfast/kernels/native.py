@@ -217,10 +217,10 @@ class Kernels(Traits):
         self._plan.dense(J)
         return J
 
-    def gram(self) -> torch.Tensor:
-        """J J^T, (M, M); needs rows."""
+    def gram(self, weights: list[float] | None = None) -> torch.Tensor:
+        """J W J^T, (M, M), W one number per parameter or None; needs rows."""
         K = self._new(self.num_residuals, self.num_residuals)
-        self._plan.gram(K)
+        self._plan.gram(self._unit_weights if weights is None else torch.tensor(weights, dtype=self.dtype), K)
         return K
 
     def diagonal(self) -> torch.Tensor:

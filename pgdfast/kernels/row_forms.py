@@ -17,7 +17,7 @@ from .row_tables import FACTORED, ROWS, Tables
 
 @dataclass(slots=True)
 class Factors:
-    """The rows of J in one use as outer products, for residuals first .. last - 1.
+    """The rows of J in one use as outer products, for residuals first .. last - 1 in the order of rows.
 
     cotangents (last - first, m); constants (n, k), one per row; outputs: how many residuals each of those rows has, or owner:
     the row of each, where their number varies.
@@ -91,7 +91,7 @@ class RowForms(Traits):
     def _gram(self, weights) -> torch.Tensor:
         tables, M = self._tables, self.num_residuals
         buffers = self.unit_sweeps(tables.units(self.dtype, self.device))
-        K = torch.zeros(M, M, dtype=self.dtype, device=self.device)
+        K = torch.zeros(M, M, dtype=self.dtype, device=self.device)   # row by row; the residuals' order comes last
         for parameter, uses in tables.uses.items():
             form, weight = uses[0].form, 1.0 if weights is None else weights[parameter]
             if form == FACTORED:
@@ -99,9 +99,10 @@ class RowForms(Traits):
                 shift = 0.0 if bias < 0 else 1.0 if weights is None else weights[bias]
                 self.add_factored(K, [self._factors(use, buffers) for use in uses], weight, shift)
             elif form == ROWS:
-                J = self._rows_of(parameter, buffers)
+                J = tables.row_by_row(self._rows_of(parameter, buffers))
                 K.addmm_(J, J.T, alpha=weight)
-        return self.completed(K)
+        K = self.completed(K)
+        return K if tables.layout.in_order else tables.row_by_row(tables.row_by_row(K, back=True).T, back=True)
 
     def add_factored(self, K: torch.Tensor, factors: list[Factors], weight: float, shift: float) -> None:
         """K += (weight C C'^T + shift) * (Y Y'^T) over all pairs of uses, elementwise.
