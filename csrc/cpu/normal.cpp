@@ -217,26 +217,27 @@ void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work
 }
 
 template <class T>
-void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, index ld) {
+void symmetric_product(const T* A, index n, index count, index row, index column, Workspace<T>& work, T* H, index ld) {
   const Tiles<T>& t = tiles<T>();
-  const index panels = (P + t.width - 1) / t.width, stride = kDepth * t.width, group = kTilePanels * t.width;
-  const int threads = threads_for(double(M) * double(P) * double(P));
+  const index panels = (n + t.width - 1) / t.width, stride = kDepth * t.width, group = kTilePanels * t.width;
+  const int threads = threads_for(double(count) * double(n) * double(n));
   ensure(work.packed, panels * stride);
   T* packed = work.packed.data();
-  for (index begin = 0; begin < M; begin += kDepth) {
-    const index depth = std::min(kDepth, M - begin);
-    each_item(threads, (P + group - 1) / group, [&](index g, int) {
+  for (index begin = 0; begin < count; begin += kDepth) {
+    const index depth = std::min(kDepth, count - begin);
+    each_item(threads, (n + group - 1) / group, [&](index g, int) {
       const index first = g * group;
-      t.pack(std::min(group, P - first), depth, J + begin * P + first, 1, P, packed + first / t.width * stride, stride);
+      t.pack(std::min(group, n - first), depth, A + begin * column + first * row, row, column, packed + first / t.width * stride,
+             stride);
     });
-    each_item(threads, (P + group - 1) / group, [&](index g, int) {
-      const index first = g * group, rows = std::min(group, P - first);
+    each_item(threads, (n + group - 1) / group, [&](index g, int) {
+      const index first = g * group, rows = std::min(group, n - first);
       for (index p = first / t.width; p < panels; p += kTilePanels) {
-        const int count = int(std::min<index>(kTilePanels, panels - p));
+        const int width = int(std::min<index>(kTilePanels, panels - p));
         const T* right[kTilePanels];
-        for (int v = 0; v < count; ++v) right[v] = packed + (p + v) * stride;
+        for (int v = 0; v < width; ++v) right[v] = packed + (p + v) * stride;
         for (index i = 0; i < rows; i += t.rows)
-          t.product(count, std::min(t.rows, rows - i), depth, packed + (first + i) / t.width * stride + i % t.width, right,
+          t.product(width, std::min(t.rows, rows - i), depth, packed + (first + i) / t.width * stride + i % t.width, right,
                     H + (first + i) * ld + p * t.width, ld, begin > 0);
       }
     });
@@ -245,7 +246,7 @@ void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, inde
 
 #define PGDFAST_INSTANTIATE(T)                                                                \
   template void normal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*, index);       \
-  template void normal_of_rows<T>(const T*, index, index, Workspace<T>&, T*, index);
+  template void symmetric_product<T>(const T*, index, index, index, index, Workspace<T>&, T*, index);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

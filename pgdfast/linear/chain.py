@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..tape.program import GATHER, MATMUL, MULADD, PARAMETER, PROJECT, RESIDUAL, WORKSPACE, Instruction, Program
 from ..tape.simplify import trim
@@ -20,7 +21,6 @@ from .rows import RowLayout, row_layout
 from .shared_rows import Pattern, merged_layout, patterns
 
 _CALL = 2e4        # operations that starting one instruction costs as much as
-_FEW = 64          # shared quantities up to which the Gram matrix is corrected for them, instead of summed from J
 _WORTH = 0.7       # of the cost of J by products alone: up to here a chain is taken
 
 
@@ -38,12 +38,29 @@ class Part:
 
 
 @dataclass(slots=True)
+class Scaled:
+    """A quantity that is a parameter tensor times a number: alpha times one element of each of these constants (and where)."""
+
+    parameter: int
+    alpha: float
+    constants: list[tuple[int, int]]
+
+    def factor(self, constants) -> float:
+        """That number."""
+        product = self.alpha
+        for k, offset in self.constants:
+            c = constants[k]
+            product *= float(c.as_strided((), (), c.storage_offset() + offset) if isinstance(c, torch.Tensor) else c)
+        return product
+
+
+@dataclass(slots=True)
 class Chain:
     """The parts of a whole program, with the rows of main; sub is None where there is a border alone.
 
-    kept, border: numbers of residuals. columns: (first, size) of the parameters of sub among all. shared: elements of q.
-    overlaps: does main read parameters of sub, too? by_rows: J_q Q by sub's adjoint on the rows of J_q, not by Q. few: the Gram
-    matrix is main's, corrected for q. cost: of J in operations.
+    kept, border: numbers of residuals. owned: the parameter tensors of sub. scaled: the quantities that are multiples of one
+    parameter tensor each; those of sub follow them among main's parameters, `quantities` tensors of `shared` elements. by_rows: J_q Q by sub's adjoint on the rows of J_q, not by Q. few: the Gram
+    matrix is main's, corrected for q by so many products. cost: of J in operations.
     """
 
     main: Part
@@ -52,9 +69,10 @@ class Chain:
     sub_layout: RowLayout | None
     kept: np.ndarray
     border: np.ndarray
-    columns: list[tuple[int, int]]
+    owned: list[int]
+    scaled: list[Scaled]
+    quantities: int
     shared: int
-    overlaps: bool
     by_rows: bool = False
     few: bool = True
     cost: float = 0.0
@@ -77,12 +95,14 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     if len(kept) == 0:
         return None
     windows = _windows(program, pattern.cuts)
-    shared = sum(high - low + 1 for low, high in windows.values())
-    main = _main(program, set(pattern.cuts), windows, border)
-    sub, columns = _sub(program, windows) if windows else (None, [])
-    taken = sum(size for _, size in columns)
+    scaled = _scaled(program, windows, set(pattern.cuts), constants)
+    rest = {k: window for k, window in windows.items() if k not in scaled}
+    main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
+    sub, owned = _sub(program, rest) if rest else (None, [])
+    shared = sum(high - low + 1 for low, high in rest.values())
+    taken = sum(sub.program.sizes(PARAMETER)) if sub else 0
     direct = min(M, P) * _cost(program)
-    rest = len(border) * _cost(program)
+    bordered = len(border) * _cost(program)
     by_rows = by_matrix = 0.0
     sub_layout = None
     if sub is not None:
@@ -90,18 +110,16 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
         sweeps = min(shared, taken) if sub_layout is None else sub_layout.max_outputs
         by_rows = len(kept) * (sub.cost + shared)
         by_matrix = sweeps * sub.cost + 2.0 * shared * taken * (1 if sub_layout is None else 2) + len(kept) * 2.0 * shared * taken / 4
-    cost = pattern.outputs * main.cost + rest + min(by_rows, by_matrix) + 2.0 * len(kept) * (P + shared)
+    cost = pattern.outputs * main.cost + bordered + min(by_rows, by_matrix) + 2.0 * len(kept) * (P + shared)
     if cost > _WORTH * direct:
         return None
     layout = shared_layout(main.program, [constants[k] for k in main.constants])
     if layout is None:
         return None
-    read = {op.x for op in main.program.instructions}
-    starts = np.cumsum([0, *program.sizes(PARAMETER)])
-    overlaps = any(int(np.searchsorted(starts, first)) in read for first, _ in columns)
-    few = shared <= min(_FEW, P // 4 + 1)
+    pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
+    few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
     return Chain(
-        main, layout, sub, sub_layout, kept, border, columns, shared, overlaps, by_rows < by_matrix, few, cost
+        main, layout, sub, sub_layout, kept, border, owned, list(scaled.values()), len(rest), shared, by_rows < by_matrix, few, cost
     )
 
 
@@ -136,6 +154,37 @@ def _windows(program: Program, cuts) -> dict[int, tuple[int, int]]:
         before = found.get(op.x, (low, high))
         found[op.x] = min(low, before[0]), max(high, before[1])
     return found
+
+
+def _scaled(program: Program, windows, cuts: set[int], given) -> dict[int, Scaled]:
+    """Which of these buffers are a parameter tensor times numbers, all of it, where nothing else reads that."""
+    writers: dict[int, list[Instruction]] = {}
+    readers: dict[int, int] = {}
+    for i, op in enumerate(program.instructions):
+        writers.setdefault(op.y, []).append(op)
+        if i not in cuts:
+            readers[op.x] = readers.get(op.x, 0) + 1
+    found: dict[int, Scaled] = {}
+    for k, window in windows.items():
+        buffer, alpha, constants, size = k, 1.0, [], program.buffers[k][1]
+        while program.buffers[buffer][0] == WORKSPACE and len(ops := writers.get(buffer, [])) == 1:
+            op = ops[0]
+            if readers.get(buffer, 0) or op.kind != MULADD or not _is_number(program, op, given) or op.extents[:3] not in ([[size], [1], [1]], [[], [], []]):
+                break
+            if op.x_offset or op.y_offset or program.buffers[op.x][1] != size:
+                break
+            buffer, alpha, constants = op.x, alpha * op.alpha, constants + [(op.constant, op.c_offset)] * (op.constant >= 0)
+        if program.buffers[buffer][0] == PARAMETER and window == (0, size - 1) and readers[buffer] == 1:
+            found[k] = Scaled(buffer, alpha, constants)
+    return found
+
+
+def _is_number(program: Program, op, constants) -> bool:
+    """Whether a muladd multiplies with one number, known without waiting for a device."""
+    if op.constant < 0 or not isinstance(constants[op.constant], torch.Tensor):
+        return True
+    plain = program.functions[op.constant] == "c" and constants[op.constant].device.type == "cpu"
+    return plain and not any(op.extents[3])
 
 
 def _main(program: Program, cuts: set[int], windows, border: np.ndarray) -> Part:
@@ -186,8 +235,8 @@ def _part_of(shape, first: int, end: int):
     return type(shape)([end - first])
 
 
-def _sub(program: Program, windows) -> tuple[Part, list[tuple[int, int]]]:
-    """The instructions between theta and q, with the parameters that they read."""
+def _sub(program: Program, windows) -> tuple[Part, list[int]]:
+    """The instructions between theta and q, and the numbers of the parameter tensors that they read."""
     needed, read, instructions = set(windows), set(), []
     for op in reversed(program.instructions):
         if op.y in needed:
@@ -195,14 +244,11 @@ def _sub(program: Program, windows) -> tuple[Part, list[tuple[int, int]]]:
             (read if program.buffers[op.x][0] == PARAMETER else needed).add(op.x)
     sub = Program(program.dtype)
     name: dict[int, int] = {}
-    columns, first = [], 0
     for k, (role, size) in enumerate(program.buffers):
         if role == PARAMETER and k in read:
             name[k] = sub.add_buffer(PARAMETER, size)
-            columns.append((first, size))
         elif k in needed:
             name[k] = sub.add_buffer(WORKSPACE, size)
-        first += size if role == PARAMETER else 0
     for op in reversed(instructions):
         sub.instructions.append(dataclasses.replace(op, y=name[op.y], x=name[op.x]))
     for k, (low, high) in windows.items():
@@ -210,7 +256,7 @@ def _sub(program: Program, windows) -> tuple[Part, list[tuple[int, int]]]:
         residual = sub.add_buffer(RESIDUAL, size)
         sub.residual_shapes.append(type(program.residual_shapes[0])([size]))
         sub.instructions.append(_copied(residual, 0, name[k], low, size))
-    return _finished(sub, program), columns
+    return _finished(sub, program), sorted(read)   # parameters are the first buffers
 
 
 def _copied(y: int, y_offset: int, x: int, x_offset: int, size: int) -> Instruction:

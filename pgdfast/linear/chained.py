@@ -5,6 +5,8 @@ Index legend: M residuals, P parameters, Q shared quantities, B residuals in the
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ..kernels.protocol import Traits
@@ -33,9 +35,9 @@ class Chained(Traits):
         self.arena_size = whole.arena_size + self._main.arena_size + (self._sub.arena_size if self._sub else 0)
         self._constants, self._bound, self._held = None, set(), {}
         self._sizes = [size for role, size in chain.main.program.buffers if role == 0]
-        self._weighed = len(self._sizes)
-        while sum(self._sizes[: self._weighed]) > self.num_parameters:
-            self._weighed -= 1   # those that follow are shared quantities
+        self._own = len(self._sizes) - chain.quantities - len(chain.scaled)   # parameters; shared quantities follow
+        self._rest = list(range(len(self._sizes) - chain.quantities, len(self._sizes)))
+        self._read = {op.x for op in chain.main.program.instructions}
         self._kept, self._border = (torch.from_numpy(a).to(self.device) for a in (chain.kept, chain.border))
 
     def bind(self, constants: list) -> None:
@@ -101,25 +103,32 @@ class Chained(Traits):
         return self._held["dense"].clone()
 
     def _dense(self) -> torch.Tensor:
-        P, main = self.num_parameters, self._part("main").dense()
-        J = main[:, :P].contiguous() if main.shape[1] > P else main
+        main, theta = self._part("main"), range(self._own)
+        J = main.columns(list(theta))
+        starts = [0, *itertools.accumulate(self._sizes)]
+        for number, (scaled, factor) in enumerate(zip(self._chain.scaled, self._factors(), strict=True)):
+            p = scaled.parameter
+            J[:, starts[p] : starts[p + 1]] = main.columns([self._own + number]).mul_(factor)
         if self._sub is not None:
-            pulled = self._chained(main[:, P:].contiguous())
-            start = 0
-            for first, size in self._chain.columns:
-                J[:, first : first + size] += pulled[:, start : start + size]
-                start += size
+            pulled, start = self._chained(main), 0
+            for p in self._chain.owned:
+                J[:, starts[p] : starts[p + 1]] += pulled[:, start : start + self._sizes[p]]
+                start += self._sizes[p]
         if len(self._border) == 0:
             return J
-        rows, J_kept = self._border_rows(), J
-        J = J_kept.new_empty(self.num_residuals, P)
-        J[self._kept], J[self._border] = J_kept, rows
+        rows, kept = self._border_rows(), J
+        J = kept.new_empty(self.num_residuals, self.num_parameters)
+        J[self._kept], J[self._border] = kept, rows
         return J
 
-    def _chained(self, J_q: torch.Tensor) -> torch.Tensor:
-        """J_q Q over the parameters of sub."""
-        sub = self._part("sub")
+    def _chained(self, main) -> torch.Tensor:
+        """J_q Q over the parameters of sub, of the residuals that are kept."""
+        J_q, sub = main.columns(self._rest), self._part("sub")
         return _pulled(sub, J_q) if self._chain.by_rows else J_q @ sub.dense()
+
+    def _factors(self) -> list[float]:
+        """Of every scaled quantity the number that its parameter is multiplied with."""
+        return [scaled.factor(self._constants) for scaled in self._chain.scaled]
 
     def _border_rows(self) -> torch.Tensor:
         units = torch.zeros(len(self._border), self.num_residuals, dtype=self.dtype, device=self.device)
@@ -136,62 +145,67 @@ class Chained(Traits):
         return self._held["gram"]
 
     def _gram(self, weights) -> torch.Tensor:
-        w = self._spread([1.0] * self._weighed if weights is None else weights)
-        if not self._chain.few:
-            J = self._dense()
-            if weights is not None:
-                J *= w.sqrt()
-            return J @ J.T
-        K = self._kept_gram([1.0] * self._weighed if weights is None else list(weights), w)
+        w = [1.0] * self._own if weights is None else list(weights)
+        K = self._kept_gram(w)
         if len(self._border) == 0:
             return K
-        rows = self._border_rows() * w
-        columns = torch.stack([self._whole.jvp(row) for row in rows], 1)
+        rows = self._border_rows() * self._spread(w, range(self._own))
+        columns = _pushed(self._whole, rows)
         full = K.new_empty(self.num_residuals, self.num_residuals)
         full[self._kept[:, None], self._kept] = K
         full[:, self._border], full[self._border] = columns, columns.T
         return full
 
-    def _kept_gram(self, weights: list[float], w: torch.Tensor) -> torch.Tensor:
-        """The same of the residuals that are kept.
+    def _kept_gram(self, w: list[float]) -> torch.Tensor:
+        """The same of the residuals that are kept: main's, and what the parameters of sub add.
 
-        (J_t + J_q Q) W (J_t + J_q Q)^T = J_t W J_t^T + T J_q^T + J_q T^T, T = J_t W Q^T + 1/2 J_q Q W Q^T: one product with
-        main's J per shared quantity.
+        With few shared quantities (J_t + J_q Q) W (J_t + J_q Q)^T is J_t W J_t^T + T J_q^T + J_q T^T
+        with T = J_t W Q^T + 1/2 J_q Q W Q^T, by a product with main's J for each. With many the columns of sub's parameters come apart from the others.
         """
-        main, P = self._part("main"), self.num_parameters
-        K = main.gram(weights + [0.0] * (len(self._sizes) - self._weighed))
-        K = K if main.has_direct else K.clone()   # those keep theirs
-        if self._sub is None:
+        main, owned = self._part("main"), self._chain.owned
+        scaled = [w[s.parameter] * f * f for s, f in zip(self._chain.scaled, self._factors(), strict=True)]
+        shared = scaled + [0.0] * len(self._rest)
+        if self._sub is None or self._chain.few:
+            K = main.gram(w + shared)
+            K = K if main.has_direct else K.clone()   # those keep theirs
+            if self._sub is not None:
+                T, J_q = self._few(main, w)
+                change = T @ J_q.T
+                K.add_(change).add_(change.T)
             return K
-        Q = self._part("sub").dense()
-        spread = torch.zeros(len(Q), P, dtype=self.dtype, device=self.device)
-        start = 0
-        for first, size in self._chain.columns:
-            spread[:, first : first + size] = Q[:, start : start + size]
-            start += size
-        weighed = spread * w
-        units = torch.eye(len(Q), dtype=self.dtype, device=self.device)
-        zero = torch.zeros(len(Q), P, dtype=self.dtype, device=self.device)
-        J_q = _pushed(main, torch.cat([zero, units], 1))
-        inner = 0.5 * (weighed @ spread.T)
-        if self._chain.overlaps:
-            T = _pushed(main, torch.cat([weighed, inner], 1))
-        else:
-            T = J_q @ inner
-        change = T @ J_q.T
-        return K.add_(change).add_(change.T)
+        K = main.gram([0.0 if p in owned else x for p, x in enumerate(w)] + shared)
+        J = self._chained(main)
+        if any(p in self._read for p in owned):
+            J += main.columns(owned)
+        if any(w[p] != 1 for p in owned):
+            J *= self._spread(w, owned).sqrt()
+        return main.squared(J).add_(K)
 
-    def _spread(self, weights) -> torch.Tensor:
-        """One number per parameter tensor as one per parameter, (P,)."""
-        sizes = torch.tensor(self._sizes[: self._weighed], device=self.device)
-        return torch.tensor(weights, dtype=self.dtype, device=self.device).repeat_interleave(sizes)
+    def _few(self, main, w: list[float]):
+        """T and J_q."""
+        Q, J_q = self._part("sub").dense(), main.columns(self._rest)
+        weighed = Q * self._spread(w, self._chain.owned)
+        inner = 0.5 * (weighed @ Q.T)
+        if not any(p in self._read for p in self._chain.owned):
+            return J_q @ inner, J_q
+        spread = Q.new_zeros(len(Q), self.num_parameters)
+        starts, start = [0, *itertools.accumulate(self._sizes)], 0
+        for p in self._chain.owned:
+            spread[:, starts[p] : starts[p + 1]] = weighed[:, start : start + self._sizes[p]]
+            start += self._sizes[p]
+        return _pushed(main, torch.cat([spread, inner], 1)), J_q
 
+    def _spread(self, weights, parameters) -> torch.Tensor:
+        """One number per parameter tensor as one for each element of these."""
+        sizes = torch.tensor([self._sizes[p] for p in parameters], device=self.device)
+        values = torch.tensor([weights[p] for p in parameters], dtype=self.dtype, device=self.device)
+        return values.repeat_interleave(sizes)
     @torch.no_grad()
     def normal(self) -> torch.Tensor:
         """J^T J, (P, P). Kept for further dampings: not to be changed."""
         if "normal" not in self._held:
             J = self._dense()
-            self._held["normal"] = J.T @ J
+            self._held["normal"] = self._main.squared(J, transposed=True)
         return self._held["normal"]
 
     @torch.no_grad()
