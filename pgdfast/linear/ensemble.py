@@ -118,6 +118,7 @@ class _EnsemblePlan(Plan):
     """Kernels of one member's program where the program separates, else of all members together."""
 
     __slots__ = ("members", "order")
+    chains = False
 
     def __init__(self, program, cut, device, backend, dtype=None, base=None):
         self.members = cut
