@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand, relative
+from tape.cases_pointwise import POINTWISE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
@@ -517,7 +518,7 @@ TAYLOR = {
 }
 
 
-CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR
+CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR | POINTWISE
 
 
 # Backward passes that round a number to float32: 1 / alpha and 1 / 6. {name: (function, its derivative)}.

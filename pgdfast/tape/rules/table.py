@@ -24,17 +24,58 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*nodes: str, saved: str = "", shape: bool = False):
-    """Register a rule for autograd nodes of these names; with `shape` the output's shape and device follow the saved fields."""
+def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False):
+    """Register a rule for autograd nodes of these names.
+
+    After the saved fields come, with `shape`, the output's shape and device; with `own`, the node's `OwnBackward`.
+    """
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
         read = _reader(names)
+        read = _with_shape(read) if shape else _with_backward(read) if own else read
         for node in nodes:
-            RULES[node] = Rule(apply, names, _with_shape(read) if shape else read)
+            RULES[node] = Rule(apply, names, read)
         return apply
 
     return register
+
+
+class OwnBackward:
+    """A node's own backward, for rules that read coefficients off it. All of them are equal: none tells of the structure."""
+
+    __slots__ = ("_node", "outputs")
+
+    def __init__(self, node):
+        self._node = node
+        self.outputs = node._input_metadata
+
+    def __eq__(self, other) -> bool:
+        return type(other) is OwnBackward
+
+    def __hash__(self) -> int:
+        return hash(OwnBackward)
+
+    def ones(self, out: int = 0) -> torch.Tensor:
+        """A gradient of ones for an output."""
+        like = self.outputs[out]
+        return torch.ones(tuple(like.shape), dtype=like.dtype, device=like.device)
+
+    def __call__(self, gradient: torch.Tensor, out: int = 0) -> list:
+        """The gradients of all inputs, None where there is none, from that of one output.
+
+        They have the shapes that inputs are broadcast to: autograd's engine, not the node, sums over broadcast dimensions.
+        """
+        gradients = [None] * len(self.outputs)
+        gradients[out] = gradient
+        with torch.no_grad():
+            found = self._node(*gradients)
+        found = found if isinstance(found, tuple) else (found,)
+        return [None if g is None else plain(g) for g in found]
+
+
+def _with_backward(read: Callable) -> Callable:
+    return lambda node: (*read(node), OwnBackward(node))
 
 
 def _with_shape(read: Callable) -> Callable:
