@@ -74,7 +74,8 @@ POINTWISE = {
         torch.fmod(C, positive(c))),
     "rounding": lambda a, b, c, m: (
         a - torch.round(a), torch.floor(a) * b, torch.ceil(a) * b, torch.trunc(a) + b, torch.frac(a),
-        torch.round(a, decimals=2) + b, torch.sign(a) * b, torch.div(a, b, rounding_mode="floor") * b, torch.div(a, 0.3, rounding_mode="trunc") * b,
+        torch.round(a, decimals=2) + b, torch.sign(a) * b, torch.div(a, b, rounding_mode="floor") * b,
+        torch.div(a, 0.3, rounding_mode="trunc") * b,
         aten.div.Scalar_mode(a, 0.3, rounding_mode="floor") * b),
     "copysign": lambda a, b, c, m: (torch.copysign(a, b), torch.copysign(a, -1.0), torch.copysign(C, c) + a),
     "nan_to_num": lambda a, b, c, m: torch.nan_to_num(torch.where(C > 1, torch.nan, a), 0.5),
