@@ -192,7 +192,7 @@ def rule_of(node):
     kind = type(node)
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
-        found = RULES.get(kind_of(node))
+        found = RULES.get(kind_of(node).removesuffix("_copy"))   # the same operation, out of the view's storage
         if found is None:
             raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found

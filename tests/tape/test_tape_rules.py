@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand, relative
 from tape.cases_pointwise import POINTWISE
+from tape.cases_selection import SELECTION, WRITES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
@@ -518,7 +519,7 @@ TAYLOR = {
 }
 
 
-CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR | POINTWISE
+CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR | POINTWISE | SELECTION | WRITES
 
 
 # Backward passes that round a number to float32: 1 / alpha and 1 / 6. {name: (function, its derivative)}.
@@ -557,7 +558,7 @@ def operations(result):
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
-            seen[node] = kind_of(node)
+            seen[node] = kind_of(node).removesuffix("_copy")
             stack.extend(child for child, _ in node.next_functions)
     return set(seen.values()) - {"AccumulateGrad"}
 

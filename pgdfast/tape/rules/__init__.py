@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import elementwise, gathers, jets, linear_algebra, normalizing, pointwise, structural
+from . import elementwise, gathers, jets, linear_algebra, normalizing, pointwise, probed, selection, structural, writes
 from .table import RULES, Rule
 
-__all__ = ["RULES", "Rule", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "pointwise", "structural"]
+__all__ = [
+    "RULES", "Rule", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "pointwise", "probed", "selection",
+    "structural", "writes",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,12 +13,18 @@ class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
 
     `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives what the rule takes, as a tuple, its
-    tensors with their entries in memory.
+    tensors with their entries in memory. variants: (test, rule) pairs; the first rule whose test of the node's edges, as in
+    walk.Structure, holds takes this one's place.
     """
 
     apply: Callable
     saved: tuple[str, ...]
     read: Callable
+    variants: list = field(default_factory=list)
+
+    def of(self, edges) -> Rule:
+        """The rule for a node with these edges: this one, or a variant."""
+        return next((variant for test, variant in self.variants if test(edges)), self)
 
 
 RULES: dict[str, Rule] = {}
@@ -39,6 +45,21 @@ def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False):
         return apply
 
     return register
+
+
+class Keyed:
+    """What a rule computed when it read a node; `key` is the part that belongs to the structure."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, value, key):
+        self.value, self.key = value, key
+
+    def __eq__(self, other) -> bool:
+        return type(other) is Keyed and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 class OwnBackward:
