@@ -98,8 +98,11 @@ class Refresh:
     def tile(self, i, repeats):
         """Out is in_i repeated along each dimension."""
 
-    def temporary(self, name, shape):
-        """Name a zero-initialized temporary that other verbs may use in place of an input or output."""
+    def temporary(self, name, shape, behind=None):
+        """Name a zero-initialized temporary that other verbs may use in place of an input or output.
+
+        behind: (i, d): its shape is followed by in_i's dimensions from d on.
+        """
 
 
 class Record:
@@ -360,7 +363,9 @@ class Record:
             x, source = copy, copy.view.view([n for size in sizes for n in (1, size)])
         self._muladd(Slot(y.buffer, y.view.view(pairs)), Slot(x.buffer, source), -1, 1.0, pairs)
 
-    def temporary(self, name, shape):
+    def temporary(self, name, shape, behind=None):
+        if behind is not None:
+            shape = (*shape, *self._input(behind[0]).view.shape[behind[1] :])
         self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
 
 

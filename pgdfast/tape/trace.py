@@ -265,7 +265,7 @@ class Tracer:
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
             rules = [
-                (position, rule_of(node).of(structure.edges[position]))
+                (position, rule_of(node).of(structure, position))
                 for position, node in tape.nodes.items() if position not in consumed
             ]
             if structure.complex:

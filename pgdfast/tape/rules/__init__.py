@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-from . import elementwise, gathers, jets, linear_algebra, normalizing, pointwise, probed, selection, structural, writes
+from . import (
+    distances,
+    elementwise,
+    gathers,
+    jets,
+    linear_algebra,
+    linear_maps,
+    local,
+    normalizing,
+    pointwise,
+    probed,
+    scatters,
+    selection,
+    structural,
+    writes,
+)
 from .table import RULES, Rule
 
 __all__ = [
-    "RULES", "Rule", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "pointwise", "probed", "selection",
-    "structural", "writes",
+    "RULES",
+    "Rule",
+    "distances",
+    "elementwise",
+    "gathers",
+    "jets",
+    "linear_algebra",
+    "linear_maps",
+    "local",
+    "normalizing",
+    "pointwise",
+    "probed",
+    "scatters",
+    "selection",
+    "structural",
+    "writes",
 ]

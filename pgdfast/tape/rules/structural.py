@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .table import RULES, Keyed, OwnBackward, Rule, reduced, rule, signed
 
 
@@ -118,24 +120,23 @@ def cat(op, dim):
     op.join(signed(dim), stacked=False)
 
 
-def cat_of_constants(node):
-    """What `cat_by_sizes` needs: pieces that no parameter reaches leave no sizes on the tape, but the backward knows them."""
-    backward = OwnBackward(node)
-    dim = signed(node._saved_dim)
+def _read_sizes(node):
+    dim, backward = signed(node._saved_dim), OwnBackward(node)
     sizes = tuple([g.shape[dim] if g.dim() else 0 for g in backward(backward.ones())])
     return (Keyed(None, (dim, sizes)),)
 
 
 def cat_by_sizes(op, found):
+    """Pieces that no parameter reaches leave no sizes on the tape: of several only the node's backward knows."""
     dim, sizes = found.key
     op.join(dim, stacked=False, sizes=sizes)
 
 
-def _several_constants(edges) -> bool:
-    return sum(edge is None for edge in edges) > 1
+def _several_constants(structure, position):
+    return Rule(cat_by_sizes, (), _read_sizes) if structure.edges[position].count(None) > 1 else None
 
 
-RULES["CatBackward0"].variants.append((_several_constants, Rule(cat_by_sizes, (), cat_of_constants)))
+RULES["CatBackward0"] = dataclasses.replace(RULES["CatBackward0"], specialize=_several_constants)
 
 
 @rule("StackBackward0", saved="dim")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+
+from ..program import UnsupportedStructure
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,38 +15,48 @@ class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
 
     `saved` names the node's `_saved_` fields that the rule reads; `read(node)` gives what the rule takes, as a tuple, its
-    tensors with their entries in memory. variants: (test, rule) pairs; the first rule whose test of the node's edges, as in
-    walk.Structure, holds takes this one's place.
+    tensors with their entries in memory. specialize: of a walk.Structure and a position there, the rule that takes this one's
+    place, or None.
     """
 
     apply: Callable
     saved: tuple[str, ...]
     read: Callable
-    variants: list = field(default_factory=list)
+    specialize: Callable | None = None
 
-    def of(self, edges) -> Rule:
-        """The rule for a node with these edges: this one, or a variant."""
-        return next((variant for test, variant in self.variants if test(edges)), self)
+    def of(self, structure, position: int) -> Rule:
+        """The rule for the node at a position: this one, or one in its place."""
+        return self.specialize and self.specialize(structure, position) or self
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False):
+def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False, used: bool = False,
+         sparse: bool = False):
     """Register a rule for autograd nodes of these names.
 
-    After the saved fields come, with `shape`, the output's shape and device; with `own`, the node's `OwnBackward`.
+    After the saved fields come, with `shape`, the output's shape and device; with `own`, the node's `OwnBackward`; with `used`,
+    the numbers of the outputs that something reads. sparse: takes matrices in sparse layouts, as `sparse_rows`.
     """
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
-        read = _reader(names)
+        read = _reader(names, sparse)
         read = _with_shape(read) if shape else _with_backward(read) if own else read
         for node in nodes:
-            RULES[node] = Rule(apply, names, read)
+            RULES[node] = Rule(apply, names, read, _for_used(apply, names, read) if used else None)
         return apply
 
     return register
+
+
+def _for_used(apply: Callable, names: tuple[str, ...], read: Callable) -> Callable:
+    def specialize(structure, position: int) -> Rule:
+        outputs = structure.used(position)
+        return Rule(lambda op, *values: apply(op, *values, outputs), names, read)
+
+    return specialize
 
 
 class Keyed:
@@ -107,8 +119,38 @@ def _with_shape(read: Callable) -> Callable:
     return read_all
 
 
-def _reader(names: tuple[str, ...]) -> Callable:
-    return lambda node: tuple([plain(getattr(node, name)) for name in names])
+def _reader(names: tuple[str, ...], sparse: bool = False) -> Callable:
+    if not sparse:
+        return lambda node: tuple([plain(getattr(node, name)) for name in names])
+
+    def read(node) -> tuple:
+        values = [getattr(node, name) for name in names]
+        return tuple([sparse_rows(v) if is_sparse(v) else plain(v) for v in values])
+
+    return read
+
+
+def is_sparse(value) -> bool:
+    """Say whether a value is a tensor in one of the sparse layouts."""
+    return isinstance(value, torch.Tensor) and value.layout is not torch.strided
+
+
+def sparse_rows(matrix: torch.Tensor) -> Keyed:
+    """Per row of a sparse matrix the numbers of its columns, -1 behind the last, and its entries: both (rows, K).
+
+    K is the next power of two, so that another matrix seldom makes another structure.
+    """
+    matrix = (matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse()).coalesce()
+    (row, column), entries = matrix.indices(), matrix.values()
+    counts = torch.bincount(row, minlength=matrix.shape[0])
+    most = 1 << (max(int(counts.max()) if len(counts) else 0, 1) - 1).bit_length()
+    if most * matrix.shape[0] > 64 * max(len(entries), matrix.shape[0]):
+        raise UnsupportedStructure("a sparse matrix with a few rows much longer than the others")
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    columns = torch.full((matrix.shape[0], most), -1, dtype=torch.int64, device=row.device)
+    padded = entries.new_zeros(matrix.shape[0], most)
+    columns[row, rank], padded[row, rank] = column, entries
+    return Keyed((columns, padded), (matrix.shape[0], most))
 
 
 def is_lazy(value) -> bool:
@@ -119,6 +161,8 @@ def is_lazy(value) -> bool:
 def plain(value):
     """A saved value as it is; a tensor that `is_lazy` with memory of its own."""
     if not is_lazy(value):
+        if is_sparse(value):
+            raise UnsupportedStructure("a sparse tensor")
         return value
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
