@@ -60,10 +60,11 @@ class Refresh:
         c = right if left is None else left
         self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
 
-    def gather(self, i, positions, lead, out=0):
+    def gather(self, i, positions, lead, out=0, fixed=False):
         """Out[r] += in_i[positions[r]], rows being in_i's first `lead` dimensions flattened; -1 gives zero.
 
-        Positions may change from step to step. They have as many elements as out has rows.
+        lead: from the end where it is not positive (0: all dimensions). Positions may change from step to step, unless they are
+        `fixed`: part of the structure. They have as many elements as out has rows.
         """
         self.constants.append(positions.to(torch.int64).reshape(-1).contiguous())
 
@@ -88,14 +89,20 @@ class Refresh:
     def unbind(self, i, dim):
         """Output k is in_i at position k of a dimension."""
 
-    def join(self, dim, stacked):
-        """Out is the inputs laid side by side along a dimension, or along a new one."""
+    def join(self, dim, stacked, sizes=None):
+        """Out is the inputs laid side by side along a dimension, or along a new one.
+
+        sizes: theirs, where the tape does not show them for more than one.
+        """
 
     def tile(self, i, repeats):
         """Out is in_i repeated along each dimension."""
 
-    def temporary(self, name, shape):
-        """Name a zero-initialized temporary that other verbs may use in place of an input or output."""
+    def temporary(self, name, shape, behind=None):
+        """Name a zero-initialized temporary that other verbs may use in place of an input or output.
+
+        behind: (i, d): its shape is followed by in_i's dimensions from d on.
+        """
 
 
 class Record:
@@ -218,11 +225,14 @@ class Record:
             )
         )
 
-    def gather(self, i, positions, lead, out=0):
+    def gather(self, i, positions, lead, out=0, fixed=False):
         constant = self._constant(self._collect.gather, i, positions, lead)
         self.program.functions[-1] = "positions"
+        if fixed:
+            self.program.fixed.add(constant)
         y, x = self.output(out), self._input(i)
         shape = x.view.shape
+        lead = lead if lead > 0 else len(shape) + lead
         count, width = shape[:lead].numel(), shape[lead:].numel()
         try:
             rows = x.view.view(count, width)
@@ -317,11 +327,13 @@ class Record:
         for k in range(len(self._shapes)):
             self.view(i, lambda x, k=k: x.select(dim, k), out=k)
 
-    def join(self, dim, stacked):
+    def join(self, dim, stacked, sizes=None):
         shape = self._shapes[0]
         dim %= len(shape)
         if stacked:
             starts = range(len(self._inputs))
+        elif sizes is not None:
+            starts = [sum(sizes[:k]) for k in range(len(sizes))]
         else:
             starts = self._offsets(dim, shape[dim])
         for i, start in enumerate(starts):
@@ -336,10 +348,7 @@ class Record:
     def _offsets(self, dim: int, total: int) -> list[int]:
         # A piece that no parameter reaches leaves no size on the tape; one such piece follows from the rest.
         sizes = [None if s is None else s.view.shape[dim] for s in self._inputs]
-        unknown = [k for k, size in enumerate(sizes) if size is None]
-        if len(unknown) > 1:
-            raise UnsupportedStructure("torch.cat with several pieces that do not depend on the parameters")
-        for k in unknown:
+        for k in [k for k, size in enumerate(sizes) if size is None]:
             sizes[k] = total - sum(size for size in sizes if size is not None)
         return [sum(sizes[:k]) for k in range(len(sizes))]
 
@@ -354,7 +363,9 @@ class Record:
             x, source = copy, copy.view.view([n for size in sizes for n in (1, size)])
         self._muladd(Slot(y.buffer, y.view.view(pairs)), Slot(x.buffer, source), -1, 1.0, pairs)
 
-    def temporary(self, name, shape):
+    def temporary(self, name, shape, behind=None):
+        if behind is not None:
+            shape = (*shape, *self._input(behind[0]).view.shape[behind[1] :])
         self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
 
 

@@ -14,8 +14,8 @@ import torch
 from ..kernels import native
 from . import losses
 from .ops import Refresh
-from .program import Program
-from .rules.table import is_lazy
+from .program import Program, UnsupportedStructure
+from .rules.table import Keyed, is_lazy
 from .walk import Structure, Tape, Walker, describe
 
 _LAYOUT, _NUMBER, _VALUE = 0, 1, 2   # what a field must have in common with the one seen before: csrc/tape/replay.h
@@ -61,9 +61,14 @@ class Replay:
         """Compute the constants that the core left open; False if a node is not as it was."""
         op = Refresh(dtype)
         for node in self.by_hand:
-            values = node.rule.read(tape.nodes[node.position])
+            try:
+                values = node.rule.read(tape.nodes[node.position])
+            except UnsupportedStructure:   # for the long way to say so
+                return False
             if [describe(value) for value in values] != node.described:
                 return False
+            if not node.needs:   # it has no constants
+                continue
             op.needs, op.constants = node.needs, []
             node.rule.apply(op, *values)
             constants[node.start : node.start + len(op.constants)] = op.constants
@@ -154,7 +159,7 @@ def _is_simple(value) -> bool:
     """Say whether a saved value can be compared in one go: a tensor, or something without tensors."""
     if type(value) in (tuple, list):
         return not any(isinstance(v, torch.Tensor) for v in value)
-    return True
+    return not isinstance(value, Keyed)
 
 
 def _sources(rule, needs: tuple[bool, ...], values: tuple, dtype: torch.dtype) -> list | None:

@@ -264,7 +264,10 @@ class Tracer:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
-            rules = [(position, rule_of(node)) for position, node in tape.nodes.items() if position not in consumed]
+            rules = [
+                (position, rule_of(node).of(structure, position))
+                for position, node in tape.nodes.items() if position not in consumed
+            ]
             if structure.complex:
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
             structure.rules[consumed] = rules

@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from . import elementwise, gathers, jets, linear_algebra, normalizing, structural
+from . import (
+    distances,
+    elementwise,
+    gathers,
+    jets,
+    linear_algebra,
+    linear_maps,
+    local,
+    normalizing,
+    pointwise,
+    probed,
+    scatters,
+    selection,
+    structural,
+    writes,
+)
 from .table import RULES, Rule
 
-__all__ = ["RULES", "Rule", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "structural"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "distances",
+    "elementwise",
+    "gathers",
+    "jets",
+    "linear_algebra",
+    "linear_maps",
+    "local",
+    "normalizing",
+    "pointwise",
+    "probed",
+    "scatters",
+    "selection",
+    "structural",
+    "writes",
+]
