@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import elementwise, gathers, jets, linear_algebra, normalizing, structural
+from . import convolution, elementwise, gathers, jets, linear_algebra, normalizing, pooling, structural
 from .table import RULES, Rule
 
-__all__ = ["RULES", "Rule", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "structural"]
+__all__ = [
+    "RULES", "Rule", "convolution", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "pooling", "structural",
+]

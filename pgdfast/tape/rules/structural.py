@@ -15,7 +15,7 @@ def t(op):
     op.view(0, lambda x: x.t())
 
 
-@rule("TransposeBackward0", saved="dim0 dim1")
+@rule("TransposeBackward0", "TransposeBackward1", saved="dim0 dim1")
 def transpose(op, dim0, dim1):
     op.view(0, lambda x: x.transpose(signed(dim0), signed(dim1)))
 
@@ -87,14 +87,14 @@ def select_backward(op, dim, index):
     op.add(0, where=lambda x: x.select(signed(dim), signed(index)))
 
 
-@rule("SplitBackward0", saved="dim split_size self_sym_sizes")
+@rule("SplitBackward0", "UnsafeSplitBackward0", saved="dim split_size self_sym_sizes")
 def split(op, dim, size, sizes):
     dim = signed(dim) % len(sizes)
     for k, start in enumerate(range(0, max(sizes[dim], 1), max(size, 1))):   # of no elements there is one part
         op.view(0, lambda x, a=start: x.narrow(dim, a, min(size, sizes[dim] - a)), out=k)
 
 
-@rule("SplitWithSizesBackward0", saved="dim split_sizes self_sym_sizes")
+@rule("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0", saved="dim split_sizes self_sym_sizes")
 def split_with_sizes(op, dim, parts, sizes):
     start = 0
     for k, size in enumerate(parts):
