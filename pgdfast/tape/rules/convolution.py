@@ -12,8 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..program import UnsupportedStructure
-from .table import rule
+from .table import RULES, Rule, reader, rule
 from .windows import Windows, on_small
 
 
@@ -31,7 +30,6 @@ def _patches(x: torch.Tensor, w: Windows, groups: int) -> torch.Tensor:
 
 def _convolve(op, i, j, x, weight, w: Windows, groups: int, n: int, to) -> None:
     """To += the convolution of x with weight; i, j: the inputs with their tangents, or None."""
-    dims = len(w.kernel)
     op.temporary("result", (n, *w.small, weight.shape[0]))
     op.view("result", lambda y: y.flatten(0, -2).unflatten(-1, (groups, -1)).movedim(-2, 0), out="by group")
     if j is not None:   # (g, c k, o)
@@ -39,17 +37,21 @@ def _convolve(op, i, j, x, weight, w: Windows, groups: int, n: int, to) -> None:
         op.view("weight", lambda t: t.mT, out="weight")
         op.matmul("weight", left=_patches(x, w, groups), out="by group")
     if i is not None:
-        channels = weight.shape[1]
-        op.temporary("patches", (groups, n, *w.small, *w.kernel, channels))
-        op.view("patches", lambda t: t.permute(1, 0, t.dim() - 1, *range(2, t.dim() - 1)), out="positions last")
-        op.view(i, lambda t: t.unflatten(1, (groups, channels)), out="input")
-        for offsets, small, large in w.pieces(merges=groups == 1 and dims < 3):
-            op.view("input", w.on_large(large), out="window")
-            op.add("window", out="positions last", where=on_small(small, offsets))
-        op.reshape("patches", (groups, n * math.prod(w.small), math.prod(w.kernel) * channels), out="matrix")
+        _gather_patches(op, i, w, groups, n, weight.shape[1])
         matrix = weight.unflatten(0, (groups, -1)).movedim(2, -1).reshape(groups, weight.shape[0] // groups, -1)
-        op.matmul("matrix", right=matrix.mT, out="by group")
+        op.matmul("patches", right=matrix.mT, out="by group")
     op.view("result", lambda y: y.movedim(-1, 1), out=to)
+
+
+def _gather_patches(op, i, w: Windows, groups: int, n: int, channels: int) -> None:
+    """Let "patches" be the windows of input i (n, g c, *large) as (g, n p, k c)."""
+    op.temporary("patches", (groups, n, *w.small, *w.kernel, channels))
+    op.view("patches", lambda t: t.permute(1, 0, t.dim() - 1, *range(2, t.dim() - 1)), out="positions last")
+    op.view(i, lambda t: t.unflatten(1, (groups, channels)), out="input")
+    for offsets, small, large in w.pieces(merges=groups == 1 and len(w.kernel) < 3):
+        op.view("input", w.on_large(large), out="window")
+        op.add("window", out="positions last", where=on_small(small, offsets))
+    op.reshape("patches", (groups, n * math.prod(w.small), math.prod(w.kernel) * channels), out="patches")
 
 
 def _convolve_transposed(op, i, j, x, weight, w: Windows, groups: int, n: int, to) -> None:
@@ -94,15 +96,39 @@ def convolution(op, dilation, groups, x, padding, stride, transposed, weight, sh
         op.add(2, where=lambda y: y.movedim(1, -1))
 
 
-@rule("ConvolutionBackwardBackward0",
-      saved="dilation grad_output groups input output_mask padding stride transposed weight")
-def convolution_backward(op, dilation, grad, groups, x, mask, padding, stride, transposed, weight):
-    """f(g, x, weight) = the cotangent of x: the adjoint of a convolution in its input."""
-    if mask[1] or mask[2]:
-        raise UnsupportedStructure("the derivative of a convolution by its weight, differentiated")
+def convolution_backward(op, dilation, grad, groups, x, padding, stride, transposed, weight, wanted):
+    """f(g, x, weight): the cotangents of x, of weight and of a bias, where `wanted`, given that of the output."""
     i, j = (k if op.needs[k] else None for k in (0, 2))
-    small, large, run = (x.shape, grad.shape, _convolve) if transposed else (grad.shape, x.shape, _convolve_transposed)
-    if i is None and j is None:
-        op.scale(1, 0.0)
-        return
-    run(op, i, j, grad, weight, _windows(small, large, weight, stride, padding, dilation), groups, x.shape[0], 0)
+    small, large, run = (x, grad, _convolve) if transposed else (grad, x, _convolve_transposed)
+    w = _windows(small.shape, large.shape, weight, stride, padding, dilation)
+    if wanted[0] and (i is not None or j is not None):
+        run(op, i, j, grad, weight, w, groups, len(x), 0)
+    if wanted[1]:   # (g, o, c k) = values (g, o, n p) @ patches (g, n p, c k)
+        op.temporary("cotangent", weight.shape)
+        op.view("cotangent", lambda t: t.view(groups, weight.shape[0] // groups, -1), out="by group")
+        by_values, by_patches = (1, 0) if transposed else (0, 1)
+        if op.needs[by_values]:
+            op.view(by_values, lambda t: t.movedim(1, 0), out="values")
+            op.reshape("values", (groups, small.shape[1] // groups, small[:, 0].numel()), out="values")
+            op.matmul("values", right=_patches(large, w, groups), out="by group")
+        if op.needs[by_patches]:
+            channels = weight.shape[1]
+            _gather_patches(op, by_patches, w, groups, len(x), channels)
+            op.temporary("products", (groups, weight.shape[0] // groups, math.prod(w.kernel), channels))
+            op.view("products", lambda t: t.flatten(2), out="matrices")
+            op.matmul("patches", left=small.movedim(1, 0).reshape(groups, weight.shape[0] // groups, -1), out="matrices")
+            op.view("products", lambda t: t.mT, out="products")
+            op.view("cotangent", lambda t: t.view(groups, weight.shape[0] // groups, channels, -1), out="channels first")
+            op.add("products", out="channels first")
+        op.view("cotangent", lambda t: t, out=1)
+    if wanted[2] and op.needs[0]:
+        op.sum(0, (0, *range(2, grad.dim())), False, out=2)
+
+
+def _read_backward(node) -> tuple:
+    return (*_read_saved(node), tuple([len(m.shape) > 0 for m in node._input_metadata]))   # undefined ones have no dimensions
+
+
+_BACKWARD = tuple("_saved_" + name for name in "dilation grad_output groups input padding stride transposed weight".split())
+_read_saved = reader(_BACKWARD)
+RULES["ConvolutionBackwardBackward0"] = Rule(convolution_backward, _BACKWARD, _read_backward)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from ..program import UnsupportedStructure
 from .table import rule
 
 
@@ -34,8 +37,27 @@ def matrix_vector(op, matrix, vector):
 
 
 @rule("DotBackward0", saved="self tensor")
+@rule("VdotBackward0", saved="self other")
 def dot(op, left, right):
     if op.needs[0]:
         op.sum(0, (0,), False, c=right)
     if op.needs[1]:
         op.sum(1, (0,), False, c=left)
+
+
+@rule("TrilinearBackward0", saved="expand1 expand2 expand3 i1 i2 i3 sumdim")
+def bilinear(op, expand1, expand2, expand3, x, weight, y, summed):
+    """Sum over i, j of x[b, i] weight[o, i, j] y[b, j]."""
+    if ([*expand1], [*expand2], [*expand3], [*summed]) != ([1, 3], [0], [1, 2], [2, 3]):
+        raise UnsupportedStructure("a trilinear form that is not nn.Bilinear's")
+    op.temporary("result", (len(x), len(weight)))
+    if op.needs[1]:
+        op.reshape(1, (len(weight), weight[0].numel()), out="weight")
+        op.view("weight", lambda t: t.mT, out="weight")
+        op.matmul("weight", left=(x[:, :, None] * y[:, None, :]).flatten(1), out="result")
+    for i, matrix in ((0, "oij,bj->bio"), (2, "oij,bi->bjo")):
+        if op.needs[i]:
+            op.view(i, lambda t: t[:, None], out="row")
+            op.view("result", lambda t: t[:, None], out="products")
+            op.matmul("row", right=torch.einsum(matrix, weight, y if i == 0 else x), out="products")
+    op.view("result", lambda t: t)

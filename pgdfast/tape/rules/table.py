@@ -29,7 +29,7 @@ def rule(*nodes: str, saved: str = "", shape: bool = False):
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
-        read = _reader(names)
+        read = reader(names)
         for node in nodes:
             RULES[node] = Rule(apply, names, _with_shape(read) if shape else read)
         return apply
@@ -45,7 +45,8 @@ def _with_shape(read: Callable) -> Callable:
     return read_all
 
 
-def _reader(names: tuple[str, ...]) -> Callable:
+def reader(names: tuple[str, ...]) -> Callable:
+    """A function from a node to its saved fields of these names."""
     return lambda node: tuple([plain(getattr(node, name)) for name in names])
 
 
