@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import convolution, elementwise, gathers, jets, linear_algebra, normalizing, pooling, recurrent, statistics, structural
+from . import convolution, elementwise, gathers, jets, linear_algebra, normalizing, pooling, recurrent, sparse, statistics, structural
 from .table import RULES, Rule
 
 __all__ = [
     "RULES", "Rule", "convolution", "elementwise", "gathers", "jets", "linear_algebra", "normalizing", "pooling", "recurrent",
-    "statistics", "structural",
+    "sparse", "statistics", "structural",
 ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..program import UnsupportedStructure
+from .sparse import multiply_left, reads_sparse
 from .table import rule
 
 
-@rule("MmBackward0", "BmmBackward0", saved="mat2 self")
-def matrix_product(op, right, left):
+@rule("MmBackward0", "BmmBackward0", saved="mat2 self", read=reads_sparse)
+def matrix_product(op, right, left, rest=()):
     if op.needs[0]:
         op.matmul(0, right=right)
     if op.needs[1]:
-        op.matmul(1, left=left)
+        multiply_left(op, left, 1, rest)
 
 
 @rule("AddmmBackward0", saved="mat1 mat2 alpha beta")
@@ -28,12 +29,12 @@ def sum_and_product(op, left, right, alpha, beta):
         op.add(0, beta)
 
 
-@rule("MvBackward0", saved="self vec")
-def matrix_vector(op, matrix, vector):
+@rule("MvBackward0", saved="self vec", read=reads_sparse)
+def matrix_vector(op, matrix, vector, rest=()):
     if op.needs[0]:
         op.sum(0, (1,), False, c=vector)
     if op.needs[1]:
-        op.matmul(1, left=matrix)
+        multiply_left(op, matrix, 1, rest)
 
 
 @rule("DotBackward0", saved="self tensor")

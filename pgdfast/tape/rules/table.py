@@ -24,14 +24,17 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*nodes: str, saved: str = "", shape: bool = False):
-    """Register a rule for autograd nodes of these names; with `shape` the output's shape and device follow the saved fields."""
+def rule(*nodes: str, saved: str = "", shape: bool = False, read: Callable | None = None):
+    """Register a rule for autograd nodes of these names; with `shape` the output's shape and device follow the saved fields.
+
+    read: makes a reader of the names of saved fields, `reader` unless given.
+    """
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
-        read = reader(names)
+        reads = (read or reader)(names)
         for node in nodes:
-            RULES[node] = Rule(apply, names, _with_shape(read) if shape else read)
+            RULES[node] = Rule(apply, names, _with_shape(reads) if shape else reads)
         return apply
 
     return register
@@ -51,14 +54,18 @@ def reader(names: tuple[str, ...]) -> Callable:
 
 
 def is_lazy(value) -> bool:
-    """Say whether a tensor's memory does not hold its entries: negated when they are read, or zero without memory."""
-    return isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor())
+    """Say whether a tensor's memory does not hold its entries: negated when they are read, zero without memory, or sparse."""
+    return isinstance(value, torch.Tensor) and (
+        value.is_neg() or value._is_zerotensor() or value.layout is not torch.strided
+    )
 
 
 def plain(value):
     """A saved value as it is; a tensor that `is_lazy` with memory of its own."""
     if not is_lazy(value):
         return value
+    if value.layout is not torch.strided:
+        return value.to_dense()
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.resolve_neg()
