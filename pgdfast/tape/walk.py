@@ -7,6 +7,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..kernels import native
 from .rules import RULES
+from .rules.functions import FUNCTION
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
@@ -18,6 +19,7 @@ _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
 }
+_OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
 
 
@@ -192,7 +194,10 @@ def rule_of(node):
     kind = type(node)
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
-        found = RULES.get(kind_of(node))
+        name = kind_of(node)
+        found = RULES.get(name)
+        if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(_OPAQUE):
+            found = FUNCTION
         if found is None:
             raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found
