@@ -15,7 +15,7 @@ from ..kernels import native
 from . import losses
 from .ops import Refresh
 from .program import Program, UnsupportedStructure
-from .rules.table import is_lazy
+from .rules.table import Keyed, is_lazy
 from .walk import Structure, Tape, Walker, describe
 
 _LAYOUT, _NUMBER, _VALUE = 0, 1, 2   # what a field must have in common with the one seen before: csrc/tape/replay.h
@@ -157,7 +157,7 @@ def _is_simple(value) -> bool:
     """Say whether a saved value can be compared in one go: a tensor, or something without tensors."""
     if type(value) in (tuple, list):
         return not any(isinstance(v, torch.Tensor) for v in value)
-    return True
+    return not isinstance(value, Keyed)
 
 
 def _sources(rule, needs: tuple[bool, ...], values: tuple, dtype: torch.dtype) -> list | None:

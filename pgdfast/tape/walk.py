@@ -19,6 +19,7 @@ _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
 }
+CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"   # whose parameters have no edges: it is active in any case
 _OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
 
@@ -59,7 +60,7 @@ class Structure:
                 position = -1 if child is None else index[child]
                 edges.append((position, output) if position >= 0 and self.active[position] else None)
             self.leaf.append(number)
-            self.active.append(number >= 0 or any(edges))
+            self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)

@@ -15,7 +15,7 @@ import math
 import torch
 
 from ..program import UnsupportedStructure
-from .table import Rule, plain
+from .table import Keyed, Rule, plain
 
 _MOST_CALLS = 256      # of the backward, at a step
 _MOST_PATTERNS = 256   # remembered
@@ -171,7 +171,7 @@ _NONE = object()   # no alignment that is cheap enough
 
 
 class _Jacobian:
-    """The local Jacobian of a node: per pair (output, input) its alignment and rows. Equal where alignments are."""
+    """The local Jacobian of a node: per pair (output, input) its alignment and blocks (d, r, s)."""
 
     def __init__(self, backward: _Backward, pattern: _Pattern, probes: _Probes):
         self.inputs = backward.inputs
@@ -179,13 +179,6 @@ class _Jacobian:
         self.blocks = {
             (k, i): (a, a.blocks(probes.rows(k, a.others)[i])) for (k, i), a in pattern.pairs.items() if a is not None
         }
-        self._key = pattern.key, backward.key
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _Jacobian) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
 
 
 def _random_cotangents(backward: _Backward) -> dict:
@@ -210,29 +203,18 @@ def _read(node) -> tuple:
         except _TooDense as error:
             _patterns[backward.key] = error
             raise
-    return (_Jacobian(backward, pattern, probes),)
+    return (Keyed(_Jacobian(backward, pattern, probes), (pattern.key, backward.key)),)
 
 
-def _function(op, jacobian: _Jacobian):
+def _function(op, found: Keyed):
+    jacobian = found.value
     for k, shape in jacobian.shapes.items():
         name = f"output {k}"
         op.temporary(name, shape)
         for (output, i), (alignment, blocks) in jacobian.blocks.items():
             if output == k and op.needs[jacobian.inputs[i]]:
                 _add_product(op, jacobian.inputs[i], alignment, blocks, name)
-    if not any(op.needs[jacobian.inputs[i]] for _, i in jacobian.blocks):
-        _ask_again(op, jacobian)
-    for k in jacobian.shapes:
-        op.view(f"output {k}", lambda y: y, out=k)
-
-
-def _ask_again(op, jacobian: _Jacobian) -> None:
-    """Zero times one element: with a constant of its own a node is read at every step, one without any is not."""
-    name = next((f"output {k}" for k, shape in jacobian.shapes.items() if math.prod(shape)), None)
-    source = next(i for i in jacobian.inputs if op.needs[i])
-    if name is not None:
-        op.view(source, lambda x: x[(0,) * x.dim()], out="element")
-        op.scale("element", 0.0, out=name, where=lambda y: y[(0,) * y.dim()])
+        op.view(name, lambda y: y, out=k)
 
 
 def _add_product(op, i: int, a: _Alignment, blocks: torch.Tensor, name: str) -> None:
@@ -246,7 +228,7 @@ def _add_product(op, i: int, a: _Alignment, blocks: torch.Tensor, name: str) -> 
     else:
         op.matmul("rows", right=blocks, out="part")
     order = [(*a.aligned, *a.others).index(k) for k in range(len(a.shape))]
-    op.view("part", lambda y: y.view(*a.sizes, *(a.shape[k] for k in a.others)).permute(order), out="part")
+    op.view("part", lambda y: y.view((*a.sizes, *(a.shape[k] for k in a.others))).permute(order), out="part")
     op.add("part", out=name)
 
 

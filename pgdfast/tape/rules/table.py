@@ -40,6 +40,21 @@ def rule(*nodes: str, saved: str = "", shape: bool = False, read: Callable | Non
     return register
 
 
+class Keyed:
+    """What a rule computed when it read a node; `key` is the part that belongs to the structure."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, value, key):
+        self.value, self.key = value, key
+
+    def __eq__(self, other) -> bool:
+        return type(other) is Keyed and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
 def _with_shape(read: Callable) -> Callable:
     def read_all(node) -> tuple:
         metadata = node._input_metadata[0]
