@@ -1,4 +1,4 @@
-"""torch.utils.checkpoint with use_reentrant=True: its function runs once more, with a tape, and that is read in the node's place.
+"""torch.utils.checkpoint with use_reentrant=True: its function runs once more, with a tape that is read in the node's place.
 
 Parameters that the function uses have no edge from the node; the inner tape shows them.
 """

@@ -63,6 +63,10 @@ class Known:
     replay: Replay | None = None
 
 
+class CompiledTape(ValueError):
+    """Nodes of torch.compile stand between a closure's result and the parameters."""
+
+
 class Tracer:
     """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
 
@@ -214,7 +218,7 @@ class Tracer:
     def _refuse_opaque(self, tape: Tape) -> None:
         for name in tape.names:
             if name.startswith("CompiledFunction"):
-                raise ValueError(
+                raise CompiledTape(
                     f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
                     "model in the closure (model._orig_mod, or the function before torch.compile)."
                 )

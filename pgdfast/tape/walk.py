@@ -199,6 +199,11 @@ def rule_of(node):
         found = RULES.get(name)
         if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(_OPAQUE):
             found = FUNCTION
+        if found is None and name_of(node).endswith("::DifferentiableGraphBackward"):
+            raise Fallback(
+                "DifferentiableGraphBackward (torch.jit had compiled the module before LM ran it: script or trace it anew, or "
+                "call the original module)"
+            )
         if found is None:
             raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import convolution, elementwise, gathers, jets, linear_algebra, normalizing, pooling, recurrent, sparse, statistics, structural
+from . import (
+    convolution,
+    elementwise,
+    gathers,
+    jets,
+    linear_algebra,
+    normalizing,
+    pooling,
+    recurrent,
+    sparse,
+    statistics,
+    structural,
+)
 from .table import RULES, Rule
 
 __all__ = [

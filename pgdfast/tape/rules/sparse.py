@@ -131,7 +131,7 @@ def _read_sparse(node) -> tuple:
 
 
 def sparse_sum_and_product(op, alpha, beta, left, shape):
-    """beta * input + alpha * left @ matrix, left being sparse and constant."""
+    """Of a constant sparse matrix: beta * input + alpha * left @ matrix."""
     if op.needs[1]:
         raise UnsupportedStructure("a product with a sparse matrix that depends on parameters")
     if op.needs[2]:
