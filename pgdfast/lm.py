@@ -12,7 +12,7 @@ import torch
 from torch.optim import optimizer
 
 from .backend import backend as choose_backend
-from .linear import check_stacked
+from .linear import as_operations, check_stacked
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -162,6 +162,9 @@ class LM(torch.optim.Optimizer, Generic[R]):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
+        return as_operations(lambda: self._step(closure))
+
+    def _step(self, closure) -> torch.Tensor:
         step = self._begin(closure)
         try:
             step.linearize()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import warnings
 from operator import attrgetter
 
@@ -12,6 +10,8 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
+from .announce import depth_of_caller
+from .compiled import as_operations
 from .double_backward import double_backward
 from .chained import Chained
 from .rows import RowLayout
@@ -188,7 +188,7 @@ class Linearizer:
             _announced.add(operation)
             warnings.warn(
                 f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
-                stacklevel=_depth_of_caller(),
+                stacklevel=depth_of_caller(),
             )
 
 
@@ -407,15 +407,6 @@ def flat_residuals(result) -> torch.Tensor:
     return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
-def _depth_of_caller() -> int:
-    """The stacklevel, for a warning in the calling function, of the first frame outside pgdfast and torch."""
-    own = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_code.co_filename.startswith(own):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
     if x.shape != (size,):
         raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
@@ -435,4 +426,5 @@ def linearize(closure, params, *, backend: str = "auto") -> Linearization:
     name = kernels.requested(backend)
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
-    return Linearizer(params, name)(closure)
+    linearizer = Linearizer(params, name)
+    return as_operations(lambda: linearizer(closure))

@@ -6,6 +6,8 @@ short function per operation serves both and the two cannot drift apart.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from .program import (
@@ -30,12 +32,36 @@ from .program import (
 class Refresh:
     """Collects the constants of a tape whose structure is known. All structural verbs do nothing."""
 
-    __slots__ = ("constants", "dtype", "needs")
+    __slots__ = ("_count", "constants", "dtype", "needs")
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
+        self._count = 0
+
+    def start(self, inputs, shapes) -> None:
+        """Begin a rule inside of another one's: what its inputs depend on the parameters by, or None; its outputs' shapes."""
+        self.needs = tuple([x is not None for x in inputs])
+        self._count = len(shapes)
+
+    def outputs(self) -> dict:
+        """By number what the outputs of a rule inside of another one's depend on the parameters by."""
+        return dict.fromkeys(range(self._count), True)
+
+    def parameter(self, number: int):
+        """What a parameter depends on itself by."""
+        return True
+
+    @contextlib.contextmanager
+    def nested(self):
+        """Let other rules run inside of one's: each after a `start`. Gives a function from an input's number to what it is."""
+        needs = self.needs
+        yield lambda i: True if needs[i] else None
+        self.needs = needs
+
+    def finish(self, out, x) -> None:
+        """Out is what an inner rule's output is, zero for None."""
 
     def add(self, i, alpha=1.0, out=0, where=None):
         """out[where] += alpha * in_i, broadcast; alpha belongs to the structure."""
@@ -108,8 +134,8 @@ class Refresh:
 class Record:
     """Builds the program of a tape with a new structure; the same verbs as `Refresh`, which explains them."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, leaves: list[Slot] = ()):
+        self.program, self._leaves = program, leaves
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
         self._slots: dict = {}
@@ -122,6 +148,24 @@ class Record:
         self._inputs = inputs
         self._shapes = shapes
         self._slots = {}
+
+    def parameter(self, number: int) -> Slot:
+        """The slot of a parameter."""
+        return self._leaves[number]
+
+    @contextlib.contextmanager
+    def nested(self):
+        """See Refresh."""
+        outer = self.needs, self._inputs, self._shapes, self._slots
+        yield lambda i: outer[1][i]
+        self.needs, self._inputs, self._shapes, self._slots = outer
+
+    def finish(self, out, x: Slot | None) -> None:
+        """See Refresh."""
+        if x is None:
+            self.output(out)
+        else:
+            self._slots[out] = x
 
     def bind_output(self, slot: Slot) -> None:
         """Let output 0 be an existing slot instead of a fresh buffer."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from . import losses
-from .hidden import refuse_hidden
+from .checkpoint import checkpoint_rule
+from .hidden import refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
-from .rules.table import plain
+from .rules.table import Keyed, plain
 from .simplify import simplify
-from .walk import Fallback, Structure, Tape, Walker, describe, rule_of
+from .walk import CHECKPOINT, Fallback, Structure, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
 
@@ -62,6 +63,10 @@ class Known:
     replay: Replay | None = None
 
 
+class CompiledTape(ValueError):
+    """Nodes of torch.compile stand between a closure's result and the parameters."""
+
+
 class Tracer:
     """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
 
@@ -72,6 +77,7 @@ class Tracer:
         for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
+        self._checkpoint = checkpoint_rule(self.params)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
     def trace(self, result, allow_sync: bool = True) -> Trace:
@@ -160,6 +166,7 @@ class Tracer:
             trace.missing = error.operation
         except UnsupportedStructure as error:
             trace.missing = str(error)
+        refuse_checkpoints(tape, trace.missing, len(self.params))
         trace.blocks, trace.edges, trace.foreign = form.blocks, self._edges(tape, form), tape.structure.foreign
         return trace
 
@@ -178,7 +185,7 @@ class Tracer:
                     "hook, which would never run, since no .grad is filled; remove it (handle.remove())."
                 )
         if tape.fresh is not None:
-            refuse_hidden(tape, results, self.params)
+            refuse_hidden(tape.fresh, tape.structure.kinds, self.params)
             self._walker.remember(tape.structure)
         return tape
 
@@ -211,7 +218,7 @@ class Tracer:
     def _refuse_opaque(self, tape: Tape) -> None:
         for name in tape.names:
             if name.startswith("CompiledFunction"):
-                raise ValueError(
+                raise CompiledTape(
                     f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
                     "model in the closure (model._orig_mod, or the function before torch.compile)."
                 )
@@ -255,8 +262,7 @@ class Tracer:
             rule.apply(op, *values)
         return known.program, op.constants + block_constants(form.blocks, known.block_needs, self.dtype)
 
-    @staticmethod
-    def _rules(tape: Tape, form: losses.Form) -> list:
+    def _rules(self, tape: Tape, form: losses.Form) -> list:
         """(position, rule) of every active node below the loss, found once per structure."""
         consumed = frozenset(form.consumed)
         rules = tape.structure.rules.get(consumed)
@@ -264,10 +270,11 @@ class Tracer:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
-            rules = [
-                (position, rule_of(node).of(structure, position))
-                for position, node in tape.nodes.items() if position not in consumed
-            ]
+            rules = []
+            for position, node in tape.nodes.items():
+                if position not in consumed:
+                    rule = self._checkpoint if structure.kinds[position] == CHECKPOINT else rule_of(node)
+                    rules.append((position, rule.of(structure, position)))
             if structure.complex:
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
             structure.rules[consumed] = rules
@@ -280,7 +287,7 @@ class Tracer:
         for position, leaf in enumerate(tape.leaf):
             if leaf >= 0:
                 slots[position, 0] = leaves[leaf]
-        op = Record(program)
+        op = Record(program, leaves)
         with_constants, block_needs = [], []
         for k, (position, rule, values) in enumerate(work):
             before = len(op.constants)
@@ -289,7 +296,7 @@ class Tracer:
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
-            if len(op.constants) > before:
+            if len(op.constants) > before or any(isinstance(value, Keyed) for value in values):
                 with_constants.append((k, op.needs, len(op.constants) - before))
         for block in form.blocks:
             shape = block.residual.shape

@@ -7,6 +7,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..kernels import native
 from .rules import RULES
+from .rules.functions import FUNCTION
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
@@ -19,6 +20,8 @@ _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
 }
+CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"   # whose parameters have no edges: it is active in any case
+_OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
 
 
@@ -58,7 +61,7 @@ class Structure:
                 position = -1 if child is None else index[child]
                 edges.append((position, output) if position >= 0 and self.active[position] else None)
             self.leaf.append(number)
-            self.active.append(number >= 0 or any(edges))
+            self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
@@ -198,7 +201,15 @@ def rule_of(node):
     kind = type(node)
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
-        found = RULES.get(kind_of(node).removesuffix("_copy"))   # the same operation, out of the view's storage
+        name = kind_of(node)
+        found = RULES.get(name.removesuffix("_copy"))   # the same operation, out of the view's storage
+        if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(_OPAQUE):
+            found = FUNCTION
+        if found is None and name_of(node).endswith("::DifferentiableGraphBackward"):
+            raise Fallback(
+                "DifferentiableGraphBackward (torch.jit had compiled the module before LM ran it: script or trace it anew, or "
+                "call the original module)"
+            )
         if found is None:
             raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found

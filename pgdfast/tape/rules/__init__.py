@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    convolution,
     distances,
     elementwise,
     gathers,
@@ -12,9 +13,13 @@ from . import (
     local,
     normalizing,
     pointwise,
+    pooling,
     probed,
+    recurrent,
     scatters,
     selection,
+    sparse,
+    statistics,
     structural,
     writes,
 )
@@ -23,6 +28,7 @@ from .table import RULES, Rule
 __all__ = [
     "RULES",
     "Rule",
+    "convolution",
     "distances",
     "elementwise",
     "gathers",
@@ -32,9 +38,13 @@ __all__ = [
     "local",
     "normalizing",
     "pointwise",
+    "pooling",
     "probed",
+    "recurrent",
     "scatters",
     "selection",
+    "sparse",
+    "statistics",
     "structural",
     "writes",
 ]

@@ -1,58 +1,40 @@
-"""Products of matrices and vectors: the product rule, with the other factor as the constant.
-
-A factor on the left may be sparse: rows of the other one, gathered and weighted, are added up.
-"""
+"""Products of matrices and vectors: the product rule, with the other factor as the constant."""
 
 from __future__ import annotations
 
+import torch
+
 from ..program import UnsupportedStructure
-from .table import Keyed, rule
+from .sparse import multiply_left, reads_sparse
+from .table import rule
 
 
-def _times(op, i, left, alpha=1.0, matrix=True):
-    """Out += alpha * left @ in_i, a matrix or a vector."""
-    if not isinstance(left, Keyed):
-        op.matmul(i, left=left, alpha=alpha)
-        return
-    columns, entries = left.value
-    op.temporary("taken", columns.shape, behind=(i, 1))
-    op.gather(i, columns, 1, out="taken")
-    op.sum("taken", (1,), False, c=entries[:, :, None] if matrix else entries, alpha=alpha)
-
-
-def _by(op, i, right, alpha=1.0):
-    """Out += alpha * in_i @ right."""
-    if isinstance(right, Keyed):
-        raise UnsupportedStructure("a product with a sparse matrix on the right")
-    op.matmul(i, right=right, alpha=alpha)
-
-
-@rule("MmBackward0", "BmmBackward0", saved="mat2 self", sparse=True)
-def matrix_product(op, right, left):
+@rule("MmBackward0", "BmmBackward0", saved="mat2 self", read=reads_sparse)
+def matrix_product(op, right, left, rest=()):
     if op.needs[0]:
-        _by(op, 0, right)
+        op.matmul(0, right=right)
     if op.needs[1]:
-        _times(op, 1, left)
+        multiply_left(op, left, 1, rest)
 
 
-@rule("AddmmBackward0", "SparseAddmmBackward0", saved="mat1 mat2 alpha beta", sparse=True)
+@rule("AddmmBackward0", saved="mat1 mat2 alpha beta")
 @rule("BaddbmmBackward0", saved="batch1 batch2 alpha beta")
 def sum_and_product(op, left, right, alpha, beta):
     # The product goes first: it overwrites its whole output, the broadcast summand then adds to it.
     if op.needs[1]:
-        _by(op, 1, right, alpha)
+        op.matmul(1, right=right, alpha=alpha)
     if op.needs[2]:
-        _times(op, 2, left, alpha)
+        op.matmul(2, left=left, alpha=alpha)
     if op.needs[0]:
         op.add(0, beta)
 
 
-@rule("MvBackward0", saved="self vec", sparse=True)
-def matrix_vector(op, matrix, vector):
+@rule("MvBackward0", saved="self vec", read=reads_sparse)
+def matrix_vector(op, matrix, vector, rest=()):
     if op.needs[0]:
         op.sum(0, (1,), False, c=vector)
     if op.needs[1]:
-        _times(op, 1, matrix, matrix=False)
+        multiply_left(op, matrix, 1, rest)
 
 
 @rule("AddmvBackward0", saved="alpha beta mat vec")
@@ -83,3 +65,21 @@ def dot(op, left, right):
         op.sum(0, (0,), False, c=right)
     if op.needs[1]:
         op.sum(1, (0,), False, c=left)
+
+
+@rule("TrilinearBackward0", saved="expand1 expand2 expand3 i1 i2 i3 sumdim")
+def bilinear(op, expand1, expand2, expand3, x, weight, y, summed):
+    """Sum over i, j of x[b, i] weight[o, i, j] y[b, j]."""
+    if ([*expand1], [*expand2], [*expand3], [*summed]) != ([1, 3], [0], [1, 2], [2, 3]):
+        raise UnsupportedStructure("a trilinear form that is not nn.Bilinear's")
+    op.temporary("result", (len(x), len(weight)))
+    if op.needs[1]:
+        op.reshape(1, (len(weight), weight[0].numel()), out="weight")
+        op.view("weight", lambda t: t.mT, out="weight")
+        op.matmul("weight", left=(x[:, :, None] * y[:, None, :]).flatten(1), out="result")
+    for i, matrix in ((0, "oij,bj->bio"), (2, "oij,bi->bjo")):
+        if op.needs[i]:
+            op.view(i, lambda t: t[:, None], out="row")
+            op.view("result", lambda t: t[:, None], out="products")
+            op.matmul("row", right=torch.einsum(matrix, weight, y if i == 0 else x), out="products")
+    op.view("result", lambda t: t)

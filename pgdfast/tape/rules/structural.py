@@ -17,7 +17,7 @@ def t(op):
     op.view(0, lambda x: x.t())
 
 
-@rule("TransposeBackward0", saved="dim0 dim1")
+@rule("TransposeBackward0", "TransposeBackward1", saved="dim0 dim1")
 def transpose(op, dim0, dim1):
     op.view(0, lambda x: x.transpose(signed(dim0), signed(dim1)))
 
