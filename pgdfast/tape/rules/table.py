@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """`apply(op, *saved)` writes the derivative with the verbs of `op`.
