@@ -137,7 +137,7 @@ def attach(walker: Walker, known, tape: Tape, work: list, form: losses.Form, roo
                 core.add_field(places[position], nodes[position], name, same, value)
                 read[number - fields] = position, name
             at = {field: fields + k for k, field in enumerate(read)}
-            core.scalar_loss([(at[b.parts[0]], at[b.parts[1]] if len(b.parts) > 1 else -1, b.scale) for b in form.blocks])
+            core.scalar_loss([(at[b.parts[0]], at[b.parts[1]] if len(b.parts) > 1 else -1, b.factor) for b in form.blocks])
             root = None
     for number in numbers:
         core.add_gap() if number is None else core.add_number(number)
@@ -210,9 +210,9 @@ class _Logged:
 def _fields_of_loss(tape: Tape, form: losses.Form, root: int) -> list | None:
     """(position, field, what must be the same, value) of all that a loss was read from, in order of position.
 
-    None where the core cannot repeat the reading: cross-entropies, and weights that are tensors of several entries.
+    None where the core cannot repeat the reading: all but squares, and weights that are tensors of several entries.
     """
-    if not all(block.kind == "squares" and type(block.scale) is float for block in form.blocks):
+    if not form.replays or (root, 0) in tape.structure.losses:
         return None
     log: list = []
     logged = Tape(tape.structure, {k: _Logged(node, k, log) for k, node in tape.nodes.items()})

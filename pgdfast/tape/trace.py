@@ -191,7 +191,7 @@ class Tracer:
             form = losses.scalar_form(tape, position[0], allow_sync)
         except losses.UnrecognizedLoss:
             return
-        if form.reduces(tape):
+        if losses.is_loss(form, tape):
             raise ValueError(
                 f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
                 f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
@@ -257,17 +257,21 @@ class Tracer:
 
     @staticmethod
     def _rules(tape: Tape, form: losses.Form) -> list:
-        """(position, rule) of every active node below the loss, found once per structure."""
-        consumed = frozenset(form.consumed)
-        rules = tape.structure.rules.get(consumed)
+        """(position, rule) of every node that the blocks' outputs are computed by, found once per structure and outputs."""
+        outputs = tuple([block.edges for block in form.blocks])
+        rules = tape.structure.rules.get(outputs)
         if rules is None:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
-            rules = [(position, rule_of(node)) for position, node in tape.nodes.items() if position not in consumed]
-            if structure.complex:
+            needed = {edge[0] for edges in outputs for edge in edges if edge is not None}
+            for position in reversed(structure.wanted):
+                if position in needed:
+                    needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
+            rules = [(position, rule_of(tape.nodes[position])) for position in structure.wanted if position in needed]
+            if any(position in needed for position in structure.complex):
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
-            structure.rules[consumed] = rules
+            structure.rules[outputs] = rules
         return rules
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:

@@ -1,0 +1,211 @@
+"""The form of a scalar: term by term, each by the first way that serves it.
+
+1. walk: squares and cross-entropies that the tape shows as such (squares.py, classification.py); the core repeats those.
+2. cut: one quantity of which the term is a convex, or centred, function, whatever its operations (tail.py, curvature.py).
+3. monotone: phi(S), read as phi'(S) S: the second derivative of phi is dropped.
+4. split: a linear operation hands its weight to its inputs, which are terms of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import classification, squares  # noqa: F401 - their readers register themselves
+from .blocks import Form, UnrecognizedLoss, looked_at
+from .classification import softmax_blocks
+from .curvature import accepted, is_centred
+from .linear import LINEAR, READERS, Walk
+from .names import explained
+from .tail import LINKS, REDUCTIONS, Cut, Tail, cuts
+
+RECOGNISED = (
+    "Return the residual tensor (or a tuple of them), or use one of: F.mse_loss, a sum or mean of squares, "
+    "F.cross_entropy, F.binary_cross_entropy_with_logits, any sum of convex functions of the outputs (huber, l1, "
+    "log-cosh, ...), or a weighted sum of those with positive weights."
+)
+_LOSSES = frozenset({
+    "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "LogSoftmaxBackward0",
+    "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "SmoothL1LossBackward0", "BinaryCrossEntropyBackward0",
+    "SoftMarginLossBackward0", "VarBackward0",
+})
+_SECOND_DEGREE = LINEAR | {
+    "PowBackward0", "MulBackward0", "DotBackward0", "VdotBackward0", "MmBackward0", "MvBackward0", "BmmBackward0",
+    "AddmmBackward0", "SqueezeBackward4", "VarBackward0",
+}
+_DEEPEST = 8   # cuts that are looked at
+
+
+def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
+    """The form of the scalar at a tape position.
+
+    allow_sync: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
+    Raises: UnrecognizedLoss naming the operation that fits none of the forms.
+    """
+    ways = tape.structure.losses
+    if (root, 0) not in ways:
+        try:
+            return _walked(tape, (root, 0), 1.0, allow_sync)
+        except UnrecognizedLoss as error:
+            why = error
+        if not _differentiable(tape, root, allow_sync):
+            raise why
+        try:
+            return _Terms(tape, allow_sync).read(root)
+        except UnrecognizedLoss as error:
+            ways.clear()
+            raise explained(why, error) from None
+    return _Terms(tape, allow_sync).read(root)
+
+
+def is_loss(form: Form, tape) -> bool:
+    """Whether a one-element result is a loss by itself, and not one residual."""
+    return form.reduces(tape, _LOSSES)
+
+
+def _differentiable(tape, root: int, allow_sync: bool) -> bool:
+    device = torch.device("cpu") if tape.leaf[root] >= 0 else tape.nodes[root]._input_metadata[0].device
+    return allow_sync or device.type == "cpu"
+
+
+def _walked(tape, edge, weight, allow_sync: bool) -> Form:
+    walk = Walk(tape, allow_sync)
+    form = walk.read(*edge, weight)
+    softmax_blocks(walk)
+    return form
+
+
+class _Terms:
+    """Reads a loss as terms; `tape.structure.losses` keeps, by edge, the way and the cut that served the last time."""
+
+    def __init__(self, tape, allow_sync: bool):
+        self.tape, self.allow_sync = tape, allow_sync
+        self.ways = tape.structure.losses
+        self.form, self.terms = Form(), {}
+
+    def read(self, root: int) -> Form:
+        self.terms[root, 0] = 1.0
+        while self.terms:
+            edge = max(self.terms)
+            self._term(edge, self.terms.pop(edge))
+        return self.form
+
+    def _term(self, edge, weight) -> None:
+        ways = {"walk": self._walk, "cut": self._cut, "monotone": self._monotone, "split": self._split}
+        known = self.ways.get(edge)
+        if known is not None and ways[known[0]](edge, weight, known[1]):
+            return
+        for name, way in ways.items():
+            found = way(edge, weight, None)
+            if found:
+                self.ways[edge] = name, found
+                return
+        raise UnrecognizedLoss(self._stuck(edge))
+
+    def _walk(self, edge, weight, _):
+        try:
+            self.form.add(_walked(self.tape, edge, weight, self.allow_sync))
+        except UnrecognizedLoss:
+            return None
+        return True
+
+    # --- a cut ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self, edge, weight, known: Cut | None):
+        if self.tape.leaf[edge[0]] >= 0:
+            return None
+        if known is not None:
+            return self._try(edge, weight, known)
+        candidates = cuts(self.tape, edge)[:_DEEPEST]
+        inner = [c for c in candidates if self._kind(c.edge) not in REDUCTIONS]
+        order = [c for c in inner if any(self._kind(user) in LINKS for user in c.users)]
+        order += [c for c in inner if is_centred(self.tape, c) and c not in order]
+        order += [c for c in inner if c not in order]
+        for cut in order:
+            if self._try(edge, weight, cut):
+                return cut
+        return None
+
+    def _kind(self, edge) -> str:
+        return self.tape.kind(edge[0])
+
+    def _try(self, edge, weight, cut: Cut):
+        tail = self._tail(edge, weight, cut)
+        if tail is None:
+            return None
+        quadratic = all(self._second_degree(position) for position in cut.region)
+        block = accepted(tail, quadratic, is_centred(self.tape, cut))
+        if block is None:
+            return None
+        self.form.blocks.append(block)
+        self.form.consumed.update(cut.region)
+        return cut
+
+    def _second_degree(self, position: int) -> bool:
+        if self.tape.kind(position) == "PowBackward0":
+            return self.tape.nodes[position]._saved_exponent in (1, 2)
+        return self.tape.kind(position) in _SECOND_DEGREE
+
+    def _tail(self, edge, weight, cut: Cut) -> Tail | None:
+        try:
+            return Tail(self.tape, edge, self._full(edge, weight), cut)
+        except RuntimeError as error:   # no second derivative, or none at all
+            if "freed" in str(error) or "modified by an inplace" in str(error):
+                raise
+            return None
+
+    def _full(self, edge, weight) -> torch.Tensor:
+        metadata = self.tape.nodes[edge[0]]._input_metadata[edge[1]]
+        weight = torch.as_tensor(weight, dtype=metadata.dtype, device=metadata.device)
+        return weight.expand(self.tape.shape(*edge))
+
+    # --- monotone functions -----------------------------------------------------------------------------------------------
+
+    def _monotone(self, edge, weight, known):
+        if self.tape.leaf[edge[0]] >= 0 or self._kind(edge) in LINEAR:
+            return None
+        for cut in [known] if known is not None else cuts(self.tape, edge)[:_DEEPEST]:
+            tail = self._tail(edge, weight, cut)
+            if tail is None:
+                continue
+            nested = _Terms(self.tape, self.allow_sync)
+            try:
+                nested._term(cut.edge, _steady(tail.gradient, self.allow_sync))
+                while nested.terms:
+                    below = max(nested.terms)
+                    nested._term(below, nested.terms.pop(below))
+            except UnrecognizedLoss:
+                continue
+            nested.form.steady = False
+            self.form.add(nested.form)
+            self.form.consumed.update(cut.region)
+            return cut
+        return None
+
+    # --- linear operations ------------------------------------------------------------------------------------------------
+
+    def _split(self, edge, weight, _):
+        position = edge[0]
+        if self._kind(edge) not in LINEAR and self._kind(edge) != "MulBackward0":
+            return None
+        walk = Walk(self.tape, self.allow_sync)
+        node, edges = self.tape.nodes[position], self.tape.edges[position]
+        if self._kind(edge) == "MulBackward0" and all(edges):
+            return None
+        try:
+            following = READERS[self._kind(edge)](walk, position, node, edges, weight)
+        except UnrecognizedLoss:
+            return None
+        self.form.consumed.add(position)
+        for below, output, carried in following:
+            key = below, output
+            self.terms[key] = self.terms[key] + carried if key in self.terms else carried
+        return True
+
+    def _stuck(self, edge) -> str:
+        if self.tape.leaf[edge[0]] >= 0:
+            return "it is linear in a bare parameter"
+        return f"{self.tape.name(edge[0])} leads to no sum of squares and no cross-entropy"
+
+
+def _steady(weight: torch.Tensor, allow_sync: bool):
+    return float(weight) if weight.numel() == 1 and looked_at(weight, allow_sync) else weight
