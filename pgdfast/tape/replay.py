@@ -32,6 +32,17 @@ class _ByHand:
     start: int
 
 
+class _Missing(Exception):
+    """A node that was not read the last time."""
+
+
+class _Handed(dict):
+    """Nodes that the core hands over."""
+
+    def __missing__(self, position: int):
+        raise _Missing
+
+
 @dataclass(slots=True)
 class Replay:
     """What belongs to the core's reader of one program.
@@ -55,7 +66,7 @@ class Replay:
 
     def tape(self, nodes: list) -> Tape:
         """The nodes that the core hands over for Python to read."""
-        return Tape(self.structure, dict(zip(self.positions, nodes, strict=True)))
+        return Tape(self.structure, _Handed(zip(self.positions, nodes, strict=True)))
 
     def fill(self, tape: Tape, constants: list, dtype: torch.dtype) -> bool:
         """Compute the constants that the core left open; False if a node is not as it was."""
@@ -73,7 +84,7 @@ class Replay:
         """The loss as Python reads it, its constants filled in; None if it is not of the known form."""
         try:
             form = losses.scalar_form(tape, self.root)
-        except losses.UnrecognizedLoss:   # for the long way to explain
+        except (losses.UnrecognizedLoss, _Missing):   # for the long way to explain, or to find another form
             return None
         if form.consumed != self.consumed or [block.signature() for block in form.blocks] != self.signatures:
             return None

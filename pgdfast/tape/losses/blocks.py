@@ -183,13 +183,14 @@ class Rows(Block):
 class Form:
     """A loss as blocks, quadratic penalties (coefficient c of c/2 ||theta_l||^2 per parameter), and the nodes that were read.
 
-    steady: do weights stay the same when parameters move?
+    steady: do weights stay the same when parameters move? entries: did entries of tensors decide how it was read?
     """
 
     blocks: list = field(default_factory=list)
     penalties: dict[int, float] = field(default_factory=dict)
     consumed: set[int] = field(default_factory=set)
     steady: bool = True
+    entries: bool = False
 
     @property
     def squares_only(self) -> bool:
@@ -199,7 +200,7 @@ class Form:
     @property
     def replays(self) -> bool:
         """True where the core may read it by itself."""
-        return self.steady and all(block.replays for block in self.blocks)
+        return self.steady and not self.entries and all(block.replays for block in self.blocks)
 
     def reduces(self, tape: Tape, losses: frozenset) -> bool:
         """True where the loss sums over several numbers, or ends in an operation that is a loss by name."""
@@ -214,6 +215,7 @@ class Form:
         self.blocks += other.blocks
         self.consumed |= other.consumed
         self.steady &= other.steady
+        self.entries |= other.entries
         for leaf, c in other.penalties.items():
             self.penalties[leaf] = self.penalties.get(leaf, 0.0) + c
 

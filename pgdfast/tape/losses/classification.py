@@ -34,6 +34,18 @@ def log_of_softmax(walk, position, node, edges, weight):
     return ()
 
 
+@reads("SoftmaxBackward0")
+def softmax(walk, position, node, edges, weight):
+    """A loss that grows as probabilities fall, read as sum -q log p with the slope that it has here."""
+    p = node._saved_result.detach()
+    q = -(walk.full(weight, position) * p)
+    if looked_at(q, walk.allow_sync) and bool((q < 0).any()):
+        raise UnrecognizedLoss("it grows with a probability of a softmax; a cross-entropy falls with it")
+    walk.form.steady = False
+    walk.form.blocks.append(softmax_block((edges[0],), p, q, signed(node._saved_dim) % max(p.dim(), 1)))
+    return ()
+
+
 def softmax_blocks(walk) -> None:
     """The blocks of the log_softmax that a walk has reached."""
     for position, q in walk.log_softmax.items():

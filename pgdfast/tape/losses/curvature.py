@@ -6,18 +6,18 @@ outside, l1, Cauchy): half h a^2 then touches f with its slope, and lies above i
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..rules.table import plain, signed
 from .blocks import Rows, UnrecognizedLoss, diagonal_block
 from .classification import softmax_block
+from .linear import is_linear
 from .tail import FOLDS, Tail
 
 # f'' counts as positive from this fraction of f'/a on: less would ask for steps a thousand times the distance to the centre.
 _POSITIVE = 1e-3
 _NEAREST = 1e-4     # distances from the centre are taken to be at least this fraction of their mean
+_EPSILONS = 1e-2    # what `log(p + 1e-8)` may change in a cross-entropy's second derivative
 _WIDEST = 512       # outputs of a row that has a matrix of its own
 
 
@@ -42,8 +42,8 @@ def accepted(tail: Tail, quadratic: bool, centred: bool):
     return _softmax(tail, g, h, probe, answer) or (_rows(tail, g, probe, answer) if quadratic else None)
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.0) -> bool:
+    tolerance = max(tolerance, torch.finfo(a.dtype).eps ** 0.5)
     return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))
 
 
@@ -54,12 +54,17 @@ def _weights(tail: Tail, g: torch.Tensor, h: torch.Tensor, centred: bool) -> tor
     a = tail.centre() if centred else None
     if a is None or a.shape != g.shape:
         return h if convex else None
-    floor = _NEAREST * float(a.abs().mean())
-    a = torch.where(a < 0, a.clamp_max(-floor), a.clamp_min(floor))
-    ratio = torch.where(g == 0, 0.0, g / a) if floor else torch.zeros_like(g)
+    ratio = reweighted(g, a)
     if not convex and bool(((ratio < 0) & (h <= 0)).any()):
         return None
     return torch.where(h > _POSITIVE * ratio, h, ratio)
+
+
+def reweighted(gradient: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """f'/a, the curvature of least squares that pull to a = 0 as f does."""
+    floor = _NEAREST * a.abs().mean()
+    a = torch.where(a < 0, torch.minimum(a, -floor), torch.maximum(a, floor))
+    return torch.where(gradient == 0, 0.0, gradient / a)
 
 
 def _softmax(tail: Tail, g, h, probe, answer):
@@ -70,7 +75,7 @@ def _softmax(tail: Tail, g, h, probe, answer):
     p, dim = found
     form = p * (probe - (p * probe).sum(dim, keepdim=True))
     total = (answer * form).sum(dim, keepdim=True) / form.square().sum(dim, keepdim=True).clamp_min(1e-300)
-    if not _close(answer, total * form) or bool((total < 0).any()):
+    if not _close(answer, total * form, _EPSILONS) or bool((total < 0).any()):
         return None
     q = total * p - g
     if not bool((g.sum(dim).abs() <= 1e3 * torch.finfo(g.dtype).eps * (total.sum(dim) + g.abs().sum(dim))).all()):
@@ -134,15 +139,30 @@ def _quadratic(tail: Tail, g, W, rows, turned: bool):
 
 
 def is_centred(tape, cut) -> bool:
-    """Whether the operations right above a cut fold it at 0."""
-    for position in cut.new:
-        kind = tape.kind(position)
-        if kind in FOLDS:
-            return True
-        if kind == "PowBackward0":
-            exponent = float(tape.nodes[position]._saved_exponent)
-            if exponent == math.floor(exponent) and exponent % 2 == 0 and exponent > 0:
-                return True
-        if kind == "MulBackward0" and tape.edges[position][0] == tape.edges[position][1]:
-            return True
-    return False
+    """Whether an operation above a cut folds it, or a multiple of it, at 0."""
+    return any(_folds(tape, position) and _straight(tape, position, cut.edge) for position in cut.new)
+
+
+def _folds(tape, position: int) -> bool:
+    kind, node = tape.kind(position), tape.nodes[position]
+    if kind == "PowBackward0":
+        return float(node._saved_exponent) % 2 == 0 and node._saved_exponent > 0
+    if kind == "MulBackward0":
+        return tape.edges[position][0] == tape.edges[position][1]
+    if kind in ("ClampBackward1", "ClampMinBackward0"):
+        bounds = [b for b in (node._saved_min, getattr(node, "_saved_max", None)) if b is not None]
+        return len(bounds) == 1 and float(bounds[0]) == 0
+    return kind in FOLDS
+
+
+def _straight(tape, position: int, edge) -> bool:
+    """Whether only linear operations stand between the inputs of a node and an edge below."""
+    stack = [e for e in tape.edges[position] if e is not None]
+    while stack:
+        e = stack.pop()
+        if e == edge:
+            continue
+        if not is_linear(tape, e[0]):
+            return False
+        stack += [below for below in tape.edges[e[0]] if below is not None]
+    return True

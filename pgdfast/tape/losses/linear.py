@@ -30,6 +30,15 @@ def reads(*nodes: str, linear: bool = False):
     return register
 
 
+def is_linear(tape: Tape, position: int) -> bool:
+    """Whether a node is linear in what depends on the parameters."""
+    kind = tape.kind(position)
+    if kind in ("MulBackward0", "DotBackward0", "DivBackward0"):
+        factors = tape.edges[position]
+        return not all(factors) and (kind != "DivBackward0" or factors[0] is not None)
+    return kind in LINEAR
+
+
 class Walk:
     """One walk down a tape, and the form that it has found. allow_sync: see scalar_form."""
 

@@ -4,18 +4,20 @@
 2. cut: one quantity of which the term is a convex, or centred, function, whatever its operations (tail.py, curvature.py).
 3. monotone: phi(S), read as phi'(S) S: the second derivative of phi is dropped.
 4. split: a linear operation hands its weight to its inputs, which are terms of their own.
+5. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import classification, squares  # noqa: F401 - their readers register themselves
+from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
 from .blocks import Form, UnrecognizedLoss, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
-from .linear import LINEAR, READERS, Walk
+from .linear import LINEAR, READERS, Walk, is_linear
 from .names import explained
+from .scales import Slope, factors, logarithm, settle
 from .tail import LINKS, REDUCTIONS, Cut, Tail, cuts
 
 RECOGNISED = (
@@ -50,11 +52,11 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
         if not _differentiable(tape, root, allow_sync):
             raise why
         try:
-            return _Terms(tape, allow_sync).read(root)
+            return _Terms(tape, allow_sync).read((root, 0))
         except UnrecognizedLoss as error:
             ways.clear()
             raise explained(why, error) from None
-    return _Terms(tape, allow_sync).read(root)
+    return _Terms(tape, allow_sync).read((root, 0))
 
 
 def is_loss(form: Form, tape) -> bool:
@@ -80,17 +82,22 @@ class _Terms:
     def __init__(self, tape, allow_sync: bool):
         self.tape, self.allow_sync = tape, allow_sync
         self.ways = tape.structure.losses
-        self.form, self.terms = Form(), {}
+        self.form, self.terms, self.slopes = Form(), {}, {}
 
-    def read(self, root: int) -> Form:
-        self.terms[root, 0] = 1.0
+    def read(self, edge, weight=1.0) -> Form:
+        """The form of the term at an edge."""
+        self.terms[edge] = weight
         while self.terms:
             edge = max(self.terms)
             self._term(edge, self.terms.pop(edge))
+        settle(self.tape, self.slopes, self.form)
         return self.form
 
     def _term(self, edge, weight) -> None:
-        ways = {"walk": self._walk, "cut": self._cut, "monotone": self._monotone, "split": self._split}
+        ways = {
+            "walk": self._walk, "cut": self._centred_cut, "monotone": self._monotone, "link": self._link_cut,
+            "convex": self._any_cut, "split": self._split, "scale": self._scale, "slope": self._slope,
+        }
         known = self.ways.get(edge)
         if known is not None and ways[known[0]](edge, weight, known[1]):
             return
@@ -99,7 +106,7 @@ class _Terms:
             if found:
                 self.ways[edge] = name, found
                 return
-        raise UnrecognizedLoss(self._stuck(edge))
+        raise UnrecognizedLoss(f"{self.tape.name(edge[0])} leads to no sum of squares and no cross-entropy")
 
     def _walk(self, edge, weight, _):
         try:
@@ -110,22 +117,28 @@ class _Terms:
 
     # --- a cut ----------------------------------------------------------------------------------------------------------
 
-    def _cut(self, edge, weight, known: Cut | None):
-        if self.tape.leaf[edge[0]] >= 0:
-            return None
-        if known is not None:
-            return self._try(edge, weight, known)
-        candidates = cuts(self.tape, edge)[:_DEEPEST]
-        inner = [c for c in candidates if self._kind(c.edge) not in REDUCTIONS]
-        order = [c for c in inner if any(self._kind(user) in LINKS for user in c.users)]
-        order += [c for c in inner if is_centred(self.tape, c) and c not in order]
-        order += [c for c in inner if c not in order]
-        for cut in order:
-            if self._try(edge, weight, cut):
-                return cut
-        return None
+    def _centred_cut(self, edge, weight, known: Cut | None):
+        """Where the loss folds a quantity at 0."""
+        return self._first(edge, weight, [c for c in self._cuts(edge, known) if is_centred(self.tape, c)])
 
-    def _kind(self, edge) -> str:
+    def _link_cut(self, edge, weight, known: Cut | None):
+        """Where it makes probabilities, or the like, of a model's output."""
+        return self._first(edge, weight, [c for c in self._cuts(edge, known) if any(self._kind(user) in LINKS for user in c.users)])
+
+    def _any_cut(self, edge, weight, known: Cut | None):
+        return self._first(edge, weight, self._cuts(edge, known))
+
+    def _cuts(self, edge, known: Cut | None) -> list[Cut]:
+        if known is not None:
+            return [known]
+        if self.tape.leaf[edge[0]] >= 0:
+            return []
+        return [c for c in cuts(self.tape, edge)[:_DEEPEST] if self._kind(c.edge) not in REDUCTIONS]
+
+    def _first(self, edge, weight, order: list[Cut]):
+        return next((cut for cut in order if self._try(edge, weight, cut)), None)
+
+    def _kind(self, edge: tuple) -> str:
         return self.tape.kind(edge[0])
 
     def _try(self, edge, weight, cut: Cut):
@@ -138,6 +151,8 @@ class _Terms:
             return None
         self.form.blocks.append(block)
         self.form.consumed.update(cut.region)
+        if self.tape.leaf[cut.edge[0]] < 0:
+            self.form.consumed.add(cut.edge[0])   # it may have saved its result
         return cut
 
     def _second_degree(self, position: int) -> bool:
@@ -154,43 +169,43 @@ class _Terms:
             return None
 
     def _full(self, edge, weight) -> torch.Tensor:
-        metadata = self.tape.nodes[edge[0]]._input_metadata[edge[1]]
-        weight = torch.as_tensor(weight, dtype=metadata.dtype, device=metadata.device)
-        return weight.expand(self.tape.shape(*edge))
+        if self.tape.leaf[edge[0]] < 0:
+            metadata = self.tape.nodes[edge[0]]._input_metadata[edge[1]]
+            weight = torch.as_tensor(weight, dtype=metadata.dtype, device=metadata.device)
+        return torch.as_tensor(weight).expand(self.tape.shape(*edge))
 
     # --- monotone functions -----------------------------------------------------------------------------------------------
 
     def _monotone(self, edge, weight, known):
-        if self.tape.leaf[edge[0]] >= 0 or self._kind(edge) in LINEAR:
+        if self.tape.leaf[edge[0]] >= 0:
             return None
         for cut in [known] if known is not None else cuts(self.tape, edge)[:_DEEPEST]:
+            if all(is_linear(self.tape, position) for position in cut.region):
+                continue
             tail = self._tail(edge, weight, cut)
             if tail is None:
                 continue
-            nested = _Terms(self.tape, self.allow_sync)
             try:
-                nested._term(cut.edge, _steady(tail.gradient, self.allow_sync))
-                while nested.terms:
-                    below = max(nested.terms)
-                    nested._term(below, nested.terms.pop(below))
+                form = _Terms(self.tape, self.allow_sync).read(cut.edge, _number(tail.gradient, self.allow_sync))
             except UnrecognizedLoss:
                 continue
-            nested.form.steady = False
-            self.form.add(nested.form)
-            self.form.consumed.update(cut.region)
+            form.steady = False
+            self._take(form, cut.region)
             return cut
         return None
+
+    def _take(self, form: Form, positions) -> None:
+        self.form.add(form)
+        self.form.consumed.update(positions)
 
     # --- linear operations ------------------------------------------------------------------------------------------------
 
     def _split(self, edge, weight, _):
         position = edge[0]
-        if self._kind(edge) not in LINEAR and self._kind(edge) != "MulBackward0":
+        if self.tape.leaf[position] >= 0 or not is_linear(self.tape, position):
             return None
         walk = Walk(self.tape, self.allow_sync)
         node, edges = self.tape.nodes[position], self.tape.edges[position]
-        if self._kind(edge) == "MulBackward0" and all(edges):
-            return None
         try:
             following = READERS[self._kind(edge)](walk, position, node, edges, weight)
         except UnrecognizedLoss:
@@ -201,11 +216,41 @@ class _Terms:
             self.terms[key] = self.terms[key] + carried if key in self.terms else carried
         return True
 
-    def _stuck(self, edge) -> str:
-        if self.tape.leaf[edge[0]] >= 0:
-            return "it is linear in a bare parameter"
-        return f"{self.tape.name(edge[0])} leads to no sum of squares and no cross-entropy"
+    # --- scales -----------------------------------------------------------------------------------------------------------
+
+    def _scale(self, edge, weight, _):
+        position = edge[0]
+        if self._kind(edge) == "LogBackward0":
+            self._note(*logarithm(self.tape, position, self._full(edge, weight)))
+            self.form.consumed.add(position)
+            return True
+        if self._kind(edge) not in ("MulBackward0", "DivBackward0") or not all(self.tape.edges[position]):
+            return None
+        for (loss, slope), (scale, other) in _both_ways(factors(self.tape, position, self._full(edge, weight))):
+            terms = _Terms(self.tape, self.allow_sync)
+            weight = _number(slope.first, self.allow_sync)
+            if terms._walk(loss, weight, None) or terms._centred_cut(loss, weight, None) or terms._monotone(loss, weight, None):
+                terms.form.steady = False
+                self._take(terms.form, (position,))
+                self._note(scale, other)
+                return True
+        return None
+
+    def _slope(self, edge, weight, _):
+        """What is linear in a quantity may stand beside a scale there."""
+        if self.tape.leaf[edge[0]] < 0 and (self._kind(edge) in READERS or self._kind(edge) in REDUCTIONS):
+            return None
+        full = self._full(edge, weight)
+        self._note(edge, Slope(full, torch.zeros_like(full), False))
+        return True
+
+    def _note(self, edge, slope: Slope) -> None:
+        self.slopes[edge] = slope.plus(self.slopes.get(edge))
 
 
-def _steady(weight: torch.Tensor, allow_sync: bool):
+def _both_ways(pair):
+    return (pair[0], pair[1]), (pair[1], pair[0])
+
+
+def _number(weight: torch.Tensor, allow_sync: bool):
     return float(weight) if weight.numel() == 1 and looked_at(weight, allow_sync) else weight

@@ -65,6 +65,42 @@ def same_numbers(tape, a, b) -> bool:
     return True
 
 
+def written_twice(walk, a, b, deepest: int = 100) -> bool:
+    """Whether two edges of equal value were computed by the same operations from the same quantities."""
+    stack, tape = [(a, b)], walk.tape
+    for _ in range(deepest):
+        if not stack:
+            return True
+        a, b = stack.pop()
+        if a == b:
+            continue
+        if a is None or b is None or a[1] != b[1] or tape.kind(a[0]) != tape.kind(b[0]) or tape.leaf[a[0]] >= 0:
+            return False
+        walk.form.consumed |= {a[0], b[0]}
+        if tape.shape(*a) != tape.shape(*b) or not _same_saved(tape.nodes[a[0]], tape.nodes[b[0]]):
+            return False
+        stack += zip(tape.edges[a[0]], tape.edges[b[0]], strict=True)
+    return False
+
+
+def _same_saved(a, b) -> bool:
+    for name in dir(a):
+        if name.startswith("_saved_"):
+            x, y = getattr(a, name), getattr(b, name)
+            if isinstance(x, torch.Tensor):
+                if not isinstance(y, torch.Tensor) or not torch.equal(x, y):
+                    return False
+            elif not isinstance(x, (list, tuple)) or not any(isinstance(v, torch.Tensor) for v in x):
+                if x != y:
+                    return False
+            elif len(x) != len(y) or not all(
+                (v is None and w is None) or (v is not None and w is not None and torch.equal(v, w))
+                for v, w in zip(x, y, strict=True)
+            ):
+                return False
+    return True
+
+
 def _window(node) -> tuple:
     return tuple(getattr(node, name, None) for name in ("_saved_dims", "_saved_dim", "_saved_dim0", "_saved_dim1"))
 
@@ -73,6 +109,9 @@ def _window(node) -> tuple:
 def multiply(walk, position, node, edges, weight):
     if edges[0] is not None and edges[1] is not None:
         if same_numbers(walk.tape, *edges):
+            return square(walk, edges[0], position, weight)
+        if torch.equal(node._saved_self, node._saved_other) and written_twice(walk, *edges):
+            walk.form.entries = True
             return square(walk, edges[0], position, weight)
         raise UnrecognizedLoss("it multiplies two different quantities that both depend on the parameters")
     return scaled(walk, position, node, edges, weight)
@@ -124,18 +163,19 @@ def mse(walk, position, node, edges, weight):
     return ()
 
 
-@reads("VarBackward0", "VarMeanBackward0")
+@reads("VarBackward0")
 def variance(walk, position, node, edges, weight):
+    return variance_block(walk, position, node, edges, weight)
+
+
+def variance_block(walk, position, node, edges, weight):
     """Mean squares of deviations from the mean over some dimensions."""
     z = plain(node._saved_self).detach()
-    if z.is_complex() or walk.tape.leaf[edges[0][0]] >= 0:
-        raise UnrecognizedLoss("it is a variance of complex numbers or of a bare parameter")
+    if z.is_complex():
+        raise UnrecognizedLoss("it is a variance of complex numbers")
     dims = tuple(reduced(node._saved_dim or (), z.dim()))
-    count = 1
-    for d in dims:
-        count *= z.shape[d]
-    correction = node._saved_correction
-    divisor = count - (1 if correction is None else float(correction))
+    correction = 1.0 if node._saved_correction is None else float(node._saved_correction)
+    divisor = math.prod(z.shape[d] for d in dims) - correction
     weight = weight / divisor if divisor > 0 else weight * math.nan
     if isinstance(weight, torch.Tensor):
         weight = weight.expand(walk.tape.shape(position))

@@ -18,11 +18,11 @@ _LONGEST = 200   # operations of a loss that are looked through for a cut
 # Operations that fold a quantity at 0: where they are applied, losses of its size have their centre.
 FOLDS = {
     "AbsBackward0", "CoshBackward0", "MaximumBackward0", "MinimumBackward0", "ReluBackward0", "HuberLossBackward0",
-    "SmoothL1LossBackward0", "L1LossBackward0", "ClampBackward1", "ClampMinBackward0", "LeakyReluBackward0",
+    "SmoothL1LossBackward0", "L1LossBackward0", "LeakyReluBackward0",
 }
 LINKS = {   # operations that turn a model's output into probabilities, or their logarithms: losses of those are of the output
     "SigmoidBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0", "LogSigmoidBackward0",
-    "SoftplusBackward0",
+    "SoftplusBackward0", "ExpBackward0",
 }
 REDUCTIONS = {
     "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "NansumBackward0", "MseLossBackward0",
@@ -105,7 +105,15 @@ class Tail:
                 gap = plain(node._saved_self).detach() - plain(node._saved_other).detach()
                 slope = slopes[0] - slopes[1]
                 return torch.where(slope == 0, 0.0, gap / slope) if gap.shape == slope.shape else None
-        return self.value()
+        value = self.value()
+        if value is not None:
+            return value
+        for position in self.cut.new:   # each has saved one side of what it folds
+            if tape.kind(position) == "ReluBackward0":
+                found, slope = plain(tape.nodes[position]._saved_result).detach(), self._slope(position, 0)
+                side = torch.where(slope == 0, 0.0, found / slope)
+                value = side if value is None else value + side
+        return value
 
     def value(self) -> torch.Tensor | None:
         """The quantity itself, where one of its users has saved it; of a loss of differences, the difference."""
