@@ -96,6 +96,32 @@ class Tracer:
                 ) from error
             raise
 
+    def as_loss(self, result, allow_sync: bool = True):
+        """A result of one entry with dimensions, (1,) or (1, 1), as 0-dim where its tape ends as a loss does; else itself.
+
+        Raises ValueError where it may as well be one residual: a sum of squares less a constant.
+        """
+        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+            return result
+        with torch.no_grad():
+            tape = self._tape([result])
+            position = tape.structure.roots[0][0]
+            known = tape.structure.one_element
+            if known is None:
+                try:
+                    form = losses.scalar_form(tape, position, allow_sync)
+                    known = losses.one_element(form, tape, float(result) if allow_sync else None)
+                except losses.UnrecognizedLoss:
+                    known = "residual"
+                tape.structure.one_element = known
+        if known == "either":
+            raise ValueError(
+                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
+                f"({tape.name(position)}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
+            )
+        return result.reshape(()) if known == "loss" else result
+
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
         read = self._walker.read(result)
@@ -140,8 +166,6 @@ class Tracer:
                 ) from None
             loss = result.detach()
         else:
-            if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0], allow_sync)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -181,22 +205,6 @@ class Tracer:
             refuse_hidden(tape, results, self.params)
             self._walker.remember(tape.structure)
         return tape
-
-    @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, allow_sync: bool) -> None:
-        """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
-        if result.numel() != 1 or position is None:
-            return
-        try:
-            form = losses.scalar_form(tape, position[0], allow_sync)
-        except losses.UnrecognizedLoss:
-            return
-        if losses.is_loss(form, tape):
-            raise ValueError(
-                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimized."
-            )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""

@@ -202,12 +202,10 @@ class Form:
         """True where the core may read it by itself."""
         return self.steady and not self.entries and all(block.replays for block in self.blocks)
 
-    def reduces(self, tape: Tape, losses: frozenset) -> bool:
-        """True where the loss sums over several numbers, or ends in an operation that is a loss by name."""
-        return (
-            any(block.residual.numel() > 1 for block in self.blocks)
-            or any(number > 1 for number in self._penalized(tape))
-            or any(tape.kind(position) in losses for position in self.consumed)
+    def sums(self, tape: Tape) -> bool:
+        """True where the loss sums over several numbers."""
+        return any(block.residual.numel() > 1 for block in self.blocks) or any(
+            tape.shape(tape.leaf.index(leaf)).numel() > 1 for leaf in self.penalties
         )
 
     def add(self, other: Form) -> None:
@@ -218,9 +216,6 @@ class Form:
         self.entries |= other.entries
         for leaf, c in other.penalties.items():
             self.penalties[leaf] = self.penalties.get(leaf, 0.0) + c
-
-    def _penalized(self, tape: Tape) -> list[int]:
-        return [tape.shape(tape.leaf.index(leaf)).numel() for leaf in self.penalties]
 
 
 class UnrecognizedLoss(ValueError):

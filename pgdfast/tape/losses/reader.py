@@ -59,9 +59,18 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     return _Terms(tape, allow_sync).read((root, 0))
 
 
-def is_loss(form: Form, tape) -> bool:
-    """Whether a one-element result is a loss by itself, and not one residual."""
-    return form.reduces(tape, _LOSSES)
+def one_element(form: Form, tape, value: float | None) -> str:
+    """What a result of one entry with dimensions is, by its form as a scalar: "loss", "residual", or "either".
+
+    value: its number, None where that is not to be waited for. A loss is what ends in an operation that is one by name, or a
+    sum of several squares that is all of its value; with a constant beside the squares it may be a residual, too.
+    """
+    if any(tape.kind(position) in _LOSSES for position in form.consumed):
+        return "loss"
+    if not form.steady or not form.squares_only or not form.sums(tape):
+        return "residual"
+    half = 0.5 * sum(float(block.residual.double().square().sum()) for block in form.blocks)
+    return "loss" if value is not None and not form.penalties and abs(half - value) <= 1e-6 * abs(value) else "either"
 
 
 def _differentiable(tape, root: int, allow_sync: bool) -> bool:

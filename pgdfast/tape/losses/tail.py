@@ -50,7 +50,7 @@ def cuts(tape: Tape, edge) -> list[Cut]:
     found, frontier, users, region, before = [], {edge}, {}, [], 0
     while len(region) < _LONGEST:
         position = max(frontier)[0]
-        if tape.leaf[position] >= 0:
+        if tape.leaf[position] >= 0 or tape.name(position).startswith("CompiledFunction"):
             break
         frontier -= {e for e in frontier if e[0] == position}
         region.append(position)
