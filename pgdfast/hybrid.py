@@ -184,7 +184,7 @@ class Hybrid(torch.optim.Optimizer):
 
 
 def _half_square(result, scalar: bool) -> tuple[torch.Tensor, bool]:
-    """The loss that LM would minimize, and whether it has no residuals. scalar: did LM take such a result for the loss?"""
+    """The loss that LM would minimize, and whether it has no residuals; scalar: did LM take such a result for the loss."""
     if isinstance(result, torch.Tensor) and (result.dim() == 0 or scalar and result.numel() == 1):
         return result.reshape(()), False
     parts = list(result) if isinstance(result, (tuple, list)) else [result]

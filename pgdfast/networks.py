@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .linear import losses_of
 from .solve import solve, solve_members
 from .step.evaluate import loss_at

@@ -99,13 +99,13 @@ class DoubleBackward(Traits):
         for (k, sign), tangent in zip(self._owner, pushed, strict=True):
             if tangent is not None:
                 totals[k] += sign * tangent.to(self._dtype)
-        scaled = [b.scale(t).reshape(-1) for b, t in zip(self._blocks, totals, strict=True)]
+        scaled = [_scale(b, t).reshape(-1) for b, t in zip(self._blocks, totals, strict=True)]
         return torch.cat(scaled) if scaled else v.new_empty(0)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J^T u, (P,)."""
         parts = [
-            b.scale_transposed(part.view(s))
+            _scale_transposed(b, part.view(s))
             for b, part, s in zip(self._blocks, u.split(self._sizes), self._shapes, strict=True)
         ]
         cotangents = [(sign * parts[k]).to(self._output_dtype(k)) for k, sign in self._owner]
@@ -161,3 +161,13 @@ def _check_gradient(operator: DoubleBackward, trace, params, loss: torch.Tensor,
                 f"pgdfast.LM: a hook ({trace.missing}) changes the gradient where a least-squares step cannot follow, in the "
                 "loss's own operations or at a parameter with a penalty; put the factor into the loss instead."
             )
+
+
+def _scale(block, t: torch.Tensor) -> torch.Tensor:
+    """S^T t for one block."""
+    return block.scale(t)
+
+
+def _scale_transposed(block, u: torch.Tensor) -> torch.Tensor:
+    """S u for one block."""
+    return block.scale_transposed(u)

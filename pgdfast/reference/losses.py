@@ -81,7 +81,7 @@ def walked(root: Node, cotangent: Tensor, order: Sequence[Node], varying: set[No
             constant &= kind_of(node) not in STEEP
             continue
         if not is_linear(node, varying):
-            raise ValueError(unknown(node))
+            raise ValueError(_unknown(node))
         for below, carried in pulled(node, cotangent, varying):
             cotangents[below] = cotangents.get(below, 0.0) + carried
     return blocks, constant
@@ -96,7 +96,7 @@ def pulled(node: Node, cotangent: Tensor, varying: set[Node]) -> list[tuple[Node
         if below not in varying:
             continue
         if output > 0:  # one of several results: no operation of a known form has these
-            raise ValueError(unknown(below))
+            raise ValueError(_unknown(below))
         # Undo broadcasting, as autograd's engine does.
         found.append((below, carried.sum_to_size(below._input_metadata[output].shape)))
     return found
@@ -185,14 +185,15 @@ def _dimensions(node: Node) -> list[int]:
 
 
 def _norm(node: Node, weight: Tensor) -> Block:
-    """weight * ||z||: the sum of squares S below has the weight of d sqrt(S) / dS = 1 / (2 sqrt(S)); none where S = 0."""
+    """Weight * ||z||: the sum of squares S below has the weight of d sqrt(S) / dS = 1 / (2 sqrt(S)); none where S = 0."""
     if node._saved_ord == 2:
         norm = node._saved_result.detach()
-        block = _square(node.next_functions[0], node._saved_self, _repeated(node, torch.where(norm > 0, weight / (2 * norm), 0.0)))
+        weight = _repeated(node, torch.where(norm > 0, weight / (2 * norm), 0.0))
+        block = _square(node.next_functions[0], node._saved_self, weight)
         block.squares = False
         return block
     if node._saved_ord != 1:
-        raise ValueError(unknown(node))
+        raise ValueError(_unknown(node))
     z, weight = node._saved_self.detach(), _repeated(node, weight)
     _require_nonnegative(weight, "the norm")
     slope = weight * z.sign()
@@ -209,7 +210,7 @@ def _distance(node: Node, weight: Tensor, varying: set[Node]) -> Block:
 
 
 def _variance(node: Node, weight: Tensor) -> Block:
-    """weight * ||z - mean z||^2 / (n - correction), or weight * its root."""
+    """Weight * ||z - mean z||^2 / (n - correction), or weight * its root."""
     z, dims = node._saved_self.detach(), _dimensions(node)
     count = math.prod(z.shape[d] for d in dims)
     if kind_of(node) == "StdBackward":
@@ -228,7 +229,7 @@ def _variance(node: Node, weight: Tensor) -> Block:
 
 
 def _robust(node: Node, cotangent: Tensor, varying: set[Node]) -> Block:
-    """huber and smooth_l1 of d = input - target: h = L' / d, which is L'' inside."""
+    """Huber and smooth_l1 of d = input - target: h = L' / d, which is L'' inside."""
     d = node._saved_self.detach() - node._saved_target.detach()
     weight = _elementwise(node, cotangent, d)
     _require_nonnegative(weight, "the huber or smooth_l1 loss")
@@ -259,7 +260,7 @@ def diagonal(edges: list, slope: Tensor, h: Tensor) -> Block:
 
 
 def reweighted(slope: Tensor, a: Tensor) -> Tensor:
-    """slope / a, with |a| at least a ten-thousandth of its mean."""
+    """Slope / a, with |a| at least a ten-thousandth of its mean."""
     floor = 1e-4 * a.abs().mean()
     size = torch.maximum(a.abs(), floor)
     return torch.where(slope == 0, 0.0, slope / torch.where(a < 0, -size, size))
@@ -360,6 +361,7 @@ def varying_nodes(order: list[Node], params: Sequence[Tensor]) -> set[Node]:
 
 
 def is_linear(node: Node, varying: set[Node]) -> bool:
+    """Whether an operation is linear in its varying inputs together."""
     if kind_of(node) in PRODUCTS:
         factors = [below in varying for below, _ in node.next_functions]
         divides = kind_of(node) == "DivBackward" and factors[1:] == [True]
@@ -390,7 +392,7 @@ def _require_nonnegative(weight: Tensor, what: str) -> None:
         )
 
 
-def unknown(node: Node) -> str:
+def _unknown(node: Node) -> str:
     name = "a bare parameter (AccumulateGrad)" if hasattr(node, "variable") else node.name()
     return (
         f"pgdfast.reference: the closure's scalar ends in {name}, which is neither a square nor a "

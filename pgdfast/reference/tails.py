@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .losses import (
+    TINY,
     Block,
     diagonal,
     is_linear,
@@ -45,7 +46,7 @@ UNARY = (
     *("Unsqueeze", "Squeeze", "Expand", "Permute", "Transpose", "T", "ToCopy", "Reciprocal", "Clamp", "ClampMin", "Sigmoid"),
     "Index",
 )
-POLYNOMIALS = ("Pow", "Mul", "Dot", "Vdot", "Mm", "Mv", "Bmm", "Addmm", "Var")
+POLYNOMIALS = ("Pow", "Mul", "Dot", "Vdot", "Mm", "Mv", "Bmm", "Addmm", "Var", "Split", "SplitWithSizes", "Unbind")
 LOSSES = (
     *("MseLoss", "NllLoss", "NllLoss2D", "LogSoftmax", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "Var"),
     *("BinaryCrossEntropy", "SoftMarginLoss"),
@@ -207,19 +208,42 @@ class _Reader:
             block = diagonal([((z, 0), 1.0)], slope, h)
             block.squares = self._polynomial(above)
             return block
-        polynomial = self._polynomial(above)
-        if not polynomial and not any(_named(user, SOFTMAX) for user in self._users(z, above)):
+        polynomial, total = self._polynomial(above), self._softmax_weights(H, z, above, slope.shape)
+        if not polynomial and total is None:
             return None
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
         if values[0] < -1e-10 * size:
             return None
-        root = torch.where(values > 1e-12 * size, values.clamp(min=0), 0.0).sqrt()
-        inverse = torch.where(root > 0, 1 / root, 0.0)
-        S, flat = (vectors * root) @ vectors.T, slope.reshape(-1)
-        residual = (vectors * inverse) @ (vectors.T @ flat)
-        if (S @ residual - flat).norm() > 1e-6 * flat.norm():
-            return None  # linear where the Hessian is zero
+        flat = slope.reshape(-1)
+        outside = vectors[:, values <= 1e-12 * size].T @ flat
+        if total is not None and outside.norm() > 1e-9 * (total.sum() + flat.norm()):  # linear where the Hessian is zero
+            return diagonal([((z, 0), 1.0)], slope, total)
+        root = values.clamp(min=2e-13 * size).sqrt()  # a little everywhere, to hold the slope that rounding leaves there
+        S, residual = (vectors * root) @ vectors.T, (vectors / root) @ (vectors.T @ flat)
         return Block([(edge, 1.0)], residual.reshape(slope.shape), lambda jac: S @ jac.reshape(len(S), -1), polynomial)
+
+    def _softmax_weights(self, H, z, above, shape) -> Tensor | None:
+        """Q p where H is Q (diag p - p p^T), but for what log(p + eps) changes, along the dimension of a softmax of z."""
+        for user in self._users(z, above):
+            if not _named(user, SOFTMAX):
+                continue
+            if _named(user, ("Logsumexp",)):
+                dim = user._saved_dim[0]
+                p = torch.softmax(user._saved_self.detach(), dim - 2**64 if dim >= 2**63 else dim)
+            else:
+                dim, p = user._saved_dim, user._saved_result.detach()
+                p = p.exp() if _named(user, ("LogSoftmax",)) else p
+            dim = (dim - 2**64 if dim >= 2**63 else dim) % max(len(shape), 1)
+            form, weights = torch.zeros_like(H), torch.zeros(H.shape[0], dtype=H.dtype)
+            numbers = torch.arange(len(H)).reshape(shape).movedim(dim, -1)
+            for index in numbers.reshape(-1, shape[dim]):
+                q = p.reshape(-1)[index]
+                unit = q.diag() - torch.outer(q, q)
+                total = H[index[:, None], index].trace() / unit.trace().clamp(min=TINY)
+                form[index[:, None], index], weights[index] = total * unit, total * q
+            if (H - form).norm() <= 1e-2 * H.norm() and (weights >= 0).all():
+                return weights.reshape(shape)
+        return None
 
     def _polynomial(self, above: list[Node]) -> bool:
         return all(

@@ -130,7 +130,7 @@ def restore_modes(before: tuple[bool, int]) -> None:
 
 
 def loss_at(result, scalar: bool) -> torch.Tensor:
-    """The loss, 0-dim, detached, of what a closure returned. scalar: is a result of one entry the loss, whatever its shape?"""
+    """The loss, 0-dim, detached, of what a closure returned; scalar: a result of one entry is the loss, whatever its shape."""
     if isinstance(result, torch.Tensor) and (scalar or result.dim() == 0):
         return result.detach().reshape(())
     return half_square(result)

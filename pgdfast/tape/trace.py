@@ -160,9 +160,9 @@ class Tracer:
                 form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
             except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
+                last = losses.written(tape.name(positions[0][0]))
                 raise losses.UnrecognizedLoss(
-                    f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
-                    f"{error}. {losses.RECOGNISED}"
+                    f"pgdfast.LM: closure returned a scalar whose last operation is {last}; {error}. {losses.RECOGNISED}"
                 ) from None
             loss = result.detach()
         else:

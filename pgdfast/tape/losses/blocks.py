@@ -222,6 +222,10 @@ class UnrecognizedLoss(ValueError):
     """A scalar that is neither a sum of squares nor of convex functions."""
 
 
+class IndefiniteForm(UnrecognizedLoss):
+    """A quadratic form that is not positive semidefinite."""
+
+
 def residual_form(residuals: list[torch.Tensor], edges: list) -> Form:
     """L = 1/2 sum ||r||^2 of residual tensors that the closure returned."""
     return Form([Diagonal((edge,), r.detach(), 1.0) for r, edge in zip(residuals, edges, strict=True)])

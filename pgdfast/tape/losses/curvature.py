@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..rules.table import plain, signed
-from .blocks import Rows, UnrecognizedLoss, diagonal_block
+from .blocks import IndefiniteForm, Rows, diagonal_block, tiny
 from .classification import softmax_block
 from .linear import is_linear
 from .tail import FOLDS, Tail
@@ -48,7 +48,7 @@ def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.0) -> bool:
 
 
 def _weights(tail: Tail, g: torch.Tensor, h: torch.Tensor, centred: bool) -> torch.Tensor | None:
-    """h >= 0 of an elementwise function, None where it is neither convex nor centred."""
+    """H >= 0 of an elementwise function, None where it is neither convex nor centred."""
     largest = float(h.abs().max())
     convex = largest > 0 and float(h.min()) >= -64 * torch.finfo(h.dtype).eps * largest
     a = tail.centre() if centred else None
@@ -123,18 +123,15 @@ def _quadratic(tail: Tail, g, W, rows, turned: bool):
     values, vectors = torch.linalg.eigh(0.5 * (W + W.T))
     largest = float(values.abs().max())
     if float(values[0]) < -1e3 * torch.finfo(W.dtype).eps * largest:
-        raise UnrecognizedLoss(
+        raise IndefiniteForm(
             "its quadratic form r^T W r has a matrix W that is not positive semidefinite (smallest eigenvalue of W + W^T "
             f"relative to the largest: {float(values[0]) / largest:.1e}), so it is no sum of squares"
         )
-    kept = values > 1e3 * torch.finfo(W.dtype).eps * largest
-    root = torch.where(kept, values, 0.0).sqrt()
-    inverse = torch.where(kept, 1 / root, 0.0)
-    R, back = (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+    # Where W has no curvature a little is left, so that R r = g even there: with what rounding or a linear part leaves of g.
+    root = values.clamp_min(max(1e3 * torch.finfo(W.dtype).eps * largest, tiny(W.dtype))).sqrt()
+    R, back = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
     g = g.reshape(rows)
     r = back @ g if turned else g @ back
-    if not _close(R @ r if turned else r @ R, g):
-        return None   # a linear part without curvature
     return Rows((tail.cut.edge,), r.reshape(tail.gradient.shape), R.contiguous(), turned)
 
 

@@ -13,6 +13,7 @@ import torch
 from ..rules.table import plain, signed
 from ..walk import Tape
 from .blocks import Form, UnrecognizedLoss, looked_at
+from .names import leads_nowhere
 
 READERS: dict[str, Callable] = {}
 LINEAR: set[str] = set()   # of those, which only pass the weight on
@@ -58,7 +59,7 @@ class Walk:
             position, output, weight = stack.pop()
             reader = READERS.get(self.tape.kind(position))
             if reader is None:
-                raise UnrecognizedLoss(f"{self.tape.name(position)} leads to no sum of squares and no cross-entropy")
+                raise UnrecognizedLoss(leads_nowhere(self.tape.name(position)))
             self.form.consumed.add(position)
             following = reader(self, position, self.tape.nodes[position], self.tape.edges[position], weight)
             if following:

@@ -12,27 +12,27 @@ from __future__ import annotations
 import torch
 
 from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
-from .blocks import Form, UnrecognizedLoss, looked_at
+from .blocks import Form, IndefiniteForm, UnrecognizedLoss, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
-from .linear import LINEAR, READERS, Walk, is_linear
-from .names import explained
+from .linear import READERS, Walk, is_linear
+from .names import leads_nowhere
 from .scales import Slope, factors, logarithm, settle
 from .tail import LINKS, REDUCTIONS, Cut, Tail, cuts
 
 RECOGNISED = (
-    "Return the residual tensor (or a tuple of them), or use one of: F.mse_loss, a sum or mean of squares, "
-    "F.cross_entropy, F.binary_cross_entropy_with_logits, any sum of convex functions of the outputs (huber, l1, "
-    "log-cosh, ...), or a weighted sum of those with positive weights."
+    "Return the residual tensor (or a tuple of them), or use one of: F.mse_loss, a sum or mean of squares, F.cross_entropy, "
+    "F.binary_cross_entropy_with_logits, F.huber_loss, an l1 or quantile loss, any other sum of convex functions of what the "
+    "model computes, its root or logarithm, or a weighted sum of those with positive weights."
 )
 _LOSSES = frozenset({
     "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "LogSoftmaxBackward0",
     "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "SmoothL1LossBackward0", "BinaryCrossEntropyBackward0",
     "SoftMarginLossBackward0", "VarBackward0",
 })
-_SECOND_DEGREE = LINEAR | {
+_SECOND_DEGREE = {
     "PowBackward0", "MulBackward0", "DotBackward0", "VdotBackward0", "MmBackward0", "MvBackward0", "BmmBackward0",
-    "AddmmBackward0", "SqueezeBackward4", "VarBackward0",
+    "AddmmBackward0", "VarBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
 }
 _DEEPEST = 8   # cuts that are looked at
 
@@ -55,7 +55,7 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
             return _Terms(tape, allow_sync).read((root, 0))
         except UnrecognizedLoss as error:
             ways.clear()
-            raise explained(why, error) from None
+            raise (error if isinstance(error, IndefiniteForm) else why) from None
     return _Terms(tape, allow_sync).read((root, 0))
 
 
@@ -115,7 +115,7 @@ class _Terms:
             if found:
                 self.ways[edge] = name, found
                 return
-        raise UnrecognizedLoss(f"{self.tape.name(edge[0])} leads to no sum of squares and no cross-entropy")
+        raise UnrecognizedLoss(leads_nowhere(self.tape.name(edge[0])))
 
     def _walk(self, edge, weight, _):
         try:
@@ -132,7 +132,8 @@ class _Terms:
 
     def _link_cut(self, edge, weight, known: Cut | None):
         """Where it makes probabilities, or the like, of a model's output."""
-        return self._first(edge, weight, [c for c in self._cuts(edge, known) if any(self._kind(user) in LINKS for user in c.users)])
+        order = [c for c in self._cuts(edge, known) if any(self._kind(user) in LINKS for user in c.users)]
+        return self._first(edge, weight, order)
 
     def _any_cut(self, edge, weight, known: Cut | None):
         return self._first(edge, weight, self._cuts(edge, known))
@@ -167,7 +168,7 @@ class _Terms:
     def _second_degree(self, position: int) -> bool:
         if self.tape.kind(position) == "PowBackward0":
             return self.tape.nodes[position]._saved_exponent in (1, 2)
-        return self.tape.kind(position) in _SECOND_DEGREE
+        return is_linear(self.tape, position) or self.tape.kind(position) in _SECOND_DEGREE
 
     def _tail(self, edge, weight, cut: Cut) -> Tail | None:
         try:
@@ -196,6 +197,8 @@ class _Terms:
                 continue
             try:
                 form = _Terms(self.tape, self.allow_sync).read(cut.edge, _number(tail.gradient, self.allow_sync))
+            except IndefiniteForm:
+                raise
             except UnrecognizedLoss:
                 continue
             form.steady = False
