@@ -110,6 +110,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
+    returned_loss = False   # did the closure of the last step return the loss, in one number?
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
     report: R
 
@@ -168,6 +169,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         step = self._begin(closure)
         try:
             step.linearize()
+            self.returned_loss = step.scalar
             while step.pending:
                 step.solve()
                 step.attempt()

@@ -102,6 +102,32 @@ class Tracer:
                 ) from error
             raise
 
+    def as_loss(self, result, allow_sync: bool = True):
+        """A result of one entry with dimensions, (1,) or (1, 1), as 0-dim where its tape ends as a loss does; else itself.
+
+        Raises ValueError where it may as well be one residual: a sum of squares less a constant.
+        """
+        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+            return result
+        with torch.no_grad():
+            tape = self._tape([result])
+            position = tape.structure.roots[0][0]
+            known = tape.structure.one_element
+            if known is None:
+                try:
+                    form = losses.scalar_form(tape, position, allow_sync)
+                    known = losses.one_element(form, tape, float(result) if allow_sync else None)
+                except losses.UnrecognizedLoss:
+                    known = "residual"
+                tape.structure.one_element = known
+        if known == "either":
+            raise ValueError(
+                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
+                f"({tape.name(position)}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
+            )
+        return result.reshape(()) if known == "loss" else result
+
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
         read = self._walker.read(result)
@@ -140,14 +166,12 @@ class Tracer:
                 form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
             except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
+                last = losses.written(tape.name(positions[0][0]))
                 raise losses.UnrecognizedLoss(
-                    f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
-                    f"{error}. {losses.RECOGNISED}"
+                    f"pgdfast.LM: closure returned a scalar whose last operation is {last}; {error}. {losses.RECOGNISED}"
                 ) from None
             loss = result.detach()
         else:
-            if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0], allow_sync)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -188,22 +212,6 @@ class Tracer:
             refuse_hidden(tape.fresh, tape.structure.kinds, self.params)
             self._walker.remember(tape.structure)
         return tape
-
-    @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, allow_sync: bool) -> None:
-        """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
-        if result.numel() != 1 or position is None:
-            return
-        try:
-            form = losses.scalar_form(tape, position[0], allow_sync)
-        except losses.UnrecognizedLoss:
-            return
-        if form.reduces(tape):
-            raise ValueError(
-                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimized."
-            )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""
@@ -263,21 +271,26 @@ class Tracer:
         return known.program, op.constants + block_constants(form.blocks, known.block_needs, self.dtype)
 
     def _rules(self, tape: Tape, form: losses.Form) -> list:
-        """(position, rule) of every active node below the loss, found once per structure."""
-        consumed = frozenset(form.consumed)
-        rules = tape.structure.rules.get(consumed)
+        """(position, rule) of every node that the blocks' outputs are computed by, found once per structure and outputs."""
+        outputs = tuple([block.edges for block in form.blocks])
+        rules = tape.structure.rules.get(outputs)
         if rules is None:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
+            needed = {edge[0] for edges in outputs for edge in edges if edge is not None}
+            for position in reversed(structure.wanted):
+                if position in needed:
+                    needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
             rules = []
-            for position, node in tape.nodes.items():
-                if position not in consumed:
-                    rule = self._checkpoint if structure.kinds[position] == CHECKPOINT else rule_of(node)
+            for position in structure.wanted:
+                if position in needed:
+                    checkpoint = structure.kinds[position] == CHECKPOINT
+                    rule = self._checkpoint if checkpoint else rule_of(tape.nodes[position])
                     rules.append((position, rule.of(structure, position)))
-            if structure.complex:
+            if any(position in needed for position in structure.complex):
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
-            structure.rules[consumed] = rules
+            structure.rules[outputs] = rules
         return rules
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:

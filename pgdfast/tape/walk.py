@@ -63,7 +63,9 @@ class Structure:
             self.leaf.append(number)
             self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
-        self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
+        self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
+        self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
+        self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]

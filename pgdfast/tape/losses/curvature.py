@@ -1,0 +1,165 @@
+"""The block of a term at a cut, from its two derivatives there: diagonal, of a softmax, or the same matrix for every row.
+
+An elementwise function f(a) takes h = f'' where that is positive, and f'/a where it is not (reweighted least squares: huber
+outside, l1, Cauchy): half h a^2 then touches f with its slope, and lies above it where f grows slower than a square.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..rules.table import plain, signed
+from .blocks import IndefiniteForm, Rows, diagonal_block, tiny
+from .classification import softmax_block
+from .linear import is_linear
+from .tail import FOLDS, Tail
+
+# f'' counts as positive from this fraction of f'/a on: less would ask for steps a thousand times the distance to the centre.
+_POSITIVE = 1e-3
+_NEAREST = 1e-4     # distances from the centre are taken to be at least this fraction of their mean
+_EPSILONS = 1e-2    # what `log(p + 1e-8)` may change in a cross-entropy's second derivative
+_WIDEST = 512       # outputs of a row that has a matrix of its own
+
+
+def accepted(tail: Tail, quadratic: bool, centred: bool):
+    """The block of a tail whose second derivative has one of the forms, None where it has none.
+
+    quadratic: only operations of at most second degree stand above the cut. centred: do they fold the quantity, so that f'/a
+    has a meaning?
+    """
+    g = tail.gradient
+    if not g.numel() or not bool(torch.isfinite(g).all()):
+        return None
+    h = tail.product(torch.ones_like(g))
+    probe = tail.probe()
+    answer, expected = tail.product(probe), h * probe
+    if not bool(torch.isfinite(answer).all()):
+        return None
+    edges = (tail.cut.edge,)
+    if _close(answer, expected):
+        h = _weights(tail, g, h, centred)
+        return None if h is None else diagonal_block(edges, g, h, squares=quadratic)
+    return _softmax(tail, g, h, probe, answer) or (_rows(tail, g, probe, answer) if quadratic else None)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.0) -> bool:
+    tolerance = max(tolerance, torch.finfo(a.dtype).eps ** 0.5)
+    return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))
+
+
+def _weights(tail: Tail, g: torch.Tensor, h: torch.Tensor, centred: bool) -> torch.Tensor | None:
+    """H >= 0 of an elementwise function, None where it is neither convex nor centred."""
+    largest = float(h.abs().max())
+    convex = largest > 0 and float(h.min()) >= -64 * torch.finfo(h.dtype).eps * largest
+    a = tail.centre() if centred else None
+    if a is None or a.shape != g.shape:
+        return h if convex else None
+    ratio = reweighted(g, a)
+    if not convex and bool(((ratio < 0) & (h <= 0)).any()):
+        return None
+    return torch.where(h > _POSITIVE * ratio, h, ratio)
+
+
+def reweighted(gradient: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """f'/a, the curvature of least squares that pull to a = 0 as f does."""
+    floor = _NEAREST * a.abs().mean()
+    a = torch.where(a < 0, torch.minimum(a, -floor), torch.maximum(a, floor))
+    return torch.where(gradient == 0, 0.0, gradient / a)
+
+
+def _softmax(tail: Tail, g, h, probe, answer):
+    """Q (diag p - p p^T) along the dimension of a softmax that the quantity enters."""
+    found = _probabilities(tail)
+    if found is None:
+        return None
+    p, dim = found
+    form = p * (probe - (p * probe).sum(dim, keepdim=True))
+    total = (answer * form).sum(dim, keepdim=True) / form.square().sum(dim, keepdim=True).clamp_min(1e-300)
+    if not _close(answer, total * form, _EPSILONS) or bool((total < 0).any()):
+        return None
+    q = total * p - g
+    if not bool((g.sum(dim).abs() <= 1e3 * torch.finfo(g.dtype).eps * (total.sum(dim) + g.abs().sum(dim))).all()):
+        return diagonal_block((tail.cut.edge,), g, total * p)   # diag p >= diag p - p p^T
+    return softmax_block((tail.cut.edge,), p, q, dim)
+
+
+def _probabilities(tail: Tail):
+    """(p, dim) of a softmax right above the cut."""
+    for position, _ in tail.cut.users:
+        node, kind = tail.tape.nodes[position], tail.tape.kind(position)
+        if kind == "LogsumexpBackward0":
+            z, dims = plain(node._saved_self).detach(), node._saved_dim
+            if len(dims) != 1:
+                continue
+            dim = signed(dims[0]) % max(z.dim(), 1)
+            return torch.softmax(z, dim), dim
+        if kind in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
+            p = plain(node._saved_result).detach()
+            return (p if kind[0] == "S" else p.exp()), signed(node._saved_dim) % max(p.dim(), 1)
+    return None
+
+
+def _rows(tail: Tail, g, probe, answer):
+    """The same matrix W for every row along the last dimension, or along the first; r^T W r."""
+    shape = g.shape
+    for turned in (False, True):
+        n = shape[0 if turned else -1] if shape else 0
+        if not 1 < n <= _WIDEST or (turned and len(shape) < 2 and n == shape[-1]):
+            continue
+        unit, columns = torch.zeros_like(g).reshape((n, -1) if turned else (-1, n)), []
+        for k in range(n):
+            unit.zero_()
+            (unit[k, :1] if turned else unit[:1, k]).fill_(1)
+            column = tail.product(unit.reshape(shape).clone()).reshape(unit.shape)
+            columns.append(column[:, 0] if turned else column[0])
+        W = torch.stack(columns)
+        x = probe.reshape(unit.shape)
+        if _close(answer.reshape(unit.shape), W @ x if turned else x @ W):
+            return _quadratic(tail, g, W, unit.shape, turned)
+    return None
+
+
+def _quadratic(tail: Tail, g, W, rows, turned: bool):
+    values, vectors = torch.linalg.eigh(0.5 * (W + W.T))
+    largest = float(values.abs().max())
+    if float(values[0]) < -1e3 * torch.finfo(W.dtype).eps * largest:
+        raise IndefiniteForm(
+            "its quadratic form r^T W r has a matrix W that is not positive semidefinite (smallest eigenvalue of W + W^T "
+            f"relative to the largest: {float(values[0]) / largest:.1e}), so it is no sum of squares"
+        )
+    # Where W has no curvature a little is left, so that R r = g even there: with what rounding or a linear part leaves of g.
+    root = values.clamp_min(max(1e3 * torch.finfo(W.dtype).eps * largest, tiny(W.dtype))).sqrt()
+    R, back = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    g = g.reshape(rows)
+    r = back @ g if turned else g @ back
+    return Rows((tail.cut.edge,), r.reshape(tail.gradient.shape), R.contiguous(), turned)
+
+
+def is_centred(tape, cut) -> bool:
+    """Whether an operation above a cut folds it, or a multiple of it, at 0."""
+    return any(_folds(tape, position) and _straight(tape, position, cut.edge) for position in cut.new)
+
+
+def _folds(tape, position: int) -> bool:
+    kind, node = tape.kind(position), tape.nodes[position]
+    if kind == "PowBackward0":
+        return float(node._saved_exponent) % 2 == 0 and node._saved_exponent > 0
+    if kind == "MulBackward0":
+        return tape.edges[position][0] == tape.edges[position][1]
+    if kind in ("ClampBackward1", "ClampMinBackward0"):
+        bounds = [b for b in (node._saved_min, getattr(node, "_saved_max", None)) if b is not None]
+        return len(bounds) == 1 and float(bounds[0]) == 0
+    return kind in FOLDS
+
+
+def _straight(tape, position: int, edge) -> bool:
+    """Whether only linear operations stand between the inputs of a node and an edge below."""
+    stack = [e for e in tape.edges[position] if e is not None]
+    while stack:
+        e = stack.pop()
+        if e == edge:
+            continue
+        if not is_linear(tape, e[0]):
+            return False
+        stack += [below for below in tape.edges[e[0]] if below is not None]
+    return True
