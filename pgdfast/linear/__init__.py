@@ -1,9 +1,10 @@
 """The Jacobian as an operator: products, Gram and dense forms of one linearization."""
 
+from .adjoint import checked as checked_check
 from .ensemble import EnsembleLinearization, EnsembleLinearizer, check_stacked, losses_of, split_result
 from .linearization import Linearization, Linearizer, linearize
 
 __all__ = [
-    "EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "check_stacked", "linearize", "losses_of",
-    "split_result",
+    "EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "check_stacked", "checked_check", "linearize",
+    "losses_of", "split_result",
 ]

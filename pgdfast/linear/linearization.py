@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import warnings
 from operator import attrgetter
 
@@ -12,7 +10,10 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .double_backward import double_backward
+from .adjoint import Flat, checked, disagreement
+from .announce import depth_of_caller, no_rule, rules_disagree
+from .double_backward import Learned, Widened, double_backward
+from .live import Live
 from .rows import RowLayout, row_layout
 
 _announced: set[str] = set()
@@ -26,12 +27,12 @@ class Plan:
     """Kernels of one program with its row structure, shared by all linearizations of that structure.
 
     bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN. choices: see
-    SolvableLinearization.
+    SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where that was not looked at.
     """
 
     __slots__ = (
-        "_asked", "_backend", "_base", "_device", "_member", "_wide", "bound", "choices", "kernels", "layout", "mixing",
-        "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_wide", "agrees", "bound", "choices", "kernels", "layout", "live",
+        "mixing", "program",
     )
 
     def __init__(self, program, device, backend, dtype=None, base=None):
@@ -39,7 +40,7 @@ class Plan:
         self.kernels = kernels.kernels_for(program, device, backend, dtype)
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
-        self.layout, self.choices = UNKNOWN, {}
+        self.layout, self.choices, self.live, self.agrees = UNKNOWN, {}, None, None
 
     def bind(self, constants, member: int | None = None):
         """The kernels with these constants, of one member where these are an ensemble's."""
@@ -90,13 +91,19 @@ class Plan:
 
 
 class Linearizer:
-    """Linearizes closures over fixed parameters, reusing the plan of every structure it has met."""
+    """Linearizes closures over fixed parameters, reusing the plan of every structure it has met.
 
-    def __init__(self, params, backend: str = "auto"):
+    check: "first", "every" or "never": at which of a structure's tapes products are compared with autograd.
+    Raises ValueError for complex parameters.
+    """
+
+    def __init__(self, params, backend: str = "auto", check: str = "first"):
         self.params = list(params)
-        self.backend = backend
+        self.backend, self.check = backend, check
+        _check_real(self.params)
         self._tracer = Tracer(self.params)
         self._plans: dict[int, tuple] = {}
+        self._learned: dict[int, Learned] = {}   # of structures without a program
 
     def __call__(self, closure) -> Linearization:
         """Run the closure once and read its tape."""
@@ -121,11 +128,47 @@ class Linearizer:
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
             )
-        if trace.program is None:
-            self._announce(trace.missing)
-            operator = double_backward(trace, self.params, self._tracer.dtype, result)
-            return Linearization(trace, self.params, operator, None, self._tracer, scalar)
-        return Linearization(trace, self.params, None, self._plan_of(trace), self._tracer, scalar)
+        if trace.program is not None:
+            plan = self._plan_of(trace)
+            found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
+            if plan.agrees or not allow_sync or not self._is_due(plan):
+                return found
+            if self._agrees(plan, Flat(found.jvp, found.vjp), trace, result):
+                return found
+            trace = self._without_rules(result, allow_sync)
+        return Linearization(trace, self.params, self._by_autograd(trace, result), None, self._tracer, scalar)
+
+    def _is_due(self, plan: Plan) -> bool:
+        """Whether a plan's products are to be compared with autograd, or have been, in vain."""
+        return plan.agrees is False or self.check != "never"
+
+    def _agrees(self, plan: Plan, products: Flat, trace, result) -> bool:
+        """Whether the products of rules are those of autograd; if not, this is announced, and remembered."""
+        if plan.agrees is not False:
+            found = disagreement(products, trace, self.params, result)
+            if found is not None:
+                names = trace.structure.suspects(set(found.parameters) or set(range(len(self.params))))
+                warnings.warn(rules_disagree(names, found.parameters, self.params), stacklevel=depth_of_caller())
+            plan.agrees = False if found is not None else None if self.check == "every" else True
+        return plan.agrees is not False
+
+    def _without_rules(self, result, allow_sync: bool = True):
+        trace = self._tracer.trace(result, allow_sync, rules=False)
+        trace.missing = "one of its operations that agrees with autograd"
+        return trace
+
+    def _by_autograd(self, trace, result, count: int = 1):
+        """The products of a trace without a program, after they were announced and, as the case may be, compared."""
+        number = trace.structure.number
+        learned = self._learned.get(number)
+        if learned is None:
+            learned = Learned()
+            if len(self._learned) >= 64:
+                self._learned.clear()
+            if number >= 0:
+                self._learned[number] = learned
+        self._announce(trace)
+        return double_backward(trace, self.params, self._tracer.dtype, result, learned, self.check, count)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -153,29 +196,34 @@ class Linearizer:
                     "model to one device."
                 )
 
-    def _announce(self, operation: str) -> None:
+    def _announce(self, trace) -> None:
+        operation = trace.missing
         if operation not in _announced:
             _announced.add(operation)
-            warnings.warn(
-                f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
-                stacklevel=_depth_of_caller(),
-            )
+            size = sum(p.numel() for p in self.params)
+            warnings.warn(no_rule(operation, trace.residual.numel(), size), stacklevel=depth_of_caller())
 
 
 class Bound:
     """What a closure's tape has left at one point, and the kernels that are bound to it when asked for."""
 
     _constants = None
+    _widens_operators = True
 
     def __init__(self, trace, params, operator, plan, tracer, constants):
         self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
         self.device = params[0].device
         self.has_squares_only, self.tapeless = trace.squares_only, trace.tapeless
-        self.choices = {} if plan is None else plan.choices
+        self.choices = operator.learned.choices if plan is None else plan.choices
         self.tape_bytes = 0 if plan is None else plan.kernels.arena_size * self.dtype.itemsize
         self._operator, self._plan, self._tracer, self._missing, self._wide = operator, plan, tracer, trace.missing, None
         self._versions = list(map(_version, params))
-        self._constants = constants
+        self._constants, self._live = constants, None
+        if plan is not None:
+            if plan.live is None:
+                plan.live = Live.places(constants, params)
+            if plan.live.places:
+                self._live = Live(plan, constants)
 
     def __del__(self):
         if self._constants is not None and self._plan is not None:
@@ -197,6 +245,8 @@ class Bound:
             )
         if plan is None:
             return self._operator
+        if self._live is not None:
+            self._live.refresh()
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
 
     @property
@@ -213,19 +263,28 @@ class Bound:
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
         """
-        if self.dtype == torch.float64 or self._plan is None:
+        if self.dtype == torch.float64 or (self._plan is None and not self._widens_operators):
             return self
         if self._wide is None:   # one, so that what its plan holds serves further dampings
             wide = object.__new__(type(self))   # a copy, which shares the list of versions
             wide.__dict__.update(self.__dict__)
-            wide._plan, wide.residual, wide.dtype = self._plan.wide, self.residual.double(), torch.float64
-            wide.choices = wide._plan.choices
+            wide.residual, wide.dtype = self.residual.double(), torch.float64
+            if self._plan is None:
+                wide._operator = Widened(self._operator)
+            else:
+                wide._plan = self._plan.wide
+                wide.choices = wide._plan.choices
             wide._forget()
             self._wide = wide
         return self._wide
 
     def _forget(self) -> None:
         """Drop what was computed in another precision."""
+
+    def before_trial(self) -> None:
+        """Say that the closure is about to run again, and may write to its constants; see live.py."""
+        if self._live is not None:
+            self._live.before_trial()
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
@@ -236,9 +295,11 @@ class Bound:
     def release(self) -> None:
         """Let go of the tape. Products raise RuntimeError from then on; what was computed before stays."""
         constants, wide = self._constants, self._wide
-        self._constants = self._operator = None
+        if self._live is not None:
+            self._live.learn()
+        self._constants = self._operator = self._live = None
         if wide is not None:
-            wide._constants = None
+            wide._constants = wide._operator = wide._live = None
         if self._plan is not None:
             self._plan.release(constants)
 
@@ -361,26 +422,29 @@ def flat_residuals(result) -> torch.Tensor:
     return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
-def _depth_of_caller() -> int:
-    """The stacklevel, for a warning in the calling function, of the first frame outside pgdfast and torch."""
-    own = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_code.co_filename.startswith(own):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
     if x.shape != (size,):
         raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
     return x.detach().to(dtype).resolve_neg().contiguous()
 
 
-def linearize(closure, params, *, backend: str = "auto") -> Linearization:
+def _check_real(params) -> None:
+    for k, p in enumerate(params):
+        if p.is_complex():
+            raise ValueError(
+                f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is {p.dtype}; parameters must be real. Keep its real "
+                "and imaginary parts as the parameter, nn.Parameter(torch.view_as_real(w)), and compute with "
+                "torch.view_as_complex(parameter)."
+            )
+
+
+def linearize(closure, params, *, backend: str = "auto", check: str = "first") -> Linearization:
     """Linearize a closure at the current parameters.
 
     closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
-    concatenation is the flat parameter vector. backend: as for LM. Cost: one run of the closure.
+    concatenation is the flat parameter vector. backend: as for LM. check: "first" or "every" compares products with autograd's
+    gradient, "never" only where hooks or Functions of the user's take part. Cost: one run of the closure, and with a check
+    three products and one backward pass.
     Raises ValueError for results that cannot be linearized and for a non-finite loss.
     """
     params = [p for p in params if p.requires_grad]
@@ -389,4 +453,4 @@ def linearize(closure, params, *, backend: str = "auto") -> Linearization:
     name = kernels.requested(backend)
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
-    return Linearizer(params, name)(closure)
+    return Linearizer(params, name, checked(check, "linearize"))(closure)
