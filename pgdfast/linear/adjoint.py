@@ -68,19 +68,23 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
         found = products.vjp(r) if r.numel() else pulled
     else:
         expected = _gradient(result if isinstance(result, (tuple, list)) else [result], w, params)
-    wrong = _wrong(trace, params, count, tolerance, found, pulled, expected)
+    norm = max(sum(float(p.detach().double().square().sum()) for p in params), float(pulled.numel())) ** 0.5
+    natural = float(w.double().square().sum()) / norm   # of a gradient: the loss over the parameters
+    wrong = _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
     if not adjoint or not r.numel():
         return Disagreement(wrong, False) if wrong else None
     v = torch.randn(pulled.numel(), generator=generator).to(pulled)
     pushed = products.jvp(v)
-    apart = pushed is not None and _apart(pushed.double() * w.double(), v.double() * pulled.double(), tolerance)
+    apart = pushed is not None and _apart(
+        pushed.double() * w.double(), v.double() * pulled.double(), tolerance, natural * float(v.norm())
+    )
     return Disagreement(wrong, apart) if wrong or apart else None
 
 
-def _apart(rows: torch.Tensor, columns: torch.Tensor, tolerance: float) -> bool:
+def _apart(rows: torch.Tensor, columns: torch.Tensor, tolerance: float, natural: float) -> bool:
     """Whether two sums differ by more than the tolerance allows for terms in any order."""
     gap, size = (rows.sum() - columns.sum()).abs(), rows.norm() + columns.norm()
-    return bool(~(gap <= tolerance * size) & columns.isfinite().all())
+    return bool(~(gap <= tolerance * (size + tolerance * natural)) & columns.isfinite().all())
 
 
 def _cotangent(r: torch.Tensor, scalar: bool, generator) -> torch.Tensor:
@@ -99,11 +103,12 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
         parts = w.split([t.numel() for t in results])
         cotangents = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, results, strict=True)]
     pairs = [(t, c) for t, c in zip(results, cotangents, strict=True) if t.requires_grad and t.numel()]
-    if not pairs:
+    asked = [p for p in params if p.requires_grad]
+    if not pairs or not asked:
         return [None] * len(params)
     tensors, cotangents = zip(*pairs, strict=True)
     try:
-        found = torch.autograd.grad(tensors, params, cotangents, retain_graph=True, allow_unused=True)
+        found = iter(torch.autograd.grad(tensors, asked, cotangents, retain_graph=True, allow_unused=True))
     except RuntimeError as error:
         if "already been freed" in str(error) or "second time" in str(error):
             raise ValueError(
@@ -111,12 +116,13 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
                 "residuals without calling backward()."
             ) from error
         raise
-    return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in found]
+    gradients = [next(found) if p.requires_grad else None for p in params]
+    return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in gradients]
 
 
-def _wrong(trace, params, count: int, tolerance: float, found, pulled, expected) -> list[int]:
+def _wrong(trace, params, count: int, limits, found, pulled, expected) -> list[int]:
     """Numbers of the parameters whose J^T w, or gradient, is not as expected."""
-    sizes = [p.numel() for p in params]
+    sizes, (tolerance, natural) = [p.numel() for p in params], limits
     gaps, scales, judged = [], [], None
     for k, (p, g, ours, free) in enumerate(zip(params, expected, found.split(sizes), pulled.split(sizes), strict=True)):
         theirs = torch.zeros_like(p) if g is None else g
@@ -126,8 +132,9 @@ def _wrong(trace, params, count: int, tolerance: float, found, pulled, expected)
         judged = finite if judged is None else judged & finite
         gaps.append((ours + penalty - theirs).norm(dim=1))
         scales.append(torch.stack([ours.norm(dim=1), free.norm(dim=1), penalty.norm(dim=1)]).nan_to_num(0.0, 0.0).sum(0))
-    total = torch.stack(scales).sum(0)
-    # What is zero but for rounding, such as the gradient of a bias before a batch norm, is so beside all the others.
+    total = torch.stack(scales).sum(0) + (natural if natural < float("inf") else 0.0)
+    # What is zero but for rounding, such as the gradient of a bias before a batch norm, is so beside all the others, or beside
+    # what is natural, as that of the one logit of a softmax.
     return [
         k for k, (gap, scale) in enumerate(zip(gaps, scales, strict=True))
         if bool((~(gap <= tolerance * (scale + tolerance * total)) & judged).any())

@@ -271,6 +271,10 @@ class Member(Products):
         losses, residual = self._ensemble.residual_at(run)
         return losses[self._b], residual[self._b]
 
+    def before_trial(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.before_trial()
+
     def parameters_unchanged(self) -> None:
         """See EnsembleLinearization."""
         self._ensemble.parameters_unchanged()

@@ -150,6 +150,7 @@ class Linearizer:
                 names = trace.structure.suspects(set(found.parameters) or set(range(len(self.params))))
                 warnings.warn(rules_disagree(names, found.parameters, self.params), stacklevel=depth_of_caller())
             plan.agrees = False if found is not None else None if self.check == "every" else True
+            plan.release()
         return plan.agrees is not False
 
     def _without_rules(self, result, allow_sync: bool = True):
