@@ -27,9 +27,10 @@ CHANGED = (
     "Jacobian; the parameters are left unchanged. Write it out of place (w = 0.9 * w + ..., not w.mul_(0.9)), or change it "
     "between steps."
 )
-_COLUMN = 3.0               # backward passes that a product with J takes
-_BLOCK_BYTES = 64 << 20     # of the intermediate results of one batched pass
-_LARGEST_BLOCK = 1024       # rows or columns of J in one
+_COLUMN = 1.5               # backward passes that a product with J takes
+# Rows or columns of J in one batched pass: as many as a cache holds of their intermediate results, or a few, but for their memory.
+_CACHE_BYTES, _FEW, _FEW_BYTES, _LARGEST = 4 << 20, 8, 256 << 20, 256
+_PART_BYTES = 64 << 20      # of J in another type
 _KEPT_BYTES = 512 << 20     # a larger J is not kept where J^T J will do
 # Operations of a large matrix product that take as long as one node of a backward pass, beside its numbers, and as a number.
 _NODE, _NUMBER = 2.5e5, 30.0
@@ -94,7 +95,8 @@ class DoubleBackward(Traits):
         work = _NUMBER * numbers + structure.product_flops()
         self.flops = nodes + work
         bytes_of_one = (self.arena_size + M + P) * dtype.itemsize
-        self.rows_per_sweep = max(1, min(_LARGEST_BLOCK, max(M, 1), _BLOCK_BYTES // max(bytes_of_one, 1)))
+        fitting = max(_CACHE_BYTES // max(bytes_of_one, 1), min(_FEW, _FEW_BYTES // max(bytes_of_one, 1)))
+        self.rows_per_sweep = max(1, min(_LARGEST, max(M, P), fitting))
         which, passes, cost = ("columns", P, _COLUMN) if self._by_columns else ("rows", M, 1.0)
         calls = math.ceil(passes / self.rows_per_sweep) if learned.batched[which] else passes
         self.jacobian_flops = cost * (calls * 3 * nodes + passes * work)   # batches cost a node some Python
@@ -317,7 +319,7 @@ class Widened(Traits):
 
 def _parts(J: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     """(number of the first, rows of J in another type) in blocks."""
-    count = len(J) if J.dtype == dtype else max(1, _BLOCK_BYTES // (dtype.itemsize * max(J.shape[1], 1)))
+    count = len(J) if J.dtype == dtype else max(1, _PART_BYTES // (dtype.itemsize * max(J.shape[1], 1)))
     return ((first, J[first : first + count].to(dtype)) for first in range(0, max(len(J), 1), max(count, 1)))
 
 
