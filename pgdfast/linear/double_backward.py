@@ -28,7 +28,7 @@ CHANGED = (
     "between steps."
 )
 _COLUMN = 1.5               # backward passes that a product with J takes
-# Rows or columns of J in one batched pass: as many as a cache holds of their intermediate results, or a few, but for their memory.
+# Rows or columns of J in one batched pass: as many as a cache holds of their intermediate results, or a few if memory does.
 _CACHE_BYTES, _FEW, _FEW_BYTES, _LARGEST = 4 << 20, 8, 256 << 20, 256
 _PART_BYTES = 64 << 20      # of J in another type
 _KEPT_BYTES = 512 << 20     # a larger J is not kept where J^T J will do

@@ -33,10 +33,11 @@ class EnsembleLinearizer(Linearizer):
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
             found = EnsembleLinearization(self, trace, losses, None, plan, order)
-            if plan.agrees or not self._is_due(plan) or self._agrees(plan, found.flat(), trace, total):
+            if plan.agrees or self._fallback.agrees(plan, found.flat(), trace, total):
                 return found
-            trace = self._without_rules(total)
-        operator = self._by_autograd(trace, total, self.count)
+            trace = self._fallback.trace(total)
+        self._announce(trace)
+        operator = self._fallback.operator(trace, total, self.count)
         order = self._order(operator, [block.residual.shape for block in trace.blocks])
         return EnsembleLinearization(self, trace, losses, operator, None, order)
 

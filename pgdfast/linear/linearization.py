@@ -10,10 +10,11 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .adjoint import Flat, checked, disagreement
-from .announce import depth_of_caller, no_rule, rules_disagree
-from .double_backward import Learned, Widened, double_backward
-from .live import Live
+from .adjoint import Flat, checked
+from .announce import depth_of_caller, no_rule
+from .double_backward import Widened
+from .fallback import Fallback
+from .live import CHANGED, Live
 from .rows import RowLayout, row_layout
 
 _announced: set[str] = set()
@@ -99,11 +100,11 @@ class Linearizer:
 
     def __init__(self, params, backend: str = "auto", check: str = "first"):
         self.params = list(params)
-        self.backend, self.check = backend, check
+        self.backend = backend
         _check_real(self.params)
         self._tracer = Tracer(self.params)
+        self._fallback = Fallback(self.params, self._tracer, check)
         self._plans: dict[int, tuple] = {}
-        self._learned: dict[int, Learned] = {}   # of structures without a program
 
     def __call__(self, closure) -> Linearization:
         """Run the closure once and read its tape."""
@@ -131,45 +132,12 @@ class Linearizer:
         if trace.program is not None:
             plan = self._plan_of(trace)
             found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
-            if plan.agrees or not allow_sync or not self._is_due(plan):
+            if plan.agrees or not allow_sync or self._fallback.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
                 return found
-            if self._agrees(plan, Flat(found.jvp, found.vjp), trace, result):
-                return found
-            trace = self._without_rules(result, allow_sync)
-        return Linearization(trace, self.params, self._by_autograd(trace, result), None, self._tracer, scalar)
-
-    def _is_due(self, plan: Plan) -> bool:
-        """Whether a plan's products are to be compared with autograd, or have been, in vain."""
-        return plan.agrees is False or self.check != "never"
-
-    def _agrees(self, plan: Plan, products: Flat, trace, result) -> bool:
-        """Whether the products of rules are those of autograd; if not, this is announced, and remembered."""
-        if plan.agrees is not False:
-            found = disagreement(products, trace, self.params, result)
-            if found is not None:
-                names = trace.structure.suspects(set(found.parameters) or set(range(len(self.params))))
-                warnings.warn(rules_disagree(names, found.parameters, self.params), stacklevel=depth_of_caller())
-            plan.agrees = False if found is not None else None if self.check == "every" else True
-            plan.release()
-        return plan.agrees is not False
-
-    def _without_rules(self, result, allow_sync: bool = True):
-        trace = self._tracer.trace(result, allow_sync, rules=False)
-        trace.missing = "one of its operations that agrees with autograd"
-        return trace
-
-    def _by_autograd(self, trace, result, count: int = 1):
-        """The products of a trace without a program, after they were announced and, as the case may be, compared."""
-        number = trace.structure.number
-        learned = self._learned.get(number)
-        if learned is None:
-            learned = Learned()
-            if len(self._learned) >= 64:
-                self._learned.clear()
-            if number >= 0:
-                self._learned[number] = learned
+            trace = self._fallback.trace(result, allow_sync)
         self._announce(trace)
-        return double_backward(trace, self.params, self._tracer.dtype, result, learned, self.check, count)
+        operator = self._fallback.operator(trace, result)
+        return Linearization(trace, self.params, operator, None, self._tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -218,13 +186,14 @@ class Bound:
         self.choices = operator.learned.choices if plan is None else plan.choices
         self.tape_bytes = 0 if plan is None else plan.kernels.arena_size * self.dtype.itemsize
         self._operator, self._plan, self._tracer, self._missing, self._wide = operator, plan, tracer, trace.missing, None
-        self._versions = list(map(_version, params))
-        self._constants, self._live = constants, None
+        self._constants, self._home, self._copies = constants, plan, None   # _home: the plan of both precisions
+        self._watched = params
         if plan is not None:
             if plan.live is None:
-                plan.live = Live.places(constants, params)
+                plan.live = Live(constants, params)
             if plan.live.places:
-                self._live = Live(plan, constants)
+                self._watched = [*params, *[constants[k] for k in plan.live.places]]
+        self._versions = list(map(_version, self._watched))
 
     def __del__(self):
         if self._constants is not None and self._plan is not None:
@@ -235,10 +204,8 @@ class Bound:
 
         Raises RuntimeError where the parameters have changed or the linearization was released.
         """
-        if list(map(_version, self.params)) != self._versions:
-            raise RuntimeError(
-                "pgdfast: the parameters have changed since this linearization was made; linearize again."
-            )
+        if list(map(_version, self._watched)) != self._versions:
+            self._refresh()
         constants, plan = self._constants, self._plan
         if constants is None:
             raise RuntimeError(
@@ -246,8 +213,6 @@ class Bound:
             )
         if plan is None:
             return self._operator
-        if self._live is not None:
-            self._live.refresh()
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
 
     @property
@@ -284,23 +249,52 @@ class Bound:
 
     def before_trial(self) -> None:
         """Say that the closure is about to run again, and may write to its constants; see live.py."""
-        if self._live is not None:
-            self._live.before_trial()
+        plan = self._home
+        if plan is not None and not plan.live.steady and self._copies is None:
+            self._copies = plan.live.copies(self._constants)
+            if self._wide is not None:
+                self._wide._copies = self._copies
+
+    def _refresh(self) -> None:
+        """Let copies take the place of constants that have changed. Raises RuntimeError where there is none of them."""
+        count, constants = len(self.params), self._constants
+        if list(map(_version, self.params)) != self._versions[:count]:
+            raise RuntimeError("pgdfast: the parameters have changed since this linearization was made; linearize again.")
+        if constants is None:
+            return
+        changed = self._changed()
+        self._home.live.learn(changed)
+        if any(k not in (self._copies or ()) for k in changed):
+            raise RuntimeError(CHANGED)
+        for place, k in enumerate(self._home.live.places, count):
+            if k in changed:
+                constants[k] = self._watched[place] = self._copies[k]
+        self._versions[count:] = map(_version, self._watched[count:])
+        self._home.release(constants)
+
+    def _changed(self) -> list[int]:
+        """Numbers of the constants that were written to since."""
+        count = len(self.params)
+        pairs = zip(self._home.live.places, self._watched[count:], self._versions[count:], strict=True)
+        return [k for k, c, version in pairs if c._version != version]
 
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
         if self._plan is None:   # autograd goes on reading the tape, and has versions of its own
             torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(self._versions))
-        self._versions[:] = map(_version, self.params)   # in place: the widened one shares the list
+        self._versions[: len(self.params)] = map(_version, self.params)   # in place: the widened one shares the list
 
     def release(self) -> None:
         """Let go of the tape. Products raise RuntimeError from then on; what was computed before stays."""
         constants, wide = self._constants, self._wide
-        if self._live is not None:
-            self._live.learn()
-        self._constants = self._operator = self._live = None
+        if self._copies is not None and constants is not None and self._home.live.steady is None:
+            self._home.live.learn(self._changed())
+        self._constants = self._operator = self._copies = None
+        self._watched = self.params
+        del self._versions[len(self.params) :]
         if wide is not None:
-            wide._constants = wide._operator = wide._live = None
+            wide._constants = wide._operator = wide._copies = None
+            wide._watched = wide.params
         if self._plan is not None:
             self._plan.release(constants)
 

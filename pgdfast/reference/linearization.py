@@ -198,7 +198,7 @@ def _differentiate(block: Block, params: list[Tensor]) -> Tensor:
         )
         rows[i] = torch.cat(
             [
-                p.new_zeros(p.numel()) if g is None else g.reshape(-1)
+                p.new_zeros(p.numel()) if g is None else g.to_dense().reshape(-1)
                 for p, g in zip(params, gradients, strict=True)
             ]
         )
