@@ -36,7 +36,8 @@ class EnsembleLinearizer(Linearizer):
             if plan.agrees or self._fallback.agrees(plan, found.flat(), trace, total):
                 return found
             trace = self._fallback.trace(total)
-        self._announce(trace)
+        else:
+            self._announce(trace)
         operator = self._fallback.operator(trace, total, self.count)
         order = self._order(operator, [block.residual.shape for block in trace.blocks])
         return EnsembleLinearization(self, trace, losses, operator, None, order)

@@ -20,15 +20,16 @@ class Fallback:
     def __init__(self, params, tracer, check: str):
         self._params, self._tracer, self.check = params, tracer, check
         self._learned: dict[int, Learned] = {}
+        self._accusation = ""   # of rules; said once autograd has borne it out
 
     def agrees(self, plan, products: Flat, trace, result) -> bool:
-        """Whether a plan's products are those of autograd; if not, this is announced, and remembered with the plan."""
+        """Whether a plan's products are those of autograd; the plan remembers it."""
         if plan.agrees is None and self.check != "never":
             found = disagreement(products, trace, self._params, result)
             plan.release()
             if found is not None:
                 names = trace.structure.suspects(set(found.parameters) or set(range(len(self._params))))
-                warnings.warn(rules_disagree(names, found.parameters, self._params), stacklevel=depth_of_caller())
+                self._accusation = rules_disagree(names, found.parameters, self._params)
                 plan.agrees = False
             elif self.check == "first":
                 plan.agrees = True
@@ -41,7 +42,11 @@ class Fallback:
         return trace
 
     def operator(self, trace, result, count: int = 1) -> DoubleBackward:
-        """The products of a trace without a program, compared with the gradient as the case may be."""
+        """The products of a trace without a program, compared with the gradient as the case may be.
+
+        Announces rules that do not agree. Raises ValueError as double_backward does.
+        """
+        accusation, self._accusation = self._accusation, ""
         number = trace.structure.number
         learned = self._learned.get(number)
         if learned is None:
@@ -50,4 +55,7 @@ class Fallback:
                 if len(self._learned) >= _STRUCTURES_KEPT:
                     self._learned.clear()
                 self._learned[number] = learned
-        return double_backward(trace, self._params, self._tracer.dtype, result, learned, self.check, count)
+        operator = double_backward(trace, self._params, self._tracer.dtype, result, learned, self.check, count)
+        if accusation:
+            warnings.warn(accusation, stacklevel=depth_of_caller())
+        return operator

@@ -135,7 +135,8 @@ class Linearizer:
             if plan.agrees or not allow_sync or self._fallback.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
                 return found
             trace = self._fallback.trace(result, allow_sync)
-        self._announce(trace)
+        else:
+            self._announce(trace)
         operator = self._fallback.operator(trace, result)
         return Linearization(trace, self.params, operator, None, self._tracer, scalar)
 
