@@ -155,7 +155,7 @@ class DoubleBackward(Traits):
         chosen = range(len(self._blocks)) if block is None else [block]
         parts = u.split([self._sizes[k] for k in chosen], -1)
         scaled = {
-            k: _each(_scale_transposed, self._blocks[k], part.reshape(*lead, *self._shapes[k]), len(lead))
+            k: _each(_scale_transposed, self._blocks[k], part.reshape((*lead, *self._shapes[k])), len(lead))
             for k, part in zip(chosen, parts, strict=True)
         }
         asked = [(output, k, sign) for output, (k, sign) in zip(self._outputs, self._owner, strict=True) if k in scaled]
@@ -164,7 +164,7 @@ class DoubleBackward(Traits):
             cotangents = [(sign * scaled[k]).to(self._blocks[k].residual.dtype) for _, k, sign in asked]
             pulled = _grad([output for output, _, _ in asked], self._params, cotangents, bool(lead))
         return torch.cat([
-            u.new_zeros(*lead, p.numel()) if g is None else _strided(g).reshape(*lead, -1).to(self._dtype)
+            u.new_zeros(*lead, p.numel()) if g is None else _strided(g).reshape((*lead, p.numel())).to(self._dtype)
             for g, p in zip(pulled, self._params, strict=True)
         ], -1)
 
@@ -174,7 +174,7 @@ class DoubleBackward(Traits):
         pulled, cotangents = self._pullback()
         parts = v.split([p.numel() for p in self._params], -1)
         pairs = [
-            (g, part.reshape(*lead, *p.shape).to(g.dtype))
+            (g, part.reshape((*lead, *p.shape)).to(g.dtype))
             for g, part, p in zip(pulled, parts, self._params, strict=True)
             if g is not None and g.requires_grad
         ]
@@ -182,11 +182,14 @@ class DoubleBackward(Traits):
         if pairs:
             graphs, vectors = zip(*pairs, strict=True)
             pushed = _grad(graphs, cotangents, vectors, bool(lead))
-        totals = [torch.zeros(*lead, *s, dtype=self._dtype, device=v.device) for s in self._shapes]
+        totals = [torch.zeros((*lead, *s), dtype=self._dtype, device=v.device) for s in self._shapes]
         for (k, sign), tangent in zip(self._owner, pushed, strict=True):
             if tangent is not None:
                 totals[k] += sign * tangent.to(self._dtype)
-        scaled = [_each(_scale, b, t, len(lead)).reshape(*lead, -1) for b, t in zip(self._blocks, totals, strict=True)]
+        scaled = [
+            _each(_scale, b, t, len(lead)).reshape((*lead, size))
+            for b, t, size in zip(self._blocks, totals, self._sizes, strict=True)
+        ]
         return torch.cat(scaled, -1) if scaled else v.new_empty(*lead, 0)
 
     def _pullback(self):
