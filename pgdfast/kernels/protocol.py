@@ -87,6 +87,9 @@ class Traits:
     sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
     has_columns: bool = False      # has columns, squared and gram(weights): what a chain (linear/chained.py) asks of its parts
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
+    matrix_free: bool = True       # products J v do not take J itself
+    jacobian_flops: float | None = None   # operations of J, where they are not a sweep for each row
+    block_bytes: float | None = None      # has normal, which makes no more of J than this at once
 
 
 class Kernels(Protocol):
