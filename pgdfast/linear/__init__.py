@@ -7,5 +7,5 @@ from .linearization import Linearization, Linearizer, linearize
 
 __all__ = [
     "EnsembleLinearization", "EnsembleLinearizer", "Linearization", "Linearizer", "as_operations", "check_stacked",
-    "losses_of", "split_result",
+    "checked_check", "linearize", "losses_of", "split_result",
 ]
