@@ -183,14 +183,18 @@ class Chained(Traits):
 
     def _few(self, main, w: list[float]):
         """T and J_q."""
-        Q, J_q = self._part("sub").dense(), main.columns(self._rest)
-        weighed = Q * self._spread(w, self._chain.owned)
+        J_q, sub, owned = main.columns(self._rest), self._part("sub"), self._chain.owned
+        apart = not any(p in self._read for p in owned)
+        if apart and self._chain.sub_layout is not None:
+            return 0.5 * (J_q @ sub.gram([w[p] for p in owned])), J_q
+        Q = sub.dense()
+        weighed = Q * self._spread(w, owned)
         inner = 0.5 * (weighed @ Q.T)
-        if not any(p in self._read for p in self._chain.owned):
+        if apart:
             return J_q @ inner, J_q
         spread = Q.new_zeros(len(Q), self.num_parameters)
         starts, start = [0, *itertools.accumulate(self._sizes)], 0
-        for p in self._chain.owned:
+        for p in owned:
             spread[:, starts[p] : starts[p + 1]] = weighed[:, start : start + self._sizes[p]]
             start += self._sizes[p]
         return _pushed(main, torch.cat([spread, inner], 1)), J_q
