@@ -12,9 +12,9 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .double_backward import double_backward
 from .chained import Chained
-from .rows import RowLayout
+from .double_backward import double_backward
+from .rows import RowLayout, row_layout
 from .separation import Separation, separation
 
 _announced: set[str] = set()
@@ -77,10 +77,13 @@ class Plan:
     def coupling(self, constants) -> str:
         """Why the residuals do not separate into rows, and what to do; "" where they do."""
         self.row_layout(constants)
-        return self._separation.reason
+        return self._separation.reason if self.layout is None else ""
 
     def _separated(self, constants) -> Separation:
         if self._base is None:
+            before = self._separation
+            if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
+                return Separation(row_layout(self.program, constants), None, before.reason)
             return separation(self.program, constants, self.chains)
         self._base.row_layout(constants)
         return self._base._separation

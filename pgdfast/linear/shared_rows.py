@@ -28,8 +28,8 @@ _RUN = 16             # rows from which on those with equally many outputs are a
 class Pattern:
     """What separates a program's residuals into rows.
 
-    splits: (rows, outputs) of every residual tensor, the finest rows. group: for each of those the row that it belongs to, named
-    by one of its members; -1 in the border. labels: the same of every buffer element, -1 where it reaches none. cuts:
+    splits: (rows, outputs) of every residual tensor, the finest rows. group: for each of those the row that it belongs to,
+    named by one of its members; -1 in the border. labels: the same of every buffer element, -1 where it reaches none. cuts:
     instructions whose reading is cut. outputs: the most of one row.
     """
 
