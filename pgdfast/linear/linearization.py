@@ -84,7 +84,9 @@ class Plan:
             before = self._separation
             if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
                 return Separation(row_layout(self.program, constants), None, before.reason)
-            return separation(self.program, constants, self.chains)
+            # Chains make tensors from numbers as they go, which a captured step on a GPU cannot.
+            chains = self.chains and self._whole.has_columns and self._device.type == "cpu"
+            return separation(self.program, constants, chains)
         self._base.row_layout(constants)
         return self._base._separation
 
@@ -95,7 +97,7 @@ class Plan:
             dtype = self._whole.dtype
             chained = Chained(
                 self._whole, found.chain,
-                lambda program: kernels.kernels_for(program, torch.device(self._device), self._backend, dtype),
+                lambda program: kernels.kernels_for(program, self._device, self._backend, dtype),
             )
             if self.bound is not None:
                 chained.adopt(self.bound)
