@@ -56,11 +56,12 @@ class Scaled:
 
 @dataclass(slots=True)
 class Chain:
-    """The parts of a whole program, with the rows of main; sub is None where there is a border alone.
+    """The parts of a whole program, with the rows of main; sub is None where no quantity needs one.
 
     kept, border: numbers of residuals. owned: the parameter tensors of sub. scaled: the quantities that are multiples of one
-    parameter tensor each; those of sub follow them among main's parameters, `quantities` tensors of `shared` elements. by_rows: J_q Q by sub's adjoint on the rows of J_q, not by Q. few: the Gram
-    matrix is main's, corrected for q by so many products. cost: of J in operations.
+    parameter tensor each; those of sub, `quantities` tensors of `shared` elements, follow them among main's parameters.
+    by_rows: J_q Q comes by sub's adjoint on the rows of J_q, not by Q. few: the Gram matrix is main's, corrected for q;
+    else the columns of sub's parameters come apart. cost: of J in operations.
     """
 
     main: Part
@@ -81,10 +82,12 @@ class Chain:
         """What predictions of cost and memory take for the whole program's row layout."""
         M, P = sum(program.sizes(RESIDUAL)), sum(program.sizes(PARAMETER))
         sweeps = max(1, math.ceil(self.cost / max(_cost(program), 1.0)))
-        layout = dataclasses.replace(self.layout, max_outputs=max(sweeps, self.layout.max_outputs))
-        if not self.few:
-            layout.flops, layout.packed, layout.explicit_columns, layout.largest = float(M) * M * P, 2 * M * P, P, 2 * M * P
-        return layout
+        columns = self.shared if self.few else sum(self.sub.program.sizes(PARAMETER))
+        return dataclasses.replace(
+            self.layout, max_outputs=max(sweeps, self.layout.max_outputs), flops=self.layout.flops + float(M) * M * columns,
+            packed=self.layout.packed + 2 * M * columns, explicit_columns=min(P, self.layout.explicit_columns + columns),
+            largest=max(self.layout.largest, 2 * M * columns),
+        )
 
 
 def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
@@ -98,28 +101,26 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     scaled = _scaled(program, windows, set(pattern.cuts), constants)
     rest = {k: window for k, window in windows.items() if k not in scaled}
     main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
-    sub, owned = _sub(program, rest) if rest else (None, [])
-    shared = sum(high - low + 1 for low, high in rest.values())
-    taken = sum(sub.program.sizes(PARAMETER)) if sub else 0
-    direct = min(M, P) * _cost(program)
-    bordered = len(border) * _cost(program)
-    by_rows = by_matrix = 0.0
-    sub_layout = None
-    if sub is not None:
+    cost = pattern.outputs * main.cost + len(border) * _cost(program) + 2.0 * len(kept) * P
+    sub, sub_layout, owned = None, None, []
+    shared, by_rows, few = sum(high - low + 1 for low, high in rest.values()), False, True
+    if rest:
+        sub, owned = _sub(program, rest)
         sub_layout = row_layout(sub.program, [constants[k] for k in sub.constants])
+        taken = sum(sub.program.sizes(PARAMETER))
         sweeps = min(shared, taken) if sub_layout is None else sub_layout.max_outputs
-        by_rows = len(kept) * (sub.cost + shared)
-        by_matrix = sweeps * sub.cost + 2.0 * shared * taken * (1 if sub_layout is None else 2) + len(kept) * 2.0 * shared * taken / 4
-    cost = pattern.outputs * main.cost + bordered + min(by_rows, by_matrix) + 2.0 * len(kept) * (P + shared)
-    if cost > _WORTH * direct:
+        rows = len(kept) * (sub.cost + shared)
+        matrix = sweeps * sub.cost + 2.0 * shared * taken + 0.5 * len(kept) * shared * taken   # a product is fast
+        cost, by_rows = cost + min(rows, matrix) + 2.0 * len(kept) * shared, rows < matrix
+        pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
+        few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
+    if cost > _WORTH * min(M, P) * _cost(program):
         return None
     layout = shared_layout(main.program, [constants[k] for k in main.constants])
     if layout is None:
         return None
-    pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
-    few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
     return Chain(
-        main, layout, sub, sub_layout, kept, border, owned, list(scaled.values()), len(rest), shared, by_rows < by_matrix, few, cost
+        main, layout, sub, sub_layout, kept, border, owned, list(scaled.values()), len(rest), shared, by_rows, few, cost
     )
 
 
@@ -169,9 +170,10 @@ def _scaled(program: Program, windows, cuts: set[int], given) -> dict[int, Scale
         buffer, alpha, constants, size = k, 1.0, [], program.buffers[k][1]
         while program.buffers[buffer][0] == WORKSPACE and len(ops := writers.get(buffer, [])) == 1:
             op = ops[0]
-            if readers.get(buffer, 0) or op.kind != MULADD or not _is_number(program, op, given) or op.extents[:3] not in ([[size], [1], [1]], [[], [], []]):
+            whole = op.extents[:3] in ([[size], [1], [1]], [[], [], []]) and program.buffers[op.x][1] == size
+            if readers.get(buffer, 0) or op.kind != MULADD or not whole or op.x_offset or op.y_offset:
                 break
-            if op.x_offset or op.y_offset or program.buffers[op.x][1] != size:
+            if not _is_number(program, op, given):
                 break
             buffer, alpha, constants = op.x, alpha * op.alpha, constants + [(op.constant, op.c_offset)] * (op.constant >= 0)
         if program.buffers[buffer][0] == PARAMETER and window == (0, size - 1) and readers[buffer] == 1:

@@ -98,11 +98,6 @@ class Chained(Traits):
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
         """J, (M, P)."""
-        if "dense" not in self._held:
-            self._held["dense"] = self._dense()
-        return self._held["dense"].clone()
-
-    def _dense(self) -> torch.Tensor:
         main, theta = self._part("main"), range(self._own)
         J = main.columns(list(theta))
         starts = [0, *itertools.accumulate(self._sizes)]
@@ -159,8 +154,8 @@ class Chained(Traits):
     def _kept_gram(self, w: list[float]) -> torch.Tensor:
         """The same of the residuals that are kept: main's, and what the parameters of sub add.
 
-        With few shared quantities (J_t + J_q Q) W (J_t + J_q Q)^T is J_t W J_t^T + T J_q^T + J_q T^T
-        with T = J_t W Q^T + 1/2 J_q Q W Q^T, by a product with main's J for each. With many the columns of sub's parameters come apart from the others.
+        With few shared quantities (J_t + J_q Q) W (J_t + J_q Q)^T is J_t W J_t^T + T J_q^T + J_q T^T with T = J_t W Q^T +
+        1/2 J_q Q W Q^T, by a product with main's J for each. With many the columns of sub's parameters come apart.
         """
         main, owned = self._part("main"), self._chain.owned
         scaled = [w[s.parameter] * f * f for s, f in zip(self._chain.scaled, self._factors(), strict=True)]
@@ -183,14 +178,18 @@ class Chained(Traits):
 
     def _few(self, main, w: list[float]):
         """T and J_q."""
-        Q, J_q = self._part("sub").dense(), main.columns(self._rest)
-        weighed = Q * self._spread(w, self._chain.owned)
+        J_q, sub, owned = main.columns(self._rest), self._part("sub"), self._chain.owned
+        apart = not any(p in self._read for p in owned)
+        if apart and self._chain.sub_layout is not None:
+            return 0.5 * (J_q @ sub.gram([w[p] for p in owned])), J_q
+        Q = sub.dense()
+        weighed = Q * self._spread(w, owned)
         inner = 0.5 * (weighed @ Q.T)
-        if not any(p in self._read for p in self._chain.owned):
+        if apart:
             return J_q @ inner, J_q
         spread = Q.new_zeros(len(Q), self.num_parameters)
         starts, start = [0, *itertools.accumulate(self._sizes)], 0
-        for p in self._chain.owned:
+        for p in owned:
             spread[:, starts[p] : starts[p + 1]] = weighed[:, start : start + self._sizes[p]]
             start += self._sizes[p]
         return _pushed(main, torch.cat([spread, inner], 1)), J_q
@@ -204,14 +203,14 @@ class Chained(Traits):
     def normal(self) -> torch.Tensor:
         """J^T J, (P, P). Kept for further dampings: not to be changed."""
         if "normal" not in self._held:
-            J = self._dense()
+            J = self.dense()
             self._held["normal"] = self._main.squared(J, transposed=True)
         return self._held["normal"]
 
     @torch.no_grad()
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""
-        return self._dense().square_().sum(0)
+        return self.dense().square_().sum(0)
 
 
 def _pulled(kernels, U: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .compiled import as_operations
 from .double_backward import Widened
 from .fallback import Fallback
 from .live import CHANGED, Live
-from .rows import RowLayout
+from .rows import RowLayout, row_layout
 from .separation import Separation, separation
 
 _announced: set[str] = set()
@@ -81,11 +81,16 @@ class Plan:
     def coupling(self, constants) -> str:
         """Why the residuals do not separate into rows, and what to do; "" where they do."""
         self.row_layout(constants)
-        return self._separation.reason
+        return self._separation.reason if self.layout is None else ""
 
     def _separated(self, constants) -> Separation:
         if self._base is None:
-            return separation(self.program, constants, self.chains)
+            before = self._separation
+            if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
+                return Separation(row_layout(self.program, constants), None, before.reason)
+            # Chains make tensors from numbers as they go, which a captured step on a GPU cannot.
+            chains = self.chains and self._whole.has_columns and self._device.type == "cpu"
+            return separation(self.program, constants, chains)
         self._base.row_layout(constants)
         return self._base._separation
 
@@ -96,7 +101,7 @@ class Plan:
             dtype = self._whole.dtype
             chained = Chained(
                 self._whole, found.chain,
-                lambda program: kernels.kernels_for(program, torch.device(self._device), self._backend, dtype),
+                lambda program: kernels.kernels_for(program, self._device, self._backend, dtype),
             )
             if self.bound is not None:
                 chained.adopt(self.bound)

@@ -163,7 +163,8 @@ def _layout(program: Program, splits, labels: dict[int, np.ndarray]) -> RowLayou
 def _uses(program: Program, labels, residuals: int, outputs: int, counts=None):
     """Each use as csrc/plan/plan.h's Use; operations, packed elements, explicit columns and `largest` of one Gram matrix.
 
-    counts: residuals of every row where their number varies. Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
+    counts: residuals of every row where their number varies. Per weight the cheaper of two forms: factored,
+    (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
     """
     by_parameter: dict[int, list[int]] = {}
     for i, op in enumerate(program.instructions):

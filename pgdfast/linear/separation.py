@@ -30,38 +30,37 @@ def separation(program: Program, constants, chains: bool = True) -> Separation:
     layout = shared_layout(program, constants)
     if layout is not None:
         return Separation(layout)
-    best, obstacles, costly = None, [], False
+    best, obstacles = None, []
     for found in patterns(program, constants, cutting=True) if chains else ():
         if isinstance(found, Obstacle):
             obstacles.append(found)
             continue
         made = chain(program, found, constants)
-        costly |= made is None
         if made is not None and (best is None or made.cost < best.cost):
             best = made
     if best is not None:
         return Separation(best.rows(program), best)
-    return Separation(None, None, _reason(program, obstacles, costly))
+    return Separation(None, None, _reason(program, obstacles))
 
 
-def _reason(program: Program, obstacles: list[Obstacle], costly: bool) -> str:
+def _reason(program: Program, obstacles: list[Obstacle]) -> str:
     M, P = sum(program.sizes(RESIDUAL)), sum(program.sizes(PARAMETER))
     cost = f"the Jacobian takes {min(M, P)} products"
-    if obstacles and not costly:
-        o = obstacles[0]
+    if obstacles:
+        o = max(obstacles, key=lambda o: o.mixes)
         where = _place(program, o.residual)
         if o.mixes:
             return (
-                f"{where} goes through an operation that mixes all points (a softmax or normalization over the batch), so {cost}; "
-                "normalize over the features of a point, or with statistics under torch.no_grad()."
+                f"{where} goes through an operation that mixes all points (a softmax or normalization over the batch), so "
+                f"{cost}; normalize over the features of a point, or with statistics under torch.no_grad()."
             )
         return (
-            f"{where} shares points with {o.rows} others (a mean, an integral, a finite difference over the points), and too many "
-            f"residuals are like it, so {cost}; keep such residuals to a few dozen, or give them points of their own."
+            f"{where} shares points with {o.rows} others (a mean, an integral, a difference over the points), and too "
+            f"many residuals are like it, so {cost}; keep such residuals to a few dozen, or give them points of their own."
         )
     return (
-        "the residuals share quantities that depend on many points or on most parameters (statistics of a batch, a mixture of all "
-        f"points), so {cost}; compute those under torch.no_grad(), or on points of their own, where the problem allows it."
+        "the residuals share quantities that depend on many points or on most parameters (statistics of a batch, a mixture of "
+        f"all points), so {cost}; compute those under torch.no_grad(), or on points of their own, where the problem allows it."
     )
 
 

@@ -3,7 +3,8 @@
 The strict pass of rows.py gives every residual tensor rows of its own, and up on the first element that feeds two of them.
 Here such conflicts are collected instead. Two rows that share an element become one, as long as rows stay small. A row that
 meets very many others (a mean beside the data) is set aside: the border. An element that one instruction hands to very many
-rows (a quantity computed from parameters alone, a batch statistic) is no part of any of them: its reading is cut.
+rows (a quantity computed from parameters alone, a batch statistic) is no part of any of them: its reading is cut. Or all
+readings are cut of whatever feeds several rows (a solution on a grid, of which residuals take differences).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..tape.program import GATHER, PARAMETER, PROJECT, RESIDUAL, Program
-from ..tape.simplify import windows
+from ..tape.simplify import index_space, windows
 from .rows import RowLayout, _uses, operands
 
 BORDER = 32           # rows that may be set aside
 _OUTPUTS = 32         # of a merged row at most, or twice those that a row has by itself
-_SPREADS = (16, 1)    # rows from which on an instruction that hands an element to so many is cut
+_SPREADS = (16, 1, 0)   # an instruction that hands an element to more rows is cut; 0: no element may feed two rows
 _PASSES = 24
 _RUN = 16             # rows from which on those with equally many outputs are a block of their own
 
@@ -27,8 +28,8 @@ _RUN = 16             # rows from which on those with equally many outputs are a
 class Pattern:
     """What separates a program's residuals into rows.
 
-    splits: (rows, outputs) of every residual tensor, the finest rows. group: for each of those the row that it belongs to, named
-    by one of its members; -1 in the border. labels: the same of every buffer element, -1 where it reaches none. cuts:
+    splits: (rows, outputs) of every residual tensor, the finest rows. group: for each of those the row that it belongs to,
+    named by one of its members; -1 in the border. labels: the same of every buffer element, -1 where it reaches none. cuts:
     instructions whose reading is cut. outputs: the most of one row.
     """
 
@@ -76,10 +77,7 @@ def patterns(program: Program, constants, cutting: bool):
             continue
         seen.add(splits)
         for spread in _SPREADS if cutting else (None,):
-            found = _separate(program, list(splits), constants, spread)
-            yield found
-            if isinstance(found, Pattern) and not found.cuts:
-                break   # a lower one cuts more
+            yield _separate(program, list(splits), constants, spread)
 
 
 def _separate(program: Program, splits, constants, spread: int | None):
@@ -138,10 +136,14 @@ def _push(program: Program, rows: np.ndarray, constants, spread: int | None):
         if role == RESIDUAL:
             labels[k][:] = rows[start : start + size]
             start += size
-    met, cuts = [np.zeros((0, 2), np.int64)], []
+    met, cuts, given_up = [np.zeros((0, 2), np.int64)], [], set()
     for number in range(len(program.instructions) - 1, -1, -1):
         op = program.instructions[number]
         if program.buffers[op.x][0] == PARAMETER:
+            continue
+        if op.x in given_up:
+            continue   # all its readers come before its writers
+        if op.y in given_up:
             continue
         if op.kind == GATHER:
             element, label, target = _gathered(op, labels, constants[op.constant])
@@ -152,6 +154,9 @@ def _push(program: Program, rows: np.ndarray, constants, spread: int | None):
             continue
         again = np.flatnonzero(element[1:] == element[:-1]) + 1   # a further row of the same element
         if len(again):
+            if spread == 0:
+                given_up.add(op.x)
+                continue
             if spread is not None and _longest(element) > spread:
                 if op.kind == PROJECT:
                     return labels, met[0], cuts, int(label[0])
@@ -167,11 +172,25 @@ def _push(program: Program, rows: np.ndarray, constants, spread: int | None):
         new[element] = label
         new = np.broadcast_to(new.reshape(shape), target.shape)
         both = (new >= 0) & (target >= 0) & (new != target)
+        if spread == 0 and both.any():
+            given_up.add(op.x)
+            continue
         if both.any():
             met.append(np.stack([target[both], new[both]], 1))
         np.copyto(target, new, where=(new >= 0) & (target < 0))
+    if given_up:
+        cuts = [i for i, op in enumerate(program.instructions) if op.x in given_up and _reaches(op, labels)]
+        for k in given_up:
+            labels[k][:] = -1
+        if any(program.instructions[i].kind == PROJECT for i in cuts):
+            return labels, met[0], cuts, 0
+        return labels, met[0], cuts, -1
     pairs = np.unique(np.sort(np.concatenate(met), 1), axis=0) if len(met) > 1 else met[0]
     return labels, pairs.astype(np.int64), cuts[::-1], -1
+
+
+def _reaches(op, labels) -> bool:
+    return bool((windows(labels[op.y], *index_space(op), op.y_offset) >= 0).any())
 
 
 def _summed(shape, merged):

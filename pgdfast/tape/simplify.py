@@ -112,7 +112,7 @@ def trim(program: Program) -> None:
     kept = []
 
     def mask_of(op):
-        return windows(live[op.y], *_index_space(op), op.y_offset)
+        return windows(live[op.y], *index_space(op), op.y_offset)
 
     for whole in reversed(program.instructions):
         for op in _split(whole, mask_of(whole)):
@@ -136,7 +136,7 @@ def trim(program: Program) -> None:
             program.buffers[k] = (role, 0)
 
 
-def _index_space(op):
+def index_space(op):
     """Shape and strides of the elements of y that an instruction writes."""
     if op.kind == MATMUL:
         b, m, n, _, yb, ym, yn = op.extents[0][:7]
@@ -287,4 +287,4 @@ def _cut_matmul(op, ranges):
     return dataclasses.replace(op, y_offset=y_offset, x_offset=x_offset, c_offset=c_offset, extents=extents)
 
 
-__all__ = ["simplify", "trim", "windows"]
+__all__ = ["index_space", "simplify", "trim", "windows"]
