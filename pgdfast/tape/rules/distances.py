@@ -68,16 +68,20 @@ def _pairs(_, count, device, values) -> tuple[torch.Tensor, torch.Tensor]:
 def trilinear(op, expand1, expand2, expand3, i1, i2, i3, sumdim):
     """Sum over some dimensions of the product of three tensors, each with dimensions inserted."""
     inserted = [[signed(d) for d in dims] for dims in (expand1, expand2, expand3)]
-    factors = [t if t is None else _inserted(t, dims) for t, dims in zip((i1, i2, i3), inserted, strict=True)]
-    shape = torch.broadcast_shapes(*(t.shape for t in factors))
     for i in range(3):
         if not op.needs[i]:
             continue
-        a, b = (factors[k] for k in range(3) if k != i)
-        if math.prod(shape) * a.element_size() > MOST_BYTES:
+        a, b = (_inserted(t, inserted[k]) for k, t in enumerate((i1, i2, i3)) if k != i)
+        if math.prod(torch.broadcast_shapes(a.shape, b.shape)) * a.element_size() > MOST_BYTES:
             raise UnsupportedStructure(f"a product of three tensors of more than {MOST_BYTES >> 20} MB")
-        op.view(i, lambda x, i=i: _inserted(x, inserted[i]).expand(shape), out=f"factor {i}")
-        op.sum(f"factor {i}", tuple(signed(d) for d in sumdim), False, c=(a * b).contiguous())
+        c = (a * b).contiguous()
+
+        def window(x, dims=inserted[i], shape=c.shape):
+            x = _inserted(x, dims)
+            return x.expand(torch.broadcast_shapes(x.shape, shape))
+
+        op.view(i, window, out=f"factor {i}")
+        op.sum(f"factor {i}", tuple(signed(d) for d in sumdim), False, c=c)
 
 
 def _inserted(t: torch.Tensor, dims) -> torch.Tensor:
