@@ -34,7 +34,7 @@ def _digest(*tensors) -> bytes:
     return state.digest()
 
 
-# --- an operation in place on a view of a tensor: (the tensor, what else the operation read) --------------------------------
+# --- an operation in place on a view of a tensor: (the tensor, what else the operation read); blocks of a matrix ------------
 
 
 class _Window:
@@ -133,7 +133,8 @@ def _in_place(op, found):
             op.scale(f"expanded{i}", w.weights, where=lambda y, w=w: y.as_strided(w.sizes, w.strides, w.offset))
 
 
-RULES["CopySlices"] = Rule(_in_place, (), _read_in_place)
+for _name in ("CopySlices", "BlockDiagBackward0"):
+    RULES[_name] = Rule(_in_place, (), _read_in_place)
 
 
 # --- strides on a storage ---------------------------------------------------------------------------------------------------
