@@ -124,6 +124,9 @@ class Refresh:
     def tile(self, i, repeats):
         """Out is in_i repeated along each dimension."""
 
+    def nothing(self, out=0):
+        """Out depends on no input."""
+
     def temporary(self, name, shape, behind=None):
         """Name a zero-initialized temporary that other verbs may use in place of an input or output.
 
@@ -231,7 +234,7 @@ class Record:
         constant = -1 if c is None else self._constant(self._collect.scale, i, c)
         x, y = self._input(i), self.output(out)
         shape = x.view.shape
-        dims = sorted(d % len(shape) for d in dims) if dims else list(range(len(shape)))
+        dims = sorted(d % len(shape) for d in dims) if dims and shape else list(range(len(shape)))
         view = y.view
         if not keepdim:
             for d in dims:
@@ -379,9 +382,9 @@ class Record:
         elif sizes is not None:
             starts = [sum(sizes[:k]) for k in range(len(sizes))]
         else:
-            starts = self._offsets(dim, shape[dim])
+            starts = self._offsets(dim, shape)
         for i, start in enumerate(starts):
-            if not self.needs[i]:
+            if not self.needs[i] or not self._inputs[i].view.numel():
                 continue
             if stacked:
                 self.add(i, where=lambda x, a=start: x.select(dim, a))
@@ -389,11 +392,12 @@ class Record:
                 size = self._inputs[i].view.shape[dim]
                 self.add(i, where=lambda x, a=start, n=size: x.narrow(dim, a, n))
 
-    def _offsets(self, dim: int, total: int) -> list[int]:
+    def _offsets(self, dim: int, shape: torch.Size) -> list[int]:
         # A piece that no parameter reaches leaves no size on the tape; one such piece follows from the rest.
-        sizes = [None if s is None else s.view.shape[dim] for s in self._inputs]
+        # A piece of no elements may have one dimension alone.
+        sizes = [None if s is None else s.view.shape[dim] if s.view.dim() == len(shape) else 0 for s in self._inputs]
         for k in [k for k, size in enumerate(sizes) if size is None]:
-            sizes[k] = total - sum(size for size in sizes if size is not None)
+            sizes[k] = shape[dim] - sum(size for size in sizes if size is not None)
         return [sum(sizes[:k]) for k in range(len(sizes))]
 
     def tile(self, i, repeats):
@@ -406,6 +410,9 @@ class Record:
             copy = self._copy(x)
             x, source = copy, copy.view.view([n for size in sizes for n in (1, size)])
         self._muladd(Slot(y.buffer, y.view.view(pairs)), Slot(x.buffer, source), -1, 1.0, pairs)
+
+    def nothing(self, out=0):
+        self.output(out)
 
     def temporary(self, name, shape, behind=None):
         if behind is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pgdfast.linear import Linearizer
 
-X = rand(6, 3, seed=1)
+X = rand(6, 3, seed=21)
 IDS = torch.tensor([2, 0, 0, 3])
 
 
@@ -35,6 +35,23 @@ ROWS = {   # functions of a network's outputs (6, 4) that leave rows apart
     "index_add": lambda z: torch.zeros_like(z).index_add(1, IDS, z),
     "cat": lambda z: torch.cat([X[:, :1], z, X], 1),
     "strides": lambda z: z.as_strided((6, 2), (4, 1), 1),
+    "norm": lambda z: z / torch.linalg.vector_norm(z, dim=1, keepdim=True),
+    "quaternions": lambda z: F.normalize(z, dim=1),
+    "cosine": lambda z: F.cosine_similarity(z, X.new_ones(4), dim=1),
+    "cross": lambda z: torch.linalg.cross(z[:, :3], X, dim=1),
+    "running sums": lambda z: z.cumsum(1) * z.cumprod(1),
+    "logcumsumexp": lambda z: z.logcumsumexp(1),
+    "variance": lambda z: z.var(1) + z.std(1) + z.prod(1),
+    "inverse": lambda z: torch.linalg.inv(z.view(6, 2, 2) + 4 * torch.eye(2, dtype=z.dtype)),
+    "determinant": lambda z: torch.linalg.det(z.view(6, 2, 2)),
+    "solution": lambda z: torch.linalg.solve(z.view(6, 2, 2) + 4 * torch.eye(2, dtype=z.dtype), X[:, :2]),
+    "centres": lambda z: torch.exp(-torch.cdist(z, rand(5, 4, seed=2)) ** 2),
+    "interpolation": lambda z: F.interpolate(z[:, None], size=7, mode="linear", align_corners=True),
+    "sampling": lambda z: F.grid_sample(
+        rand(1, 2, 5, 5, seed=3).expand(6, 2, 5, 5), z.view(6, 2, 1, 2).tanh(), align_corners=False),
+    "bilinear": lambda z: F.bilinear(z, X, rand(2, 4, 3, seed=3)),
+    "sparse": lambda z: torch.sparse.mm(torch.diag(X[:, 0]).to_sparse(), z),
+    "cross-entropy": lambda z: F.cross_entropy(z, torch.arange(6) % 4, reduction="none"),
 }
 
 

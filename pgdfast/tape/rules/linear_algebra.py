@@ -58,6 +58,21 @@ def sum_and_outer(op, alpha, beta, left, right):
         op.scale(2, alpha * left[:, None])
 
 
+@rule("AddbmmBackward0", saved="alpha batch1 batch2 beta", shape=True)
+def sum_of_products(op, alpha, left, right, beta, shape, device):
+    for i in (1, 2):
+        if op.needs[i]:
+            count = len(right if i == 1 else left)
+            op.temporary(f"products {i}", (count, *shape))
+            if i == 1:
+                op.matmul(1, right=right, alpha=alpha, out="products 1")
+            else:
+                op.matmul(2, left=left, alpha=alpha, out="products 2")
+            op.sum(f"products {i}", (0,), False)
+    if op.needs[0]:
+        op.add(0, beta)
+
+
 @rule("DotBackward0", saved="self tensor")
 @rule("VdotBackward0", saved="self other")
 def dot(op, left, right):

@@ -103,6 +103,14 @@ def _reduce(op, dims, keepdim, backward, used=(0,)):
     dims = [dims] if isinstance(dims, int) else list(dims or ())
     for out in used:
         gradient = backward(backward.ones(out), out)[0]
+        if gradient is None:   # a norm of order 0
+            op.nothing(out)
+            continue
+        if gradient.numel() == 1:   # the dimensions of a number may be anything
+            shape = tuple(backward.outputs[out].shape)
+            op.reshape(0, shape, out=f"number {out}")
+            op.scale(f"number {out}", gradient.reshape(shape), out=out)
+            continue
         op.sum(0, reduced(dims, gradient.dim()), keepdim, c=gradient.contiguous(), out=out)
 
 
@@ -135,7 +143,10 @@ def loss(op, backward):
                 op.scale(i, coefficient(gradient, backward))
 
 
-def _to_a_number(op, i, gradient: torch.Tensor):
+def _to_a_number(op, i, gradient: torch.Tensor | None):
+    if gradient is None:
+        op.nothing()
+        return
     op.view(i, lambda x: x.expand(gradient.shape), out=f"expanded {i}")
     op.sum(f"expanded {i}", None, False, c=gradient.contiguous())
 
@@ -197,7 +208,7 @@ MATRICES = """
     CholeskyBackward0 CholeskyInverseBackward0 CholeskySolveBackward0 LinalgCholeskyExBackward0 LinalgDetBackward0
     LinalgEighBackward0 LinalgInvExBackward0 LinalgLuBackward0 LinalgLuFactorExBackward0
     LinalgMatrixExpBackward0 LinalgPinvBackward0 LinalgQrBackward0 LinalgSlogdetBackward0 LinalgSolveTriangularBackward0
-    LinalgSvdBackward0
+    LinalgSvdBackward0 LuUnpackBackward0 TriangularSolveBackward0
 """
 
 
@@ -206,7 +217,10 @@ def matrices(op, backward, used):
     """Of matrices in the last two dimensions: a matrix each, a vector or a number, told by the dimensions of the gradient."""
     for out in used:
         own = len(backward.outputs[out].shape)
-        full = next((g.dim() for g in backward(backward.ones(out), out) if g is not None), own)
+        full = next((g.dim() for g in backward(backward.ones(out), out) if g is not None), None)
+        if full is None:   # the sign of a determinant
+            op.nothing(out)
+            continue
         local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, out, range(full - 2, own))
 
 
@@ -219,14 +233,14 @@ def solve(op, matrix, backward):
     local(op, backward, {0: (-2, -1), 1: own}, 0, own)
 
 
-@rule("LinalgHouseholderProductBackward0", own=True)
-def householder_product(op, backward):
-    local(op, backward, {0: (-2, -1), 1: (-1,)}, 0, (-2, -1))
+@rule("LinalgHouseholderProductBackward0", "OrmqrBackward0", own=True)
+def reflections(op, backward):
+    local(op, backward, {0: (-2, -1), 1: (-1,), **({2: (-2, -1)} if len(op.needs) > 2 else {})}, 0, (-2, -1))
 
 
-@rule("TriangularSolveBackward0", own=True)
-def triangular_solve(op, backward):
-    local(op, backward, {0: (-2, -1), 1: (-2, -1)}, 0, (-2, -1))
+@rule("LinalgLuSolveBackward0", own=True)
+def lu_solve(op, backward):
+    local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, 0, (-2, -1))
 
 
 # --- derivatives of operations along a dimension, as nested autograd.grad leaves them on the tape ---------------------------

@@ -14,6 +14,7 @@ from ..program import UnsupportedStructure
 from .selection import merged
 from .table import RULES, Keyed, OwnBackward, Rule
 
+_WINDOWS_KEPT, _LARGEST_KEPT = 256, 1 << 16
 _BASE = 1 << 11   # numbers are sent digit by digit, which float32 holds exactly behind a weight
 
 
@@ -33,7 +34,7 @@ def _digest(*tensors) -> bytes:
     return state.digest()
 
 
-# --- an operation in place on a view of a tensor: (the tensor, what else the operation read) --------------------------------
+# --- an operation in place on a view of a tensor: (the tensor, what else the operation read); blocks of a matrix ------------
 
 
 class _Window:
@@ -57,19 +58,34 @@ def _window(weights: torch.Tensor, places: torch.Tensor, like) -> _Window:
         return _Window(weights, contiguous, 0)
     if not len(at):
         return _Window(weights, [0] * weights.dim(), 0)
-    # Of the window offset + sum of strides times indices each known element is an equation.
-    index = torch.ones(len(at), 1 + weights.dim(), dtype=torch.float64, device=weights.device)
-    numbers, size = torch.arange(weights.numel(), device=weights.device)[known], weights.numel()
-    for d, n in enumerate(weights.shape):
+    key = tuple(weights.shape), shape, weights.device, int(at[0]), int(at[-1])
+    found = _windows.get(key)
+    if found is None or not torch.equal(found[2][known], at):
+        found = _fit(tuple(weights.shape), at, known, count)
+        if len(_windows) >= _WINDOWS_KEPT:
+            _windows.clear()
+        if weights.numel() <= _LARGEST_KEPT:
+            _windows[key] = found
+    return _Window(weights, *found[:2])
+
+
+_windows: dict = {}   # (strides, offset, places) of windows seen before
+
+
+def _fit(sizes, at: torch.Tensor, known: torch.Tensor, count: int):
+    """(strides, offset, places of all elements): of offset + sum of strides times indices each known element is an equation."""
+    index, size = torch.ones(math.prod(sizes), 1 + len(sizes), dtype=torch.float64, device=at.device), math.prod(sizes)
+    numbers = torch.arange(size, device=at.device)
+    for d, n in enumerate(sizes):
         size //= n
         index[:, 1 + d] = numbers // size % n
-    offset, *strides = torch.linalg.lstsq(index, at.double()[:, None], driver="gelsd").solution[:, 0].round().tolist()
-    offset, strides = int(offset), [int(s) for s in strides]
-    last = offset + sum(s * (n - 1) for s, n in zip(strides, weights.shape, strict=True))
-    found = index @ index.new_tensor([offset, *strides])
-    if offset < 0 or min(strides, default=0) < 0 or last >= count or not torch.equal(found.to(torch.int64), at):
+    offset, *strides = (
+        int(s) for s in torch.linalg.lstsq(index[known], at.double()[:, None], driver="gelsd").solution[:, 0].round().tolist())
+    last = offset + sum(s * (n - 1) for s, n in zip(strides, sizes, strict=True))
+    places = (index @ index.new_tensor([offset, *strides])).to(torch.int64)
+    if offset < 0 or min(strides, default=0) < 0 or last >= count or not torch.equal(places[known], at):
         raise UnsupportedStructure("an operation in place on a view that is no strided window")
-    return _Window(weights, strides, offset)
+    return strides, offset, places
 
 
 def _column(node, i: int, backward: OwnBackward) -> _Window:
@@ -117,7 +133,8 @@ def _in_place(op, found):
             op.scale(f"expanded{i}", w.weights, where=lambda y, w=w: y.as_strided(w.sizes, w.strides, w.offset))
 
 
-RULES["CopySlices"] = Rule(_in_place, (), _read_in_place)
+for _name in ("CopySlices", "BlockDiagBackward0"):
+    RULES[_name] = Rule(_in_place, (), _read_in_place)
 
 
 # --- strides on a storage ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ def view(op, sizes):
     op.reshape(0)
 
 
-@rule("TBackward0")
+@rule("TBackward0", "TBackward1")
 def t(op):
     op.view(0, lambda x: x.t())
 
@@ -32,7 +32,7 @@ def expand(op, sizes):
     op.expand(0)
 
 
-@rule("UnsqueezeBackward0", saved="dim")
+@rule("UnsqueezeBackward0", "UnsqueezeBackward1", saved="dim")
 def unsqueeze(op, dim):
     op.view(0, lambda x: x.unsqueeze(signed(dim)))
 
@@ -122,7 +122,7 @@ def cat(op, dim):
 
 def _read_sizes(node):
     dim, backward = signed(node._saved_dim), OwnBackward(node)
-    sizes = tuple([g.shape[dim] if g.dim() else 0 for g in backward(backward.ones())])
+    sizes = tuple([g.shape[dim] if g.dim() == len(backward.outputs[0].shape) else 0 for g in backward(backward.ones())])
     return (Keyed(None, (dim, sizes)),)
 
 

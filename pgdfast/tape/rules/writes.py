@@ -13,12 +13,13 @@ from .structural import slice_window
 from .table import RULES, Keyed, OwnBackward, Rule, plain, rule, signed
 
 
-def writes(*nodes: str, saved: str, source: int = 1):
+def writes(*nodes: str, saved: str, source: int = 1, reshaped: bool = False):
     """Register `function(shape, *saved)` for nodes of these names.
 
     shape: the output's. It returns (targets, lead, expanded, alpha, accumulate): the rows of the output that rows of the
     values, input number `source`, go to; over how many dimensions of the values, broadcast to the shape `expanded`, rows are
-    counted; the values' factor; are they added to input 0, or written over it? Without such an input source is 0.
+    counted; the values' factor; are they added to input 0, or written over it? Without such an input source is 0. reshaped: the
+    values have that shape in another form.
     """
     names = tuple("_saved_" + name for name in saved.split())
 
@@ -43,11 +44,17 @@ def writes(*nodes: str, saved: str, source: int = 1):
         def apply(op, found, shape):
             (table, mask), (_, lead, expanded, alpha) = found.value, found.key
             if op.needs[source]:
+                values = source
+                if reshaped:
+                    op.reshape(source, expanded, out="reshaped")
+                    values = "reshaped"
                 op.temporary("values", expanded)
-                op.add(source, alpha, out="values")
+                op.add(values, alpha, out="values")
                 scatter(op, "values", table, shape, lead)
             if source and op.needs[0]:
                 op.add(0) if mask is None else op.scale(0, mask)
+            elif not op.needs[source]:
+                op.nothing()
 
         for node in nodes:
             RULES[node] = Rule(apply, names, read)
@@ -63,7 +70,7 @@ def _numbers(sizes, like: torch.Tensor) -> torch.Tensor:
 def _rows_along(shape, dim, index: torch.Tensor):
     """Numbers of the rows, over the dimensions up to `dim`, that an index along it names."""
     if not shape:
-        return torch.zeros_like(index.reshape(-1)), index.numel()
+        return torch.zeros_like(index.reshape(-1)), (index.numel(),)
     dim = signed(dim) % len(shape)
     targets = _numbers(shape[: dim + 1], index).index_select(dim, index.reshape(-1))
     return targets, (*targets.shape, *shape[dim + 1 :])
@@ -109,10 +116,10 @@ def scatter_values(shape, dim, index):
     return _elements_along(shape, dim, index), index.dim(), tuple(index.shape), 1, False
 
 
-@writes("PutBackward0", saved="accumulate index")
+@writes("PutBackward0", saved="accumulate index", reshaped=True)
 def put(shape, accumulate, index):
-    targets = torch.where(index < 0, index + math.prod(shape), index)
-    return targets, index.dim(), tuple(index.shape), 1, accumulate
+    targets = torch.where(index < 0, index + math.prod(shape), index).reshape(-1)
+    return targets, 1, (len(targets),), 1, accumulate
 
 
 @writes("MaskedScatterBackward0", saved="mask source_sym_sizes")
