@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand, relative
+from tape.layers import LAYERS, lstm_layer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
@@ -517,7 +518,7 @@ TAYLOR = {
 }
 
 
-CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR
+CASES = ELEMENTWISE | STRUCTURAL | PRODUCTS | NESTED | NORMALIZING | GATHERS | TAYLOR | LAYERS
 
 
 # Backward passes that round a number to float32: 1 / alpha and 1 / 6. {name: (function, its derivative)}.
@@ -574,6 +575,7 @@ def test_rule_has_the_exact_derivative(name, backend):
 def test_every_rule_is_exercised():
     x = torch.ones(2, requires_grad=True)
     exercised = set().union(
-        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values())
+        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values()),
+        operations(lstm_layer()),
     )
     assert exercised == set(RULES), f"rules without a case: {sorted(set(RULES) - exercised)}"
