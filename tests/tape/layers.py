@@ -41,10 +41,10 @@ def nested(convolution):
 
 def bags(weight, mode, weights=None, **options):
     """Bags of equal and of different lengths."""
+    some = None if weights is None else weights.flatten()[:5]
     return (
         F.embedding_bag(TABLE, weight, mode=mode, per_sample_weights=weights, **options),
-        F.embedding_bag(RAGGED, weight, STARTS, mode=mode, per_sample_weights=None if weights is None else weights.flatten()[:5],
-                        **options),
+        F.embedding_bag(RAGGED, weight, STARTS, mode=mode, per_sample_weights=some, **options),
     )
 
 
@@ -81,7 +81,8 @@ CONVOLUTIONS = {
         F.conv_transpose2d(IMAGE, a.view(1, 1, 3, 4), c[:1], padding=1),
         F.conv_transpose3d(b.view(1, 1, 2, 2, 3), a.view(1, 3, 2, 2, 1)),
     ),
-    "derivatives of conv1d": nested(lambda a, b, c, m: F.conv1d(b.view(1, 2, 6), a.view(6, 1, 2), a[:2, :3].flatten(), groups=2)),
+    "derivatives of conv1d": nested(
+        lambda a, b, c, m: F.conv1d(b.view(1, 2, 6), a.view(6, 1, 2), a[:2, :3].flatten(), groups=2)),
     "derivatives of conv2d": nested(lambda a, b, c, m: F.conv2d(b.view(1, 1, 3, 4), a.view(3, 1, 2, 2), c[:3], padding=1)),
     "derivatives of a transposed convolution": nested(
         lambda a, b, c, m: F.conv_transpose1d(b.view(1, 2, 6), a.view(2, 3, 2), c[:3], stride=2)),
