@@ -18,7 +18,7 @@ from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, w
 from .replay import Replay, attach, block_constants
 from .rules.table import Keyed, plain
 from .simplify import simplify
-from .walk import CHECKPOINT, Fallback, Structure, Tape, Walker, describe, rule_of
+from .walk import CHECKPOINT, OPAQUE, Fallback, Structure, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
 
@@ -226,8 +226,8 @@ class Tracer:
         return [[e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
 
     def _refuse_opaque(self, tape: Tape) -> None:
-        for name in tape.names:
-            if name.startswith("CompiledFunction"):
+        for name, kind in zip(tape.names, tape.structure.kinds, strict=True):
+            if kind.startswith(OPAQUE):
                 raise CompiledTape(
                     f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
                     "model in the closure (model._orig_mod, or the function before torch.compile)."

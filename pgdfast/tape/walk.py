@@ -23,7 +23,7 @@ _PLAIN = {
     "LinalgVectorNormBackward0",
 }
 CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"   # whose parameters have no edges: it is active in any case
-_OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
+OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
 _PRODUCT = re.compile("Mm|Mv|Dot|Linear|Convolution|Rnn|Attention|Trilinear")
 
@@ -238,7 +238,7 @@ def rule_of(node):
     if found is None:
         name = kind_of(node)
         found = RULES.get(name.removesuffix("_copy"))   # the same operation, out of the view's storage
-        if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(_OPAQUE):
+        if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(OPAQUE):
             found = FUNCTION
         if found is None and name_of(node).endswith("::DifferentiableGraphBackward"):
             raise Fallback(

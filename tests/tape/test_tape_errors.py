@@ -10,18 +10,6 @@ import pgdfast
 X, Y = rand(6, 3, seed=1), rand(6, 4, seed=2)
 
 
-class CompiledFunction(torch.autograd.Function):
-    """Stands for the opaque node that a compiled graph leaves on the tape."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
-
-
 def backwarded(z):
     loss = F.mse_loss(z, Y)
     loss.backward()
@@ -97,14 +85,6 @@ BAD = {  # name: (function of the outputs, parts of the message in order)
     "learned target": (
         lambda z: F.binary_cross_entropy_with_logits(z, z.sigmoid()),
         "target that depends on the parameters",
-    ),
-    "compiled": (
-        lambda z: F.mse_loss(CompiledFunction.apply(z), Y),
-        "CompiledFunctionBackward, an opaque node of torch.compile; call",
-    ),
-    "compiled loss": (
-        lambda z: CompiledFunction.apply(F.mse_loss(z, Y)),
-        "CompiledFunctionBackward, an opaque node",
     ),
     "detached": (
         lambda z: F.mse_loss(z.detach(), Y),
@@ -205,14 +185,3 @@ def test_linearize_needs_a_parameter():
         pgdfast.linearize(
             lambda: torch.zeros(3), [torch.zeros(3).requires_grad_()], backend="reference"
         )
-
-
-def test_compiled_model():
-    model = mlp(3, 5, 4)
-    compiled = torch.compile(model, backend="aot_eager")
-    try:
-        compiled(X)
-    except Exception as error:  # whatever this machine's compiler lacks
-        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
-    with pytest.raises(ValueError, match="opaque node of torch.compile; call the uncompiled model"):
-        pgdfast.LM(model.parameters()).step(lambda: F.mse_loss(compiled(X), Y))

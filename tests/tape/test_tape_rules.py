@@ -7,6 +7,7 @@ from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, paramet
 from tape.cases_local import LOCAL, MAPS, MATRICES
 from tape.cases_pointwise import POINTWISE
 from tape.cases_selection import SELECTION, WRITES
+from tape.layers import LAYERS, lstm_layer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
@@ -522,7 +523,7 @@ TAYLOR = {
 
 TABLES = (
     ELEMENTWISE, STRUCTURAL, PRODUCTS, NESTED, NORMALIZING, GATHERS, TAYLOR, POINTWISE, SELECTION, WRITES, LOCAL, MATRICES,
-    MAPS,
+    MAPS, LAYERS,
 )
 CASES = {name: case for table in TABLES for name, case in table.items()}
 
@@ -582,6 +583,7 @@ def test_every_rule_is_exercised():
     assert len(CASES) == sum(map(len, TABLES))   # no two cases of one name
     x = torch.ones(2, requires_grad=True)
     exercised = set().union(
-        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values())
+        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values()),
+        operations(lstm_layer()),
     )
     assert exercised == set(RULES), f"rules without a case: {sorted(set(RULES) - exercised)}"

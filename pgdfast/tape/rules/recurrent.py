@@ -81,11 +81,9 @@ def lstm_layer(op, batch_sizes, cx, biased, hx, x, mode, y, reverse, weight_x, w
     op.view("c", lambda c: c[order[-1]], out=2)
 
 
-@rule("PackPaddedSequenceBackward0", saved="batch_first batch_sizes self_sym_sizes")
-def pack_padded(op, batch_first, batch_sizes, sizes):
-    """The steps of all sequences that go on, time after time."""
-    steps = range(len(batch_sizes))
-    positions = [
-        b * sizes[1] + t if batch_first else t * sizes[1] + b for t in steps for b in range(int(batch_sizes[t]))
-    ]
-    op.gather(0, torch.tensor(positions), 2)
+@rule("PackPaddedSequenceBackward0", saved="batch_first input_sym_sizes result1", shape=True)
+def pack_padded(op, batch_first, sizes, going_on, shape, device):
+    """The steps of all sequences that go on, time after time; going_on: how many do."""
+    numbers = torch.arange(sizes[0] * sizes[1]).view(sizes[0], sizes[1])
+    numbers = numbers.mT if batch_first else numbers
+    op.gather(0, torch.cat([numbers[t, :count] for t, count in enumerate(going_on.tolist())]).to(device), 2)
