@@ -40,6 +40,8 @@ SQUARES = {   # sums of squares with constant weights
     "column": lambda z: (lambda r: (r.T @ r).squeeze())((z - Y)[:, :1]),
     "weighted column": lambda z: (lambda r: (r.T @ COLUMN @ r).squeeze())((z - Y)[:, :1]),
     "weighted vector": lambda z: (lambda r: r @ COLUMN @ r)((z - Y)[:, 1]),
+    "weighted column, sliced twice": lambda z: z[:, 0] @ COLUMN @ z[:, 0],
+    "weighted samples": of(lambda r: (WEIGHTS[:, 0] * torch.einsum("ni,ij,nj->n", r, ROW, r)).sum()),
     "singular weights": lambda z: (lambda r: r @ SINGULAR @ r)((z - Y)[:, 1]),
     "weighted columns": of(lambda r: (r * (COLUMN @ r)).sum()),
     "weighted rows": of(lambda r: ((r @ ROW) * r).mean()),

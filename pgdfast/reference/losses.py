@@ -30,12 +30,14 @@ LINEAR = frozenset(
         *("Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Dot", "Sum", "Mean", "Trace"),
         *("View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Squeeze", "Unsqueeze"),
         *("Permute", "Transpose", "T", "Expand", "Stack", "Cat", "Select", "Slice", "Index"),
-        *("IndexSelect", "Gather", "MaskedSelect", "MaskedFill", "Where", "Nansum", "IndexPut", "Flip"),
+        *("IndexSelect", "ViewAsReal", "Real", "Gather", "MaskedSelect", "MaskedFill", "Where", "Nansum", "IndexPut", "Flip"),
         *("SliceScatter", "SelectScatter", "IndexCopy", "Scatter", "Repeat"),
         *("NllLoss", "NllLoss2D"),  # linear in the log-probabilities
     )
 )
-STEEP = frozenset(f"{name}Backward" for name in ("LinalgVectorNorm", "Dist", "Std", "HuberLoss", "SmoothL1Loss", "Softmax"))
+STEEP = frozenset(  # losses whose rows have weights that change with the parameters
+    f"{name}Backward" for name in ("LinalgVectorNorm", "Dist", "Std", "HuberLoss", "SmoothL1Loss", "Softmax", "Abs")
+)
 PRODUCTS = ("MulBackward", "DotBackward", "VdotBackward", "DivBackward")  # linear only with one varying factor
 ADVICE = (
     "return a weighted sum of squares (mse_loss, r.square().mean(), ...), cross_entropy or "
@@ -121,6 +123,8 @@ def _curved(node: Node, cotangent: Tensor, varying: set[Node]) -> Block | None:
     if name in ("MulBackward", "DotBackward", "VdotBackward") and len(edges) == 2 and edges[0] == edges[1]:
         value = node._saved_other if name == "VdotBackward" else node._saved_self
         return _square(edges[0], value, cotangent)
+    if name in ("MulBackward", "VdotBackward") and cotangent.is_complex() and len(edges) == 2:
+        return _modulus(node, cotangent)
     if name == "MulBackward" and sum(below in varying for below, _ in edges) == 2 and _same(node, varying):
         return _square(edges[0], node._saved_self, cotangent)
     if name == "LinalgVectorNormBackward":
@@ -131,6 +135,9 @@ def _curved(node: Node, cotangent: Tensor, varying: set[Node]) -> Block | None:
         return _variance(node, cotangent)
     if name in ("HuberLossBackward", "SmoothL1LossBackward"):
         return _robust(node, cotangent, varying)
+    if name == "AbsBackward" and node._saved_self.is_complex():
+        z, size = node._saved_self, node._saved_self.detach().abs()
+        return _weighted([(edges[0], 1.0)], z, torch.where(size > 0, cotangent / (2 * size), 0.0))
     if name == "SoftmaxBackward":
         return _probability(node, cotangent)
     if name == "MseLossBackward":
@@ -147,7 +154,27 @@ def _square(edge: tuple[Node, int], z: Tensor, weight: Tensor) -> Block:
     node, _ = edge
     if kind_of(node) == "LinalgVectorNormBackward" and node._saved_ord == 2:
         return _weighted([(node.next_functions[0], 1.0)], node._saved_self, _repeated(node, weight))
+    if kind_of(node) == "AbsBackward" and node._saved_self.is_complex():
+        return _weighted([(node.next_functions[0], 1.0)], node._saved_self, weight.expand(z.shape))
+    if z.is_complex():
+        raise ValueError(
+            "pgdfast.reference: one of the loss's squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2"
+        )
     return _weighted([(edge, 1.0)], z, weight.expand_as(z))
+
+
+def _modulus(product: Node, cotangent: Tensor) -> Block | None:
+    """|z|^2 written as z conj(z), or as the inner product of z with itself."""
+    (a, _), (b, _) = product.next_functions
+    z = product._saved_self
+    if kind_of(product) == "MulBackward":
+        if kind_of(a).startswith("Conj"):
+            a, b, z = b, a, product._saved_other
+        if not kind_of(b).startswith("Conj") or b.next_functions[0][0] is not a:
+            return None
+    elif a is not b:
+        return None
+    return _weighted([((a, 0), 1.0)], z, cotangent.real.expand(z.shape))
 
 
 def _same(product: Node, varying: set[Node]) -> bool:
@@ -189,7 +216,7 @@ def _norm(node: Node, weight: Tensor) -> Block:
     if node._saved_ord == 2:
         norm = node._saved_result.detach()
         weight = _repeated(node, torch.where(norm > 0, weight / (2 * norm), 0.0))
-        block = _square(node.next_functions[0], node._saved_self, weight)
+        block = _weighted([(node.next_functions[0], 1.0)], node._saved_self, weight)
         block.squares = False
         return block
     if node._saved_ord != 1:
@@ -275,10 +302,10 @@ def _mean_squared_error(node: Node, cotangent: Tensor, varying: set[Node]) -> Bl
 
 def _weighted(edges: list, z: Tensor, weight: Tensor) -> Block:
     """L = sum weight * z^2, so r = sqrt(2 weight) z."""
-    if z.is_complex():
-        raise ValueError(
-            "pgdfast.reference: one of the loss's squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2"
-        )
+    if z.is_complex():  # of |z|^2: the real and the imaginary part
+        with torch.enable_grad():
+            z = torch.view_as_real(z.resolve_conj())
+        edges, weight = [(get_gradient_edge(z), 1.0)], weight[..., None].expand(z.shape)
     _require_nonnegative(weight, "the square")
     factor = (2 * weight).sqrt()
     residual = torch.where(factor == 0, 0.0, factor * z.detach())  # what has no weight may be NaN

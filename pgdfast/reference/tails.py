@@ -51,6 +51,8 @@ LOSSES = (
     *("MseLoss", "NllLoss", "NllLoss2D", "LogSoftmax", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "Var"),
     *("BinaryCrossEntropy", "SoftMarginLoss"),
 )
+WAYS = ("walk", "cut", "monotone", "link", "convex", "split", "scale", "slope")
+OF_A_SUM = ("walk", "cut", "monotone", "split")  # below phi(S) and scales: what the model computes is no part of S
 DEEPEST, LONGEST = 8, 200
 
 
@@ -105,20 +107,19 @@ class _Reader:
         self.order, self.varying = order, varying
         self.place = {node: k for k, node in enumerate(order)}  # users have lower places
 
-    def read(self, node: Node, weight: Tensor, ways: Sequence[str] = ()) -> list[Block]:
-        """Return the blocks of a term. ways: the only ones to be tried for the term itself. Raises _Unread."""
+    def read(self, node: Node, weight: Tensor, ways: Sequence[str] = WAYS) -> list[Block]:
+        """Return the blocks of a term. ways: those that are tried. Raises _Unread."""
         terms, slopes, blocks = {node: weight}, {}, []
         while terms:
             node = min(terms, key=self.place.get)
             weight = terms.pop(node)
-            for way in ways or ("walk", "cut", "monotone", "link", "convex", "split", "scale", "slope"):
+            for way in ways:
                 found = getattr(self, "_" + way)(node, weight, terms, slopes)
                 if found is not None:
                     blocks += found
                     break
             else:
                 raise _Unread
-            ways = ()
         return blocks + self._settled(slopes)
 
     def _walk(self, node, weight, terms, slopes):
@@ -310,7 +311,7 @@ class _Reader:
                 continue
             try:
                 slope = torch.autograd.grad([GradientEdge(node, 0)], [GradientEdge(z, 0)], [weight], retain_graph=True)
-                return _not_squares(self.read(z, *slope))
+                return _not_squares(self.read(z, *slope, OF_A_SUM))
             except (_Unread, RuntimeError):
                 continue
         return None
@@ -331,6 +332,8 @@ class _Reader:
     def _scale(self, node, weight, terms, slopes):
         if _named(node, ("Log",)):
             v = node._saved_self.detach()
+            if _named(node.next_functions[0][0], REDUCTIONS) or (weight < 0).any():
+                return None
             _note(slopes, node.next_functions[0][0], weight / v, -weight / v**2, True, v)
             return []
         if not _named(node, ("Mul", "Div")) or len(self._below(node)) < 2:
@@ -343,10 +346,15 @@ class _Reader:
         inputs, values = [below for below, _ in node.next_functions], (a, b)
         for loss, scale in ((0, 1), (1, 0)):
             try:
-                blocks = self.read(inputs[loss], first[loss].sum_to_size(values[loss].shape), ("walk", "cut", "monotone"))
+                blocks = self.read(inputs[loss], first[loss].sum_to_size(values[loss].shape), OF_A_SUM)
             except _Unread:
                 continue
             shape = values[scale].shape
+            if _named(inputs[scale], REDUCTIONS):  # a product of two losses
+                try:
+                    return _not_squares(blocks + self.read(inputs[scale], first[scale].sum_to_size(shape), OF_A_SUM))
+                except _Unread:
+                    continue
             _note(
                 slopes, inputs[scale], first[scale].sum_to_size(shape), second[scale].sum_to_size(shape), True, values[scale]
             )

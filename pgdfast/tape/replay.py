@@ -228,7 +228,7 @@ def _fields_of_loss(tape: Tape, form: losses.Form, root: int) -> list | None:
 
     None where the core cannot repeat the reading: all but squares, and weights that are tensors of several entries.
     """
-    if not form.replays or (root, 0) in tape.structure.losses:
+    if not form.replays or tape.structure.losses:
         return None
     log: list = []
     logged = Tape(tape.structure, {k: _Logged(node, k, log) for k, node in tape.nodes.items()})

@@ -117,7 +117,7 @@ class Tracer:
             if known is None:
                 try:
                     form = losses.scalar_form(tape, position, allow_sync)
-                    known = losses.one_element(form, tape, float(result) if allow_sync else None)
+                    known = losses.one_element(form, tape, float(result) if allow_sync else None, self.params)
                 except losses.UnrecognizedLoss:
                     known = "residual"
                 tape.structure.one_element = known
@@ -223,7 +223,7 @@ class Tracer:
             leaf = tape.leaf[position]
             return tape.nodes[position] if leaf < 0 else leaves[leaf]
 
-        return [[e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
+        return [block.handles or [e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
 
     def _refuse_opaque(self, tape: Tape) -> None:
         for name, kind in zip(tape.names, tape.structure.kinds, strict=True):
@@ -290,7 +290,7 @@ class Tracer:
                     checkpoint = structure.kinds[position] == CHECKPOINT
                     rule = self._checkpoint if checkpoint else rule_of(tape.nodes[position])
                     rules.append((position, rule.of(structure, position)))
-            if any(position in needed for position in structure.complex):
+            if any(position in needed for position in structure.complex) or any(block.handles for block in form.blocks):
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
             structure.rules[outputs] = rules
         return rules

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BACKENDS, agreement, mlp, perturb, rand, relative
-from losses import CONVEX, HOLES, LABELS, LOSSES, MONOTONE, REWEIGHTED, ROBUST, SQUARES, D, K, N, X, Y
+from losses import CONVEX, LABELS, LOSSES, MONOTONE, REWEIGHTED, ROBUST, SQUARES, D, K, N, X, Y
 from torch.func import functional_call, jacrev
 
 import pgdfast

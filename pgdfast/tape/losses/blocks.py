@@ -17,9 +17,11 @@ class Block:
     """What all blocks have; the edges are the outputs z, where two stand z is their difference.
 
     residual: r. squares: is S constant, so that J is the derivative of r? `replays`: may the core read it by itself?
+    handles: autograd's edges of z where that is no output on the tape, but the real view of a complex one.
     """
 
     replays = False
+    handles: tuple | None = None
 
     def signature(self) -> tuple:
         """What decides the instructions that `apply` writes."""
@@ -50,6 +52,7 @@ class Diagonal(Block):
     factor: float | torch.Tensor
     parts: tuple = ()
     squares: bool = True
+    handles: tuple | None = None
 
     @property
     def replays(self) -> bool:
@@ -145,7 +148,7 @@ class Centred(Block):
 
 @dataclass(slots=True)
 class Rows(Block):
-    """Rows z of n outputs with the same H = R R^T for each, R symmetric: S = R.
+    """Rows z_i of n outputs with H_i = w_i R R^T, R symmetric: S = sqrt(w_i) R.
 
     turned: the rows of n run along the first dimension of z, (n, N), and not along the last, (N, n).
     """
@@ -153,6 +156,7 @@ class Rows(Block):
     edges: tuple
     residual: torch.Tensor
     root: torch.Tensor      # R, (n, n)
+    weights: torch.Tensor   # sqrt(w_i), of z's shape
     turned: bool = False
     squares: bool = True
 
@@ -169,14 +173,18 @@ class Rows(Block):
         else:
             op.matmul("rows", right=self.root, out="product")
         op.reshape("product", shape, out="shaped")
-        op.add("shaped")
+        op.scale("shaped", self.weights)
 
     def scale(self, t):
+        return self.weights * self._product(t)
+
+    def scale_transposed(self, u):
+        return self._product(self.weights * u)   # R is symmetric
+
+    def _product(self, t):
         n = len(self.root)
         product = self.root @ t.reshape(n, -1) if self.turned else t.reshape(-1, n) @ self.root
         return product.reshape(t.shape)
-
-    scale_transposed = scale   # R is symmetric
 
 
 @dataclass(slots=True)

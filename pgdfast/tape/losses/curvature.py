@@ -28,7 +28,7 @@ def accepted(tail: Tail, quadratic: bool, centred: bool):
     has a meaning?
     """
     g = tail.gradient
-    if not g.numel() or not bool(torch.isfinite(g).all()):
+    if not g.numel() or g.is_complex() or not bool(torch.isfinite(g).all()):
         return None
     h = tail.product(torch.ones_like(g))
     probe = tail.probe()
@@ -100,39 +100,49 @@ def _probabilities(tail: Tail):
 
 
 def _rows(tail: Tail, g, probe, answer):
-    """The same matrix W for every row along the last dimension, or along the first; r^T W r."""
+    """The same matrix W, times weights, for every row along the last dimension, or along the first: sum w_i r_i^T W r_i."""
     shape = g.shape
     for turned in (False, True):
         n = shape[0 if turned else -1] if shape else 0
-        if not 1 < n <= _WIDEST or (turned and len(shape) < 2 and n == shape[-1]):
+        if not 1 < n <= _WIDEST or (turned and len(shape) < 2):
             continue
-        unit, columns = torch.zeros_like(g).reshape((n, -1) if turned else (-1, n)), []
+
+        def rows(t, n=n, turned=turned):
+            return t.reshape(n, -1).T if turned else t.reshape(-1, n)
+
+        def back(t, turned=turned):
+            return (t.T if turned else t).reshape(shape)
+
+        x, y = rows(probe), rows(answer)
+        place, columns = int(y.norm(dim=1).argmax()), []
         for k in range(n):
-            unit.zero_()
-            (unit[k, :1] if turned else unit[:1, k]).fill_(1)
-            column = tail.product(unit.reshape(shape).clone()).reshape(unit.shape)
-            columns.append(column[:, 0] if turned else column[0])
+            unit = torch.zeros_like(x)
+            unit[place, k] = 1
+            columns.append(rows(tail.product(back(unit)))[place])
         W = torch.stack(columns)
-        x = probe.reshape(unit.shape)
-        if _close(answer.reshape(unit.shape), W @ x if turned else x @ W):
-            return _quadratic(tail, g, W, unit.shape, turned)
+        form = x @ W
+        weights = (y * form).sum(1, keepdim=True) / form.square().sum(1, keepdim=True).clamp_min(tiny(g.dtype))
+        if _close(y, weights * form):
+            return _quadratic(tail, rows(g), W, weights, back, turned)
     return None
 
 
-def _quadratic(tail: Tail, g, W, rows, turned: bool):
+def _quadratic(tail: Tail, g, W, weights, back, turned: bool):
     values, vectors = torch.linalg.eigh(0.5 * (W + W.T))
     largest = float(values.abs().max())
-    if float(values[0]) < -1e3 * torch.finfo(W.dtype).eps * largest:
+    rounding = 1e3 * torch.finfo(W.dtype).eps
+    if float(values[0]) < -rounding * largest or float(weights.min()) < -rounding:
         raise IndefiniteForm(
-            "its quadratic form r^T W r has a matrix W that is not positive semidefinite (smallest eigenvalue of W + W^T "
-            f"relative to the largest: {float(values[0]) / largest:.1e}), so it is no sum of squares"
+            "as a quadratic form r^T W r it has a W that is not positive semidefinite (smallest eigenvalue of W + W^T "
+            f"relative to the largest: {float(values[0]) / largest:.1e})"
         )
     # Where W has no curvature a little is left, so that R r = g even there: with what rounding or a linear part leaves of g.
-    root = values.clamp_min(max(1e3 * torch.finfo(W.dtype).eps * largest, tiny(W.dtype))).sqrt()
-    R, back = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    g = g.reshape(rows)
-    r = back @ g if turned else g @ back
-    return Rows((tail.cut.edge,), r.reshape(tail.gradient.shape), R.contiguous(), turned)
+    root = values.clamp_min(max(rounding * largest, tiny(W.dtype))).sqrt()
+    R, heavy = (vectors * root) @ vectors.T, weights.clamp_min(0).sqrt()
+    if bool((g[(heavy == 0).expand_as(g)] != 0).any()):
+        return None
+    r = torch.where(heavy == 0, 0.0, ((g @ vectors) / root) @ vectors.T / heavy)
+    return Rows((tail.cut.edge,), back(r).contiguous(), R.contiguous(), back(heavy.expand_as(g)).contiguous(), turned)
 
 
 def is_centred(tape, cut) -> bool:

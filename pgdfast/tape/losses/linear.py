@@ -59,7 +59,8 @@ class Walk:
             position, output, weight = stack.pop()
             reader = READERS.get(self.tape.kind(position))
             if reader is None:
-                raise UnrecognizedLoss(leads_nowhere(self.tape.name(position)))
+                above = tuple(map(self.tape.name, sorted(self.form.consumed)))
+                raise UnrecognizedLoss(leads_nowhere(self.tape.name(position), above))
             self.form.consumed.add(position)
             following = reader(self, position, self.tape.nodes[position], self.tape.edges[position], weight)
             if following:
@@ -202,7 +203,7 @@ def cat(walk, position, node, edges, weight):
     "DiagonalBackward0", "IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "MaskedSelectBackward0",
     "MaskedFillBackward0", "WhereBackward0", "TraceBackward0", "CopySlices", "CopyBackwards", "IndexPutBackward0",
     "SliceScatterBackward0", "SelectScatterBackward0", "IndexCopyBackward0", "ScatterBackward0", "FlipBackward0",
-    "RepeatBackward0", linear=True,
+    "RepeatBackward0", "ViewAsRealBackward0", "RealBackward0", linear=True,
 )
 def pull(walk, position, node, edges, weight):
     """Any other linear operation with one output: its own backward carries the weight."""

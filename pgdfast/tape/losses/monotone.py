@@ -12,7 +12,8 @@ from ..rules.table import plain
 from .blocks import UnrecognizedLoss, diagonal_block
 from .curvature import reweighted
 from .linear import reads
-from .squares import square, variance_block
+from .names import leads_nowhere
+from .squares import modulus, square, variance_block
 
 
 def _per_sum(weight, norm: torch.Tensor):
@@ -26,8 +27,8 @@ def vector_norm(walk, position, node, edges, weight):
     order, z = node._saved_ord, plain(node._saved_self).detach()
     walk.form.steady = False
     if order == 2:
-        weight = _per_sum(weight, plain(node._saved_result).detach())
-        return square(walk, edges[0], position, walk.spread(position, node, edges[0], weight))
+        weight = walk.spread(position, node, edges[0], _per_sum(weight, plain(node._saved_result).detach()))
+        return (modulus if z.is_complex() else square)(walk, edges[0], position, weight)
     if order != 1 or z.is_complex():
         raise UnrecognizedLoss(f"it is a norm of order {order:g}, not 2 or 1")
     weight = walk.spread(position, node, edges[0], weight)
@@ -36,6 +37,16 @@ def vector_norm(walk, position, node, edges, weight):
     gradient = (weight * torch.sign(z)).to(z.dtype)
     walk.form.blocks.append(diagonal_block((edges[0],), gradient, reweighted(gradient, z)))
     return ()
+
+
+@reads("AbsBackward0")
+def absolute(walk, position, node, edges, weight):
+    """|z| of complex numbers, which is a norm of two."""
+    z = plain(node._saved_self).detach()
+    if not z.is_complex():
+        raise UnrecognizedLoss(leads_nowhere(walk.tape.name(position)))
+    walk.form.steady = False
+    return modulus(walk, edges[0], position, _per_sum(weight, z.abs()))
 
 
 @reads("DistBackward0")

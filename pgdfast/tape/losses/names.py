@@ -41,8 +41,9 @@ def written(name: str) -> str:
     return f"{known} ({name})"
 
 
-def leads_nowhere(name: str) -> str:
-    """Why a walk ended at an operation, and what to write instead."""
-    advice = _ADVICE.get(re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1]))
+def leads_nowhere(name: str, above: tuple = ()) -> str:
+    """Why a walk ended at an operation, and what to write instead. above: the names of the operations that it came by."""
+    choices = [n for n in above if n.startswith("Where")]
+    advice = _ADVICE.get(re.sub(r"Backward\d*$", "", (choices or [name])[0].rsplit("::", 1)[-1]))
     text = f"{written(name)} leads to no sum of squares, no cross-entropy and no other convex function"
     return text if advice is None else f"{text}; {advice}"

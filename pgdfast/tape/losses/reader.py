@@ -34,6 +34,8 @@ _SECOND_DEGREE = {
     "PowBackward0", "MulBackward0", "DotBackward0", "VdotBackward0", "MmBackward0", "MvBackward0", "BmmBackward0",
     "AddmmBackward0", "VarBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
 }
+_WAYS = ("walk", "cut", "monotone", "link", "convex", "split", "scale", "slope")
+_OF_A_SUM = ("walk", "cut", "monotone", "split")   # below phi(S) and scales: what the model computes is no part of S
 _DEEPEST = 8   # cuts that are looked at
 
 
@@ -44,7 +46,7 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
     ways = tape.structure.losses
-    if (root, 0) not in ways:
+    if not ways:
         try:
             return _walked(tape, (root, 0), 1.0, allow_sync)
         except UnrecognizedLoss as error:
@@ -55,11 +57,11 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
             return _Terms(tape, allow_sync).read((root, 0))
         except UnrecognizedLoss as error:
             ways.clear()
-            raise (error if isinstance(error, IndefiniteForm) else why) from None
+            raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
     return _Terms(tape, allow_sync).read((root, 0))
 
 
-def one_element(form: Form, tape, value: float | None) -> str:
+def one_element(form: Form, tape, value: float | None, params) -> str:
     """What a result of one entry with dimensions is, by its form as a scalar: "loss", "residual", or "either".
 
     value: its number, None where that is not to be waited for. A loss is what ends in an operation that is one by name, or a
@@ -69,8 +71,11 @@ def one_element(form: Form, tape, value: float | None) -> str:
         return "loss"
     if not form.steady or not form.squares_only or not form.sums(tape):
         return "residual"
+    if value is None:
+        return "either"
     half = 0.5 * sum(float(block.residual.double().square().sum()) for block in form.blocks)
-    return "loss" if value is not None and not form.penalties and abs(half - value) <= 1e-6 * abs(value) else "either"
+    half += 0.5 * sum(c * float(params[k].detach().double().square().sum()) for k, c in form.penalties.items())
+    return "loss" if abs(half - value) <= 1e-5 * abs(value) else "either"
 
 
 def _differentiable(tape, root: int, allow_sync: bool) -> bool:
@@ -88,8 +93,8 @@ def _walked(tape, edge, weight, allow_sync: bool) -> Form:
 class _Terms:
     """Reads a loss as terms; `tape.structure.losses` keeps, by edge, the way and the cut that served the last time."""
 
-    def __init__(self, tape, allow_sync: bool):
-        self.tape, self.allow_sync = tape, allow_sync
+    def __init__(self, tape, allow_sync: bool, among: tuple = _WAYS):
+        self.tape, self.allow_sync, self.among = tape, allow_sync, among
         self.ways = tape.structure.losses
         self.form, self.terms, self.slopes = Form(), {}, {}
 
@@ -103,17 +108,13 @@ class _Terms:
         return self.form
 
     def _term(self, edge, weight) -> None:
-        ways = {
-            "walk": self._walk, "cut": self._centred_cut, "monotone": self._monotone, "link": self._link_cut,
-            "convex": self._any_cut, "split": self._split, "scale": self._scale, "slope": self._slope,
-        }
-        known = self.ways.get(edge)
-        if known is not None and ways[known[0]](edge, weight, known[1]):
+        known = self.ways.get((edge, self.among))
+        if known is not None and getattr(self, "_" + known[0])(edge, weight, known[1]):
             return
-        for name, way in ways.items():
-            found = way(edge, weight, None)
+        for name in self.among:
+            found = getattr(self, "_" + name)(edge, weight, None)
             if found:
-                self.ways[edge] = name, found
+                self.ways[edge, self.among] = name, found
                 return
         raise UnrecognizedLoss(leads_nowhere(self.tape.name(edge[0])))
 
@@ -126,16 +127,16 @@ class _Terms:
 
     # --- a cut ----------------------------------------------------------------------------------------------------------
 
-    def _centred_cut(self, edge, weight, known: Cut | None):
+    def _cut(self, edge, weight, known: Cut | None):
         """Where the loss folds a quantity at 0."""
         return self._first(edge, weight, [c for c in self._cuts(edge, known) if is_centred(self.tape, c)])
 
-    def _link_cut(self, edge, weight, known: Cut | None):
+    def _link(self, edge, weight, known: Cut | None):
         """Where it makes probabilities, or the like, of a model's output."""
         order = [c for c in self._cuts(edge, known) if any(self._kind(user) in LINKS for user in c.users)]
         return self._first(edge, weight, order)
 
-    def _any_cut(self, edge, weight, known: Cut | None):
+    def _convex(self, edge, weight, known: Cut | None):
         return self._first(edge, weight, self._cuts(edge, known))
 
     def _cuts(self, edge, known: Cut | None) -> list[Cut]:
@@ -196,7 +197,8 @@ class _Terms:
             if tail is None:
                 continue
             try:
-                form = _Terms(self.tape, self.allow_sync).read(cut.edge, _number(tail.gradient, self.allow_sync))
+                nested = _Terms(self.tape, self.allow_sync, _OF_A_SUM)
+                form = nested.read(cut.edge, _number(tail.gradient, self.allow_sync))
             except IndefiniteForm:
                 raise
             except UnrecognizedLoss:
@@ -233,19 +235,30 @@ class _Terms:
     def _scale(self, edge, weight, _):
         position = edge[0]
         if self._kind(edge) == "LogBackward0":
+            if self._kind(self.tape.edges[position][0]) in REDUCTIONS or bool((self._full(edge, weight) < 0).any()):
+                return None
             self._note(*logarithm(self.tape, position, self._full(edge, weight)))
             self.form.consumed.add(position)
             return True
         if self._kind(edge) not in ("MulBackward0", "DivBackward0") or not all(self.tape.edges[position]):
             return None
         for (loss, slope), (scale, other) in _both_ways(factors(self.tape, position, self._full(edge, weight))):
-            terms = _Terms(self.tape, self.allow_sync)
-            weight = _number(slope.first, self.allow_sync)
-            if terms._walk(loss, weight, None) or terms._centred_cut(loss, weight, None) or terms._monotone(loss, weight, None):
-                terms.form.steady = False
-                self._take(terms.form, (position,))
+            try:
+                form = _Terms(self.tape, self.allow_sync, _OF_A_SUM).read(loss, _number(slope.first, self.allow_sync))
+            except IndefiniteForm:
+                raise
+            except UnrecognizedLoss:
+                continue
+            if self._kind(scale) in REDUCTIONS:   # a product of two losses
+                try:
+                    form.add(_Terms(self.tape, self.allow_sync, _OF_A_SUM).read(scale, _number(other.first, self.allow_sync)))
+                except UnrecognizedLoss:
+                    continue
+            else:
                 self._note(scale, other)
-                return True
+            form.steady = False
+            self._take(form, (position,))
+            return True
         return None
 
     def _slope(self, edge, weight, _):

@@ -11,6 +11,7 @@ from .blocks import Centred, Diagonal, UnrecognizedLoss, looked_at
 from .linear import pull, reads, scaled
 
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}   # of a column or row there is one other form
+_CONJUGATES = {"ConjBackward0", "ConjPhysicalBackward0"}
 _VIEWS = _TRANSPOSES | {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "CloneBackward0"}
 
 
@@ -36,19 +37,42 @@ def square(walk, edge, saver: int, weight, field: str = "_saved_self"):
         root_of(weight, walk.allow_sync)
         walk.form.penalties[leaf] = walk.form.penalties.get(leaf, 0.0) + 2 * weight
         return ()
-    if walk.tape.kind(position) == "LinalgVectorNormBackward0" and walk.tape.nodes[position]._saved_ord == 2:
+    kind = walk.tape.kind(position)
+    if kind == "LinalgVectorNormBackward0" and walk.tape.nodes[position]._saved_ord == 2:
         node, below = walk.tape.nodes[position], walk.tape.edges[position][0]
         walk.form.consumed.add(position)
-        return square(walk, below, position, walk.spread(position, node, below, weight))
-    factor = root_of(weight, walk.allow_sync)
-    value = plain(getattr(walk.tape.nodes[saver], field)).detach()
-    if value.is_complex():
+        weight = walk.spread(position, node, below, weight)
+        return (modulus if node._saved_self.is_complex() else square)(walk, below, position, weight)
+    if kind == "AbsBackward0" and walk.tape.nodes[position]._saved_self.is_complex():
+        walk.form.consumed.add(position)
+        return modulus(walk, walk.tape.edges[position][0], position, weight)
+    saved = plain(getattr(walk.tape.nodes[saver], field))
+    if saved.is_complex():
         raise UnrecognizedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
+    factor, value = root_of(weight, walk.allow_sync), saved.detach()
     residual = value * factor
     if walk.masked and isinstance(factor, torch.Tensor):
         residual = torch.where(factor == 0, 0.0, residual)
     walk.form.blocks.append(Diagonal((edge,), residual, factor, ((saver, field),)))
     return ()
+
+
+def modulus(walk, edge, saver: int, weight, field: str = "_saved_self"):
+    """|z|^2 of the complex numbers at an edge, as the squares of their real and imaginary parts."""
+    if isinstance(weight, torch.Tensor):
+        weight = (weight.real if weight.is_complex() else weight).unsqueeze(-1)
+    factor = root_of(weight, walk.allow_sync)
+    with torch.enable_grad():   # what was saved is still tied to the tape
+        parts = torch.view_as_real(getattr(walk.tape.nodes[saver], field).resolve_conj())
+    handles = (tuple(torch.autograd.graph.get_gradient_edge(parts)),)
+    walk.form.entries = True
+    walk.form.blocks.append(Diagonal((edge,), parts.detach() * factor, factor, handles=handles))
+    return ()
+
+
+def conjugates(tape, a, b) -> bool:
+    """Whether one edge is the complex conjugate of the other."""
+    return any(tape.kind(x[0]) in _CONJUGATES and tape.edges[x[0]][0] == y for x, y in ((a, b), (b, a)))
 
 
 def same_numbers(tape, a, b) -> bool:
@@ -108,6 +132,9 @@ def _window(node) -> tuple:
 @reads("MulBackward0")
 def multiply(walk, position, node, edges, weight):
     if edges[0] is not None and edges[1] is not None:
+        if conjugates(walk.tape, *edges):
+            k = 1 if walk.tape.kind(edges[0][0]) in _CONJUGATES else 0
+            return modulus(walk, edges[k], position, weight, ("_saved_self", "_saved_other")[k])
         if same_numbers(walk.tape, *edges):
             return square(walk, edges[0], position, weight)
         if torch.equal(node._saved_self, node._saved_other) and written_twice(walk, *edges):
@@ -143,6 +170,9 @@ def _turned(tape, edge):
 def dot(walk, position, node, edges, weight):
     if edges[0] is not None and edges[1] is not None:
         if same_numbers(walk.tape, *edges):
+            value = node._saved_self
+            if value.is_complex() and walk.tape.kind(position) == "VdotBackward0":
+                return modulus(walk, edges[0], position, weight)
             return square(walk, edges[0], position, weight)
         raise UnrecognizedLoss("it is a dot product of two different vectors that both depend on the parameters")
     return pull(walk, position, node, edges, weight)
