@@ -70,7 +70,7 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
         expected = _gradient(result if isinstance(result, (tuple, list)) else [result], w, params)
     norm = max(sum(float(p.detach().double().square().sum()) for p in params), float(pulled.numel())) ** 0.5
     natural = float(w.double().square().sum()) / norm   # of a gradient: the loss over the parameters
-    wrong = _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
+    wrong = [] if expected is None else _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
     if not adjoint or not r.numel():
         return Disagreement(wrong, False) if wrong else None
     v = torch.randn(pulled.numel(), generator=generator).to(pulled)
@@ -96,8 +96,11 @@ def _cotangent(r: torch.Tensor, scalar: bool, generator) -> torch.Tensor:
     return r * (2 * torch.randint(0, 2, (r.numel(),), generator=generator) - 1).to(r)
 
 
-def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None]:
-    """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached."""
+def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None] | None:
+    """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached.
+
+    None where autograd has none for one parameter at a time.
+    """
     cotangents = [None] * len(results)
     if w is not None:
         parts = w.split([t.numel() for t in results])
@@ -115,6 +118,8 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
                 "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the loss or the "
                 "residuals without calling backward()."
             ) from error
+        if "not compatible with .grad()" in str(error):   # checkpoint with use_reentrant=True
+            return None
         raise
     gradients = [next(found) if p.requires_grad else None for p in params]
     return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in gradients]
