@@ -99,7 +99,7 @@ def _cotangent(r: torch.Tensor, scalar: bool, generator) -> torch.Tensor:
 def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None] | None:
     """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached.
 
-    None for all of it where only a backward into .grad would do, as through a reentrant checkpoint.
+    None where autograd has none for one parameter at a time.
     """
     cotangents = [None] * len(results)
     if w is not None:
@@ -118,7 +118,7 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
                 "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the loss or the "
                 "residuals without calling backward()."
             ) from error
-        if "use_reentrant=True" in str(error):
+        if "compatible with .grad()" in str(error):   # checkpoint with use_reentrant=True
             return None
         raise
     gradients = [next(found) if p.requires_grad else None for p in params]

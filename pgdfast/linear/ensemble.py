@@ -59,6 +59,8 @@ class EnsembleLinearizer(Linearizer):
         labels, certain = self._labels(operator)
         order = self._sorted(labels, shapes)
         if certain:
+            if len(self._orders) >= 64:
+                self._orders.clear()
             self._orders[key] = order
         return order
 
@@ -158,8 +160,6 @@ class EnsembleLinearization(Bound):
         self._losses = None
         self._forget()
 
-    _widens_operators = False   # their J is over the parameters of all members
-
     def flat(self) -> Flat:
         """The products in the order of the whole program."""
         def jvp(v):
@@ -180,6 +180,13 @@ class EnsembleLinearization(Bound):
         if self._losses is None:
             self._losses = self.loss.tolist()
         return self._losses
+
+    def widened(self):
+        """See Bound. Without a program every J_b, as autograd has it, in float64."""
+        wide = super().widened()
+        if wide is not self and self._plan is None and wide._dense is None:
+            wide._dense = self.dense().double()
+        return wide
 
     def row_layout(self):
         """The row layout of one member's residuals, None where they or the members do not separate."""
@@ -215,12 +222,16 @@ class EnsembleLinearization(Bound):
         """J_b v_b for all members: (B, P) -> (B, M)."""
         if self.separates:
             return torch.stack([self.member(b).jvp(row) for b, row in enumerate(v)])
+        if self._dense is not None:
+            return (self._dense @ v[:, :, None])[:, :, 0]
         return gathered(self.kernels().jvp(scattered_parameters(v, self.params)), self._order, self.count)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J_b^T u_b for all members: (B, M) -> (B, P)."""
         if self.separates:
             return torch.stack([self.member(b).vjp(row) for b, row in enumerate(u)])
+        if self._dense is not None:
+            return (u[:, None] @ self._dense)[:, 0]
         return gathered_parameters(self.kernels().vjp(scattered(u, self._order)), self.params)
 
     def dense(self) -> torch.Tensor:

@@ -216,7 +216,6 @@ class Bound:
     """What a closure's tape has left at one point, and the kernels that are bound to it when asked for."""
 
     _constants = None
-    _widens_operators = True
 
     def __init__(self, trace, params, operator, plan, tracer, constants):
         self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
@@ -268,14 +267,14 @@ class Bound:
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
         """
-        if self.dtype == torch.float64 or (self._plan is None and not self._widens_operators):
+        if self.dtype == torch.float64:
             return self
         if self._wide is None:   # one, so that what its plan holds serves further dampings
             wide = object.__new__(type(self))   # a copy, which shares the list of versions
             wide.__dict__.update(self.__dict__)
             wide.residual, wide.dtype = self.residual.double(), torch.float64
             if self._plan is None:
-                wide._operator = Widened(self._operator)
+                wide._operator = Widened(self._operator)   # an ensemble's is not asked
             else:
                 wide._plan = self._plan.wide
                 wide.choices = wide._plan.choices

@@ -220,6 +220,19 @@ def test_every_solver_agrees_where_backward_cannot_be_differentiated(form, solve
         perturb(params, seed=visit)
 
 
+@pytest.mark.parametrize("solver", ["dual", "primal", "cg"])
+def test_float32_ensembles_are_widened(solver):
+    J, b = torch.stack([spectrum(20, 12, 1e-3, seed=s) for s in range(3)]).float(), rand(3, 20, seed=5).float()
+    w = torch.zeros(3, 12, requires_grad=True)
+    lin = EnsembleLinearizer([w], 3)(lambda: ((J @ w[:, :, None])[:, :, 0] - b).roll(1, 1))
+    for k in range(3):
+        one = w[k].detach().requires_grad_()
+        ref = reference.linearize(lambda one=one, k=k: (J[k] @ one - b[k]).roll(1, 0), [one])
+        mu = damping_of(ref, 5e4)
+        assert relative(pgdfast.solve(lin.member(k), mu, solver=solver, cg=TIGHT).step, reference.solve(ref, mu).step) < 1e-6
+        assert lin.member(k).widened().dense().dtype == torch.float64
+
+
 def test_members_of_an_ensemble_share_batches():
     values = rand(3, 5, seed=1).requires_grad_()
     lin = EnsembleLinearizer([values], 3)(lambda: values.cumsum(1).tanh())
