@@ -54,7 +54,8 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     """What disagrees, or None.
 
     products: with a J v of None if that does not exist. result: what the closure returned; of an ensemble the sum of its
-    losses. adjoint: is J v to be compared? What is not finite for autograd is not judged, of an ensemble member by member.
+    losses. adjoint: is J v to be compared? What is not finite for autograd is not judged, of an ensemble member by member; nor
+    is a gradient through a checkpoint with use_reentrant=True, which autograd has for all parameters at once alone.
     Raises ValueError where the tape is gone.
     """
     r, count, tolerance = trace.residual, products.count, tolerance_of(trace)
@@ -64,10 +65,10 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     pulled = products.vjp(w) if r.numel() else r.new_zeros(sum(p.numel() for p in params))
     found = pulled
     if scalar:
-        expected = _gradient([result], None, params)
         found = products.vjp(r) if r.numel() else pulled
-    else:
-        expected = _gradient(result if isinstance(result, (tuple, list)) else [result], w, params)
+    expected = None
+    if not trace.structure.hides:
+        expected = _gradient(result if isinstance(result, (tuple, list)) else [result], None if scalar else w, params)
     norm = max(sum(float(p.detach().double().square().sum()) for p in params), float(pulled.numel())) ** 0.5
     natural = float(w.double().square().sum()) / norm   # of a gradient: the loss over the parameters
     wrong = [] if expected is None else _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
@@ -96,11 +97,8 @@ def _cotangent(r: torch.Tensor, scalar: bool, generator) -> torch.Tensor:
     return r * (2 * torch.randint(0, 2, (r.numel(),), generator=generator) - 1).to(r)
 
 
-def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None] | None:
-    """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached.
-
-    None where autograd has none for one parameter at a time.
-    """
+def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None]:
+    """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached."""
     cotangents = [None] * len(results)
     if w is not None:
         parts = w.split([t.numel() for t in results])
@@ -118,8 +116,6 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
                 "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the loss or the "
                 "residuals without calling backward()."
             ) from error
-        if "compatible with .grad()" in str(error):   # checkpoint with use_reentrant=True
-            return None
         raise
     gradients = [next(found) if p.requires_grad else None for p in params]
     return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in gradients]

@@ -184,6 +184,7 @@ class Tracer:
         value = loss.item() if allow_sync else None
         structure = tape.structure
         trace = Trace(loss, value, residual, form.squares_only, structure.tapeless, form.penalties, None, [], structure)
+        trace.missing = None if rules else "one of its operations that agrees with autograd"
         try:
             if rules:
                 trace.program, trace.constants = self._program(

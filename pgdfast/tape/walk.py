@@ -44,7 +44,7 @@ class Structure:
     parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
     its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: of those with complex
     outputs. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
-    wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
+    hides: is there a checkpoint whose parameters have no edges? wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
     bit, without gradients? eps: rounding unit of the coarsest type among the active nodes' outputs.
     """
 
@@ -66,6 +66,7 @@ class Structure:
             self.leaf.append(number)
             self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
+        self.hides = CHECKPOINT in self.kinds
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
         self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
         self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
