@@ -18,7 +18,7 @@ DEEP = ("recurrent", "convolutions", "norms")         # kinds that may take ADAM
 
 def main(argv=None) -> int:
     """Run the command line; the exit code is 1 where a case is not as expected."""
-    parser = argparse.ArgumentParser(prog="python -m bench closures", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m bench closures", description="Run closures as users write them against their oracles; print a table and a summary.")
     parser.add_argument("--only", action="append", metavar="KIND[/NAME]", help="run these kinds or cases only; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="where results go (default of a whole run: bench/results/closures.json)")
     parser.add_argument("--no-time", action="store_true", help="verdicts and paths only")
