@@ -28,17 +28,17 @@ recurrent("gru-bidirectional", lambda: nn.GRU(2, 6, batch_first=True, bidirectio
 recurrent("lstm-without-bias", lambda: nn.LSTM(2, 8, batch_first=True, bias=False))
 
 
-def stepped(name, make_cell, size=8):
+def stepped(name, make_cell, size=8, count=None, times=TIMES):
     """A cell that is called at every time step; the prediction is from the last state. make_cell: g -> (modules, step)."""
     @case("recurrent", name)
     def make(g):
         modules, step = make_cell(g)
-        head, m = g.net(size, 1), max(g.n // 2, 6)
-        d = g.batch(x=(m, TIMES, 2), y=(m, 1))
+        head, m = g.net(size, 1), count or max(g.n // 2, 6)
+        d = g.batch(x=(m, times, 2), y=(m, 1))
 
         def predict(x):
             state = None
-            for t in range(TIMES):
+            for t in range(times):
                 h, state = step(x[:, t], state)
             return head(h)
 
@@ -58,11 +58,11 @@ def _cell(kind):
     return make
 
 
-def _lstm_by_hand(g):
-    gates, inputs = g.net(8, 32), g.net(2, 32)
+def _lstm_by_hand(g, size=8):
+    gates, inputs = g.net(size, 4 * size), g.net(2, 4 * size)
 
     def step(x, state):
-        h, c = state or (x.new_zeros(len(x), 8), x.new_zeros(len(x), 8))
+        h, c = state or (x.new_zeros(len(x), size), x.new_zeros(len(x), size))
         i, f, o, n = (gates(h) + inputs(x)).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(n)
         h = torch.sigmoid(o) * torch.tanh(c)
@@ -98,8 +98,16 @@ stepped("rnn-cell", _cell(nn.RNNCell))
 stepped("lstm-cell", _cell(nn.LSTMCell))
 stepped("gru-cell", _cell(nn.GRUCell))
 stepped("lstm-by-hand", _lstm_by_hand)
+stepped("lstm-48x12-by-hand", lambda g: _lstm_by_hand(g, 16), 16, 48, 12)
 stepped("gru-by-hand", _gru_by_hand)
 stepped("elman-by-hand", _elman_by_hand)
+
+
+@case("recurrent", "lstm-48x12")
+def _lstm(g):
+    """nn.LSTM over 48 sequences of 12 steps, read at the last."""
+    module, head = g.of(nn.LSTM(2, 16, batch_first=True)), g.net(16, 1)
+    return g.fit([module, head], lambda x: head(module(x)[0][..., -1, :]), g.batch(x=(48, 12, 2), y=(48, 1)))
 
 
 @case("recurrent")

@@ -12,14 +12,15 @@ from .corpus import case
 CLASSES = 4
 
 
-def classification(name, loss, of=None, **more):
+def classification(name, loss, of=None, curvature=None, **more):
     """A loss of logits (n, 4) and a batch with labels y, probabilities q, class weights w."""
     @case("classification", name, **more)
     def make(g):
         net = g.net(3, 12, CLASSES)
         d = g.batch(x=(g.n, 3), y=lambda: g.integers(CLASSES, g.n), q=lambda: torch.softmax(g.randn(g.n, CLASSES), 1),
                     w=lambda: g.uniform(CLASSES, low=0.5, high=2), ignored=lambda: g.integers(CLASSES + 1, g.n) - 1)
-        return g.problem(net, lambda: loss(net(d.x), d), lambda: net(d.x), lambda z: (of or loss)(z, d))
+        return g.problem(net, lambda: loss(net(d.x), d), lambda: net(d.x), lambda z: (of or loss)(z, d),
+                         curvatures=() if curvature is None else (lambda z: curvature(z, d),))
 
 
 def _ce(z, d):
@@ -49,12 +50,23 @@ classification("kl-div-log-target", lambda z, d: F.kl_div(F.log_softmax(z, 1), d
                                                                 log_target=True))
 classification("distillation", lambda z, d: F.kl_div(F.log_softmax(z / 2, 1), d.q, reduction="batchmean") * 4 + _ce(z, d))
 classification("multi-margin-squared", lambda z, d: (F.relu(1 - z.gather(1, d.y[:, None]) + z) ** 2).mean())
-classification("focal", lambda z, d: _focal(z, d), raises="pgdfast", either=True)
 
 
 def _focal(z, d):
     ce = F.cross_entropy(z, d.y, reduction="none")
     return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
+
+
+def _focal_curvature(z, d):
+    """Of f(ce), row by row: f'(ce) times the curvature of the cross-entropy; f is convex nowhere and everywhere increasing."""
+    p = torch.softmax(z, 1)
+    ce = F.cross_entropy(z, d.y, reduction="none").requires_grad_()
+    (slope,) = torch.autograd.grad(((1 - torch.exp(-ce)) ** 2 * ce).mean(), ce)
+    blocks = slope[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    return torch.block_diag(*blocks)
+
+
+classification("focal", _focal, None, _focal_curvature, raises="pgdfast", either=True)
 
 
 def binary(name, loss, of=None, **more):
@@ -177,13 +189,20 @@ def _second(z, d):
     return torch.stack([torch.exp(-s), 0.5 * r * r * torch.exp(-s)], 1).reshape(-1) / len(z)
 
 
+def _majorizing(z, d):
+    """The same, and in log variance the size of the slope added, so that no step is longer than 1."""
+    r, s = z[:, 0] - d.y[:, 0], z[:, 1]
+    second = 0.5 * r * r * torch.exp(-s)
+    return torch.stack([torch.exp(-s), second + (0.5 - second).abs()], 1).reshape(-1) / len(z)
+
+
 likelihood("poisson-nll", lambda z, d: F.poisson_nll_loss(z, d.c))
 likelihood("poisson-by-hand", lambda z, d: (torch.exp(z) - d.c * z).mean())
 likelihood("gaussian-nll-fixed-variance", lambda z, d: F.gaussian_nll_loss(z, d.y, d.v))
 likelihood("normal-log-prob", lambda z, d: -torch.distributions.Normal(z, d.v).log_prob(d.y).mean())
 likelihood("gaussian-nll-learned-variance", lambda z, d: F.gaussian_nll_loss(z[:, :1], d.y, torch.exp(z[:, 1:]), eps=1e-12),
-           _mean_and_log_variance, 2, (_fisher, _second))
-likelihood("gaussian-nll-by-hand", _mean_and_log_variance, None, 2, (_fisher, _second))
+           _mean_and_log_variance, 2, (_fisher, _second, _majorizing))
+likelihood("gaussian-nll-by-hand", _mean_and_log_variance, None, 2, (_fisher, _second, _majorizing))
 likelihood("exponential", lambda z, d: (z + d.v * torch.exp(-z)).mean())
 likelihood("laplace-fixed-scale", lambda z, d: ((z - d.y).abs() / d.v).mean(), None, 1,
            (lambda z, d: (1 / (z - d.y).abs() / d.v / len(z)).reshape(-1),))
@@ -250,18 +269,44 @@ def uncertainty_weighting(g):
         return sum(torch.exp(-s[k]) * ((z[:, k] - d.y[:, k]) ** 2).mean() + s[k] for k in range(2))
 
     def curvature(z, s):   # squares with their weights held, and the second derivative in s
-        sums = [torch.exp(-s[k]) * ((z[:, k] - d.y[:, k]) ** 2).mean() for k in range(2)]
-        return torch.cat([(2 * torch.exp(-s) / len(z)).expand(z.shape).reshape(-1), torch.stack(sums)])
+        sums = torch.exp(-s) * ((z - d.y) ** 2).mean(0)
+        return torch.cat([(2 * torch.exp(-s) / len(z)).expand(z.shape).reshape(-1), sums])
+
+    def majorizing(z, s):   # the same, and the size of the slope in s added
+        sums = torch.exp(-s) * ((z - d.y) ** 2).mean(0)
+        return curvature(z, s) + torch.cat([torch.zeros(z.numel(), dtype=z.dtype), (1 - sums).abs()])
 
     return g.problem([net, p], lambda: loss(net(d.x), p.s), lambda: (net(d.x), 1.0 * p.s), loss, exact=False,
-                     curvatures=(curvature,))
+                     curvatures=(curvature, majorizing))
 
 
 @case("penalties")
 def learned_weights(g):
     net, p = g.net(3, 12, 1), g.values(root=(g.n, 1))
     d = g.batch(x=(g.n, 3), y=(g.n, 1))
-    return g.problem([net, p], lambda: (p.root**2 * (net(d.x) - d.y) ** 2).sum(), lambda: 2**0.5 * p.root * (net(d.x) - d.y))
+    loss = lambda z, w: (w**2 * (z - d.y) ** 2).sum()   # noqa: E731
+
+    def of_products(z, w):   # squares of w (z - y)
+        rows = torch.cat([torch.diag(w[:, 0]), torch.diag((z - d.y)[:, 0])], 1)
+        return 2 * rows.T @ rows
+
+    def held(z, w):   # squares with their weights held, and the second derivative in w
+        return torch.cat([2 * w**2, 2 * (z - d.y) ** 2])[:, 0]
+
+    def majorizing(z, w):   # the same, and the size of the slope in w added
+        return held(z, w) + torch.cat([0 * z, 2 * (w * (z - d.y) ** 2).abs()])[:, 0]
+
+    return g.problem([net, p], lambda: loss(net(d.x), p.root), lambda: (net(d.x), 1.0 * p.root), loss, exact=False,
+                     curvatures=(of_products, held, majorizing))
+
+
+@case("penalties", "product-of-losses", raises="pgdfast", either=True)
+def _product(g):
+    """If anything, each factor's curvature times the other factor."""
+    net, z, d = predictions(g)
+    loss = lambda z: F.mse_loss(z[:, 0], d.y[:, 0]) * F.mse_loss(z[:, 1], d.y[:, 1])   # noqa: E731
+    held = lambda z: (2 / len(z) * ((z - d.y) ** 2).mean(0).flip(0)).expand(z.shape).reshape(-1)   # noqa: E731
+    return g.problem(net, lambda: loss(z()), z, loss, exact=False, curvatures=(held,))
 
 
 # No loss with a Gauss-Newton step: a sentence that says so.
@@ -275,7 +320,6 @@ def refused(name, loss, pattern="pgdfast"):
 
 refused("negative-square", lambda z, y: -F.mse_loss(z, y))
 refused("difference-of-losses", lambda z, y: F.mse_loss(z, y) - 2 * F.mse_loss(z, 2 * y))
-refused("product-of-losses", lambda z, y: F.mse_loss(z[:, 0], y[:, 0]) * F.mse_loss(z[:, 1], y[:, 1]))
 refused("no-graph", lambda z, y: F.mse_loss(z, y).detach())
 refused("not-a-number", lambda z, y: F.mse_loss(z, y) * float("nan"), "nan")
 refused("a-float", lambda z, y: F.mse_loss(z, y).item())

@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
+import pgdfast
+
 from .corpus import case
 
 
@@ -135,6 +137,11 @@ def _with_function_product(g):
     return [p], lambda h: Product.apply(torch.tanh(h), p.W)
 
 
+def _with_bag(g):
+    bag, index = g.of(nn.EmbeddingBag(12, 8)), g.integers(12, g.n, 3)
+    return [bag], lambda h: torch.tanh(h) * bag(index)
+
+
 plain("custom functions", "cube", lambda h: Cube.apply(torch.tanh(h)))
 plain("custom functions", "once-differentiable", lambda h: OnceCube.apply(torch.tanh(h)))
 plain("custom functions", "numpy", NumpySine.apply)
@@ -142,6 +149,20 @@ plain("custom functions", "straight-through", StraightThrough.apply)
 plain("custom functions", "setup-context", NewStyle.apply)
 plain("custom functions", "twice", lambda h: Cube.apply(NewStyle.apply(h)))
 layered("custom functions", "product-with-a-parameter", _with_function_product)
+
+# Iterative solvers need products with J, which double backward does not reach through these.
+CG = {"solver": "cg", "cg": pgdfast.CG(2000, 1e-12)}
+LSMR = {"solver": "lsmr", "cg": pgdfast.CG(2000, 1e-12)}
+for _label, _options in (("cg", CG), ("lsmr", LSMR)):
+    plain("custom functions", f"once-differentiable-under-{_label}", lambda h: OnceCube.apply(torch.tanh(h)), options=_options)
+    plain("custom functions", f"numpy-under-{_label}", NumpySine.apply, options=_options)
+    plain("custom functions", f"straight-through-under-{_label}", StraightThrough.apply, options=_options)
+    plain("iterative solvers", f"hardsigmoid-under-{_label}", F.hardsigmoid, options=_options)
+    plain("iterative solvers", f"logcumsumexp-under-{_label}", lambda h: h.logcumsumexp(1), options=_options)
+    plain("iterative solvers", f"cdist-under-{_label}", lambda h: torch.cdist(h, torch.eye(8, dtype=h.dtype)), options=_options)
+    plain("iterative solvers", f"flip-under-{_label}", lambda h: h * h.flip(0), options=_options)
+    plain("iterative solvers", f"complex-under-{_label}", lambda h: torch.exp(1j * h).real, options=_options)
+    layered("iterative solvers", f"bag-under-{_label}", _with_bag, options=_options)
 
 
 @case("custom functions")

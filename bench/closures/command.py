@@ -13,12 +13,18 @@ from .runner import BROKEN, COUPLED, EXPECTED, FALLBACK, RAISES, RIGHT, ROWS, SE
 
 RESULTS = Path(__file__).parent.parent / "results" / "closures.json"
 ADAM_SEPARATED, ADAM_DEEP, BY_HAND = 6.0, 10.0, 1.2   # the most that a step may cost, in Adam steps and steps by hand
+PAIRS = (   # (slow, fast, the most that their ratio may be): one problem written in two ways
+    ("pinn/navier-stokes-tuple", "pinn/navier-stokes-joined", 1.2),
+    ("pinn/navier-stokes-three-means", "pinn/navier-stokes-joined", 1.2),
+    ("recurrent/lstm-48x12", "recurrent/lstm-48x12-by-hand", 1.5),
+)
 DEEP = ("recurrent", "convolutions", "norms")         # kinds that may take ADAM_DEEP
 
 
 def main(argv=None) -> int:
     """Run the command line; the exit code is 1 where a case is not as expected."""
-    parser = argparse.ArgumentParser(prog="python -m bench closures", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench closures", description="Run closures as users write them; print a table and a summary.")
     parser.add_argument("--only", action="append", metavar="KIND[/NAME]", help="run these kinds or cases only; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="where results go (default of a whole run: bench/results/closures.json)")
     parser.add_argument("--no-time", action="store_true", help="verdicts and paths only")
@@ -111,6 +117,8 @@ def summary(outcomes) -> list[str]:
     if any(o.lm is not None for o in outcomes):
         found.append(f"slower than {ADAM_SEPARATED:g} Adam steps: {over(ADAM_SEPARATED)}, than {ADAM_DEEP:g}: "
                      f"{over(ADAM_DEEP)}; than {BY_HAND:g} steps by hand: {by_hand}; beyond their bound: {len(slow)}")
+    times = {o.label: o.lm for o in outcomes if o.lm is not None}
+    found += [f"{a} over {b}: {times[a] / times[b]:.2f} (bound {most:g})" for a, b, most in PAIRS if a in times and b in times]
     found += [f"  {o.verdict}: {o.label}: {o.message[:160]}" for o in outcomes if o.failed]
     found += [f"  slow: {label}: {why}" for label, why in slow.items()]
     return found

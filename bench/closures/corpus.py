@@ -17,7 +17,10 @@ CASES: dict[str, Case] = {}
 
 @dataclass(frozen=True)
 class Case:
-    """make: Maker -> Problem. raises: a pattern of the message where raising is right. either: may also be right then."""
+    """make: Maker -> Problem. raises: a pattern of the message where raising is right. either: may also be right then.
+
+    options: for LM.
+    """
 
     kind: str
     name: str
@@ -25,6 +28,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     raises: str | None = None
     either: bool = False
+    options: dict = field(default_factory=dict)
 
     @property
     def label(self) -> str:

@@ -122,8 +122,8 @@ class RandomClosure:
             self.loss_name = "mean square"
         if self.loss_name == "two tensors":
             self.other = self.integer(len(self.nodes))
-        if z.dim() == 0 and self.loss_name in ("residuals", "two tensors") or self._values[self.other].dim() == 0:
-            self.loss_name = "mean square"
+        if self.loss_name in ("residuals", "two tensors") and 1 in (z.numel(), self._values[self.other].numel()):
+            self.loss_name = "mean square"   # one number may be meant as a loss
         if self.loss_name == "cross-entropy":
             self.target = torch.tensor([self.integer(z.shape[1]) for _ in range(z.shape[0])])
         else:
