@@ -13,8 +13,9 @@ import torch
 from . import losses
 from .hidden import refuse_hidden
 from .ops import Record, Refresh
-from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
+from .rules.complex_numbers import rule_for_complex
 from .rules.table import plain
 from .simplify import simplify
 from .walk import Fallback, Structure, Tape, Walker, describe, rule_of
@@ -264,12 +265,16 @@ class Tracer:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
-            rules = [
-                (position, rule_of(node).of(structure, position))
-                for position, node in tape.nodes.items() if position not in consumed
-            ]
-            if structure.complex:
-                raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
+            rules = []
+            for position, node in tape.nodes.items():
+                if position in consumed:
+                    continue
+                found = None
+                if structure.complex and any(map(any, structure.numbers(position))):
+                    found = rule_for_complex(structure, position)
+                    if found is None:
+                        raise Fallback(f"complex numbers ({tape.name(position)})")
+                rules.append((position, found or rule_of(node).of(structure, position)))
             structure.rules[consumed] = rules
         return rules
 
@@ -294,6 +299,8 @@ class Tracer:
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [None if e is None else slots[e] for e in block.edges]
+            if any(isinstance(x, Pair) for x in inputs):
+                raise UnsupportedStructure("a loss of complex numbers")
             op.start([op.off_parameters(x) for x in inputs], [shape])
             program.residual_shapes.append(shape)
             op.bind_output(whole(program.add_buffer(RESIDUAL, shape.numel()), shape))
