@@ -64,13 +64,22 @@ class Known:
 
 
 class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
+
+    Raises ValueError for complex parameters.
+    """
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for p in params:
+        for k, p in enumerate(params):
+            if p.is_complex():
+                raise ValueError(
+                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. Keep "
+                    "it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) in the "
+                    "model."
+                )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
