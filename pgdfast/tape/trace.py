@@ -14,8 +14,9 @@ from . import losses
 from .checkpoint import checkpoint_rule
 from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh
-from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
+from .rules.complex_numbers import rule_for_complex
 from .rules.table import Keyed, plain
 from .simplify import simplify
 from .walk import CHECKPOINT, OPAQUE, Fallback, Structure, Tape, Walker, describe, rule_of
@@ -68,13 +69,22 @@ class CompiledTape(ValueError):
 
 
 class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
+
+    Raises ValueError for complex parameters.
+    """
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for p in params:
+        for k, p in enumerate(params):
+            if p.is_complex():
+                raise ValueError(
+                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. Keep "
+                    "it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) in the "
+                    "model."
+                )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
         self._checkpoint = checkpoint_rule(self.params)
@@ -285,16 +295,22 @@ class Tracer:
             for position in reversed(structure.wanted):
                 if position in needed:
                     needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
-            rules = []
-            for position in structure.wanted:
-                if position in needed:
-                    checkpoint = structure.kinds[position] == CHECKPOINT
-                    rule = self._checkpoint if checkpoint else rule_of(tape.nodes[position])
-                    rules.append((position, rule.of(structure, position)))
-            if any(position in needed for position in structure.complex) or any(block.handles for block in form.blocks):
-                raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
+            if any(block.handles for block in form.blocks):
+                raise Fallback("the modulus of complex numbers")
+            rules = [(position, self._rule(tape, position)) for position in structure.wanted if position in needed]
             structure.rules[outputs] = rules
         return rules
+
+    def _rule(self, tape: Tape, position: int):
+        structure = tape.structure
+        if structure.complex and any(map(any, structure.complex_at(position))):
+            found = rule_for_complex(structure, position)
+            if found is None:
+                raise Fallback(f"complex numbers ({tape.name(position)})")
+            return found
+        if structure.kinds[position] == CHECKPOINT:
+            return self._checkpoint
+        return rule_of(tape.nodes[position]).of(structure, position)
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)
@@ -317,6 +333,8 @@ class Tracer:
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [None if e is None else slots[e] for e in block.edges]
+            if any(isinstance(x, Pair) for x in inputs):
+                raise UnsupportedStructure("a loss of complex numbers")
             op.start([op.off_parameters(x) for x in inputs], [shape])
             program.residual_shapes.append(shape)
             op.bind_output(whole(program.add_buffer(RESIDUAL, shape.numel()), shape))

@@ -42,10 +42,11 @@ class Structure:
     number: identifies the structure. roots: (position, output) of each result. names: node types. kinds: the same as
     `kind_of` gives them. leaf: number of the parameter that an AccumulateGrad node belongs to, else -1. active: does a
     parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
-    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: of those with complex
-    outputs. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
-    hides: is there a checkpoint whose parameters have no edges? wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
-    bit, without gradients? eps: rounding unit of the coarsest type among the active nodes' outputs.
+    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output) of
+    those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
+    hides: is there a checkpoint whose parameters have no edges? wanted: positions of the active nodes that are no leaves.
+    tapeless: would the operations compute the same, bit for bit, without gradients? eps: rounding unit of the coarsest type
+    among the active nodes' outputs.
     """
 
     def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int], hooked: list[int]):
@@ -75,7 +76,9 @@ class Structure:
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
         types = [{m.dtype for m in node._input_metadata} for node in nodes]
-        self.complex = [k for k in self.wanted if any(dtype.is_complex for dtype in types[k])]
+        self.complex = {
+            (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
+        }
         rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
         self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
 
@@ -105,6 +108,11 @@ class Structure:
         passed = [k for k in self.wanted if below[k] & wrong]
         alone = [k for k in passed if below[k] <= wrong]
         return list(dict.fromkeys(self.names[k] for k in alone or passed))
+
+    def complex_at(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
+        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
+        return tuple(edge in self.complex for edge in self.edges[position]), outputs
 
     def used(self, position: int) -> tuple[int, ...]:
         """Numbers of a node's outputs that active nodes or the closure's results read."""

@@ -123,9 +123,9 @@ def reader(names: tuple[str, ...]) -> Callable:
 
 
 def is_lazy(value) -> bool:
-    """Say whether a tensor's memory does not hold its entries: negated when they are read, zero without memory, or sparse."""
+    """Say whether a tensor's memory is not its entries: negated or conjugated when they are read, zero without, or sparse."""
     return isinstance(value, torch.Tensor) and (
-        value.is_neg() or value._is_zerotensor() or value.layout is not torch.strided
+        value.is_neg() or value.is_conj() or value._is_zerotensor() or value.layout is not torch.strided
     )
 
 
@@ -137,7 +137,7 @@ def plain(value):
         return value.to_dense()
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return value.resolve_neg()
+    return value.resolve_conj().resolve_neg()
 
 
 def reduced(dims, count: int) -> list[int]:
