@@ -105,6 +105,14 @@ CONVOLUTIONS = {
         F.adaptive_avg_pool3d(b.view(1, 2, 2, 3), (1, 2, 3)),
         F.adaptive_avg_pool3d(m.view(1, 2, 2, 5), (2, 1, 3)),
     ),
+    "derivatives of averages": lambda a, b, c, m: tuple(gradient(y**3, b) for y in (
+        F.avg_pool2d((a * b).view(1, 1, 3, 4), 2, 1),
+        F.avg_pool2d(b.view(1, 3, 4), (3, 2), 2, 1, True, False),
+        F.avg_pool3d((a * b).view(1, 2, 2, 3), (1, 2, 2), 1),
+        F.adaptive_avg_pool2d((a * b).view(1, 3, 4), (2, 3)),
+        F.adaptive_avg_pool2d(b.view(1, 3, 4), (3, 2)),
+        F.adaptive_avg_pool3d((a * b).view(1, 2, 2, 3), (2, 1, 2)),
+    )) + (gradient(F.avg_pool2d(b.view(1, 3, 4), 2), b) + gradient(F.adaptive_avg_pool2d(b.view(1, 3, 4), (3, 2)), b),),
 }
 STATISTICS = {
     "batch_norm": lambda a, b, c, m: (
@@ -126,6 +134,20 @@ STATISTICS = {
         F.group_norm(a.view(2, 2, 3), 1),
         F.group_norm(a.T.reshape(1, 4, 3), 4, c),
         F.group_norm(rand(2, 4, 3), 2, c, b[1]),
+    ),
+    "derivatives of batch_norm": lambda a, b, c, m: (
+        gradient(normal(a, c, b[0]) ** 3, a),
+        gradient(normal(a.view(3, 2, 2) * b.view(3, 2, 2)) ** 3, b),
+        gradient(normal(rand(5, 4) * b[0], c) ** 3, b),
+        gradient(F.batch_norm(a, *statistics(a), c, b[0]) ** 3, a),
+        gradient(F.batch_norm(a, *statistics(a)) ** 3, a),
+        gradient(F.batch_norm(a * b, *statistics(a), c).sum(), a),
+        gradient(F.batch_norm(a * a, *statistics(a)).sum(), a),
+    ),
+    "derivatives of layer_norm": lambda a, b, c, m: (
+        gradient(F.layer_norm(torch.sinh(a), (4,), c, m[:, 0]) ** 3, a),
+        gradient(F.layer_norm(a.view(3, 2, 2) * b.view(3, 2, 2), (2, 2)) ** 3, b),
+        gradient(F.layer_norm(a, (4,), c) * b, a),
     ),
     "weight_norm": lambda a, b, c, m: (
         torch._weight_norm(a, b[:, :1], 0),
