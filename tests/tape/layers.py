@@ -185,7 +185,18 @@ RECURRENT = {
         torch._pack_padded_sequence(b.view(2, 3, 2), LENGTHS, True)[0],
     ),
 }
-LAYERS = CONVOLUTIONS | STATISTICS | PRODUCTS | RECURRENT
+ATTENTION = {
+    "attention with shared heads": lambda a, b, c, m: (
+        F.scaled_dot_product_attention(
+            a.view(1, 2, 3, 2), b.view(1, 2, 3, 2)[:, :1], torch.tanh(m[:, :3]).reshape(1, 1, 3, 4), enable_gqa=True),
+        F.scaled_dot_product_attention(
+            torch.sin(a).view(1, 3, 2, 2), rand(1, 1, 4, 2), m[:, :4].reshape(1, 1, 4, 4), rand(1, 3, 2, 4, seed=1),
+            enable_gqa=True),
+        F.scaled_dot_product_attention(
+            rand(2, 4, 3, 2), b.view(2, 2, 3, 1).expand(2, 2, 3, 2), rand(2, 2, 3, 2), is_causal=True, enable_gqa=True),
+    ),
+}
+LAYERS = ATTENTION | CONVOLUTIONS | STATISTICS | PRODUCTS | RECURRENT
 
 
 def lstm_layer():
