@@ -86,10 +86,11 @@ class Refresh:
         c = right if left is None else left
         self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
 
-    def gather(self, i, positions, lead, out=0):
+    def gather(self, i, positions, lead, out=0, fixed=False):
         """Out[r] += in_i[positions[r]], rows being in_i's first `lead` dimensions flattened; -1 gives zero.
 
-        Positions may change from step to step. They have as many elements as out has rows.
+        lead: from the end where it is not positive (0: all dimensions). Positions may change from step to step, unless they are
+        `fixed`: part of the structure. They have as many elements as out has rows.
         """
         self.constants.append(positions.to(torch.int64).reshape(-1).contiguous())
 
@@ -114,14 +115,23 @@ class Refresh:
     def unbind(self, i, dim):
         """Output k is in_i at position k of a dimension."""
 
-    def join(self, dim, stacked):
-        """Out is the inputs laid side by side along a dimension, or along a new one."""
+    def join(self, dim, stacked, sizes=None):
+        """Out is the inputs laid side by side along a dimension, or along a new one.
+
+        sizes: theirs, where the tape does not show them for more than one.
+        """
 
     def tile(self, i, repeats):
         """Out is in_i repeated along each dimension."""
 
-    def temporary(self, name, shape):
-        """Name a zero-initialized temporary that other verbs may use in place of an input or output."""
+    def nothing(self, out=0):
+        """Out depends on no input."""
+
+    def temporary(self, name, shape, behind=None):
+        """Name a zero-initialized temporary that other verbs may use in place of an input or output.
+
+        behind: (i, d): its shape is followed by in_i's dimensions from d on.
+        """
 
 
 class Record:
@@ -224,7 +234,7 @@ class Record:
         constant = -1 if c is None else self._constant(self._collect.scale, i, c)
         x, y = self._input(i), self.output(out)
         shape = x.view.shape
-        dims = sorted(d % len(shape) for d in dims) if dims else list(range(len(shape)))
+        dims = sorted(d % len(shape) for d in dims) if dims and shape else list(range(len(shape)))
         view = y.view
         if not keepdim:
             for d in dims:
@@ -262,11 +272,14 @@ class Record:
             )
         )
 
-    def gather(self, i, positions, lead, out=0):
+    def gather(self, i, positions, lead, out=0, fixed=False):
         constant = self._constant(self._collect.gather, i, positions, lead)
         self.program.functions[-1] = "positions"
+        if fixed:
+            self.program.fixed.add(constant)
         y, x = self.output(out), self._input(i)
         shape = x.view.shape
+        lead = lead if lead > 0 else len(shape) + lead
         count, width = shape[:lead].numel(), shape[lead:].numel()
         try:
             rows = x.view.view(count, width)
@@ -361,15 +374,17 @@ class Record:
         for k in range(len(self._shapes)):
             self.view(i, lambda x, k=k: x.select(dim, k), out=k)
 
-    def join(self, dim, stacked):
+    def join(self, dim, stacked, sizes=None):
         shape = self._shapes[0]
         dim %= len(shape)
         if stacked:
             starts = range(len(self._inputs))
+        elif sizes is not None:
+            starts = [sum(sizes[:k]) for k in range(len(sizes))]
         else:
-            starts = self._offsets(dim, shape[dim])
+            starts = self._offsets(dim, shape)
         for i, start in enumerate(starts):
-            if not self.needs[i]:
+            if not self.needs[i] or not self._inputs[i].view.numel():
                 continue
             if stacked:
                 self.add(i, where=lambda x, a=start: x.select(dim, a))
@@ -377,14 +392,12 @@ class Record:
                 size = self._inputs[i].view.shape[dim]
                 self.add(i, where=lambda x, a=start, n=size: x.narrow(dim, a, n))
 
-    def _offsets(self, dim: int, total: int) -> list[int]:
+    def _offsets(self, dim: int, shape: torch.Size) -> list[int]:
         # A piece that no parameter reaches leaves no size on the tape; one such piece follows from the rest.
-        sizes = [None if s is None else s.view.shape[dim] for s in self._inputs]
-        unknown = [k for k, size in enumerate(sizes) if size is None]
-        if len(unknown) > 1:
-            raise UnsupportedStructure("torch.cat with several pieces that do not depend on the parameters")
-        for k in unknown:
-            sizes[k] = total - sum(size for size in sizes if size is not None)
+        # A piece of no elements may have one dimension alone.
+        sizes = [None if s is None else s.view.shape[dim] if s.view.dim() == len(shape) else 0 for s in self._inputs]
+        for k in [k for k, size in enumerate(sizes) if size is None]:
+            sizes[k] = shape[dim] - sum(size for size in sizes if size is not None)
         return [sum(sizes[:k]) for k in range(len(sizes))]
 
     def tile(self, i, repeats):
@@ -398,7 +411,12 @@ class Record:
             x, source = copy, copy.view.view([n for size in sizes for n in (1, size)])
         self._muladd(Slot(y.buffer, y.view.view(pairs)), Slot(x.buffer, source), -1, 1.0, pairs)
 
-    def temporary(self, name, shape):
+    def nothing(self, out=0):
+        self.output(out)
+
+    def temporary(self, name, shape, behind=None):
+        if behind is not None:
+            shape = (*shape, *self._input(behind[0]).view.shape[behind[1] :])
         self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
 
 

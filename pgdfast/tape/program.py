@@ -65,7 +65,8 @@ class Instruction:
 class Program:
     """Buffers (role, elements), instructions in forward order, and the layouts and functions of constants.
 
-    live: per buffer, how many elements the sweeps touch, filled by `simplify`.
+    fixed: numbers of constants that are the same at every step. live: per buffer, how many elements the sweeps touch, filled
+    by `simplify`.
     """
 
     dtype: torch.dtype
@@ -73,6 +74,7 @@ class Program:
     instructions: list[Instruction] = field(default_factory=list)
     layouts: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)   # of each constant: a key of FUNCTIONS
+    fixed: set[int] = field(default_factory=set)
     residual_shapes: list[torch.Size] = field(default_factory=list)
     live: list[int] = field(default_factory=list)
 
@@ -82,8 +84,11 @@ class Program:
         return len(self.buffers) - 1
 
     def positions_that_mix(self) -> list[int]:
-        """Constants with positions in the workspace: their values decide which elements reach which residuals."""
-        return [op.constant for op in self.instructions if op.kind == GATHER and self.buffers[op.x][0] == WORKSPACE]
+        """Constants with positions in the workspace that may change: they decide which elements reach which residuals."""
+        return [
+            op.constant for op in self.instructions
+            if op.kind == GATHER and self.buffers[op.x][0] == WORKSPACE and op.constant not in self.fixed
+        ]
 
     def function_numbers(self) -> list[int]:
         """The constants' functions as the native plan numbers them."""

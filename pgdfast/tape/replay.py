@@ -67,6 +67,8 @@ class Replay:
                 return False
             if [describe(value) for value in values] != node.described:
                 return False
+            if not node.needs:   # it has no constants
+                continue
             op.needs, op.constants = node.needs, []
             node.rule.apply(op, *values)
             constants[node.start : node.start + len(op.constants)] = op.constants

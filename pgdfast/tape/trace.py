@@ -271,13 +271,16 @@ class Tracer:
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
             rules = [
-                (position, self._checkpoint if structure.kinds[position] == CHECKPOINT else rule_of(node))
+                (position, self._rule_of(node, structure, position))
                 for position, node in tape.nodes.items() if position not in consumed
             ]
             if structure.complex:
                 raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
             structure.rules[consumed] = rules
         return rules
+
+    def _rule_of(self, node, structure: Structure, position: int):
+        return self._checkpoint if structure.kinds[position] == CHECKPOINT else rule_of(node).of(structure, position)
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)

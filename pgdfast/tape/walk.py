@@ -14,6 +14,7 @@ from .rules.functions import FUNCTION
 # but for leaves and losses.
 GRAD_MODE_DEPENDENT_OPS = {
     "BmmBackward0", "BaddbmmBackward0", "UnsafeViewBackward0", "ScaledDotProductFlashAttentionForCpuBackward0",
+    "LinalgEighBackward0", "LinalgSvdBackward0",
 }
 _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
@@ -68,6 +69,11 @@ class Structure:
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
         self.complex = [k for k in self.wanted if any(m.dtype.is_complex for m in nodes[k]._input_metadata)]
+
+    def used(self, position: int) -> tuple[int, ...]:
+        """Numbers of a node's outputs that active nodes or the closure's results read."""
+        readers = [self.edges[k] for k in self.wanted]
+        return tuple(sorted({e[1] for edges in (*readers, self.roots) for e in edges if e is not None and e[0] == position}))
 
 
 class Tape:
@@ -196,7 +202,7 @@ def rule_of(node):
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
         name = kind_of(node)
-        found = RULES.get(name)
+        found = RULES.get(name.removesuffix("_copy"))   # the same operation, out of the view's storage
         if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(OPAQUE):
             found = FUNCTION
         if found is None and name_of(node).endswith("::DifferentiableGraphBackward"):

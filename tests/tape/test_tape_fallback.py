@@ -20,6 +20,8 @@ from helpers import (
 import pgdfast
 from pgdfast import reference
 from pgdfast.linear import Linearizer, linearization
+from pgdfast.tape import walk
+from pgdfast.tape.rules import RULES
 
 X, Y = rand(6, 3, seed=1), rand(6, 4, seed=2)
 OPERATIONS = {  # name on the tape: a function of the network's outputs (6, 4)
@@ -32,6 +34,14 @@ OPERATIONS = {  # name on the tape: a function of the network's outputs (6, 4)
 @pytest.fixture(autouse=True)
 def nothing_announced(monkeypatch):
     monkeypatch.setattr(linearization, "_announced", set())
+
+
+@pytest.fixture(autouse=True)
+def rules_taken_away(monkeypatch):
+    """Operations that have rules serve as examples of those that have none."""
+    monkeypatch.setattr(walk, "_RULE_OF_TYPE", {})
+    for name in (*OPERATIONS, "I0Backward0"):
+        monkeypatch.delitem(RULES, name, raising=False)
 
 
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")

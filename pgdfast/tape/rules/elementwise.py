@@ -161,7 +161,7 @@ def neg(op):
     op.add(0, -1.0)
 
 
-@rule("CloneBackward0", "AliasBackward0", "ToCopyBackward0", "LiftFreshBackward0")
+@rule("CloneBackward0", "AliasBackward0", "ToCopyBackward0", "LiftBackward0", "LiftFreshBackward0")
 def identity(op):
     op.view(0, lambda x: x)
 

@@ -24,9 +24,14 @@ def index_select(op, dim, index, sizes):
     op.gather(0, _numbers(sizes[:lead], index).index_select(max(lead - 1, 0), index), min(lead, len(sizes)))
 
 
-@rule("IndexBackward0", saved="indices self_sym_sizes")
+@rule("IndexBackward0", "UnsafeIndexBackward0", saved="indices self_sym_sizes")
 def index(op, indices, sizes):
     """x[i, j, ...] with tensors of integers or truth values; None takes a whole dimension."""
+    op.gather(0, *indexed_rows(indices, sizes))
+
+
+def indexed_rows(indices, sizes) -> tuple[torch.Tensor, int]:
+    """Which rows of x an index names, rows being its first so many dimensions flattened; and that number."""
     picked, dims = [], 0   # dimensions of x that an index covers: one, or a mask's own number
     for k in indices:
         mask = k is not None and k.dtype in (torch.bool, torch.uint8)
@@ -36,7 +41,7 @@ def index(op, indices, sizes):
         picked.pop()
         dims -= 1
     like = next(k for k in indices if k is not None)
-    op.gather(0, _numbers(sizes[:dims], like)[tuple(picked)], dims)
+    return _numbers(sizes[:dims], like)[tuple(picked)], dims
 
 
 @rule("GatherBackward0", saved="dim index self")
@@ -55,16 +60,39 @@ def take(op, index, x):
     op.gather(0, torch.where(index < 0, index + x.numel(), index), x.dim())
 
 
-@rule("TopkBackward0", "SortBackward0", saved="dim indices self_sym_sizes")
+@rule("TopkBackward0", "SortBackward0", "SortBackward1", saved="dim indices self_sym_sizes")
 def sort(op, dim, indices, sizes):
     _along(op, dim, indices, sizes)
 
 
+@rule("CummaxBackward0", "CumminBackward0", saved="dim indices self")
+def running_extremum(op, dim, indices, x):
+    _along(op, dim, indices, x.shape)
+
+
 @rule("MaxBackward0", "MinBackward0", saved="dim indices keepdim self_sym_sizes")
+@rule("MedianBackward1", "NanmedianBackward1", "KthvalueBackward0", "ModeBackward0", saved="dim indices keepdim self_sym_sizes")
 def extremum_along(op, dim, indices, keepdim, sizes):
     if not keepdim and sizes:
         indices = indices.unsqueeze(signed(dim) % len(sizes))
     _along(op, dim, indices, sizes)
+
+
+@rule("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0", "FractionalMaxPool2DBackward0", saved="result1 self")
+def max_pool2d(op, index, x):
+    op.gather(0, in_planes(index, x.shape, 2), x.dim())
+
+
+@rule("MaxPool3DWithIndicesBackward0", "AdaptiveMaxPool3DBackward0", "FractionalMaxPool3DBackward0", saved="result1 self")
+def max_pool3d(op, index, x):
+    op.gather(0, in_planes(index, x.shape, 3), x.dim())
+
+
+def in_planes(index: torch.Tensor, sizes, dims: int) -> torch.Tensor:
+    """Numbers within planes, the last `dims` dimensions of a tensor of these sizes, as numbers within all of it."""
+    planes = math.prod(sizes[:-dims])
+    first = math.prod(sizes[-dims:]) * torch.arange(planes, device=index.device)
+    return index.reshape(planes, -1) + first[:, None]
 
 
 def _along(op, dim, index, sizes):

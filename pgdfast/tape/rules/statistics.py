@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..program import UnsupportedStructure
-from .table import reader, rule, signed
+from .table import rule, signed
 
 
 def _by_channel(t, dims: int):
@@ -115,30 +115,25 @@ def _normalized_backward(op, inputs, g, n, rstd, weight, dims) -> None:
         add_mean(at_x, h, -squared * n, "h and x")
 
 
-def _by_the_input(names: tuple[str, ...]):
-    """A reader of these fields, for nodes whose other outputs nobody asks for."""
-    read = reader(names)
-
-    def read_all(node) -> tuple:
-        if any(len(m.shape) for m in node._input_metadata[1:]):   # undefined ones have no dimensions
-            raise UnsupportedStructure("the derivative of a normalization by its weight or bias, differentiated")
-        return read(node)
-
-    return read_all
+def _by_the_input(used) -> None:
+    if any(used):
+        raise UnsupportedStructure("the derivative of a normalization by its weight or bias, differentiated")
 
 
-@rule("NativeLayerNormBackwardBackward0", saved="grad_out input mean normalized_shape rstd weight", read=_by_the_input)
-def layer_norm_backward(op, g, x, mean, shape, rstd, weight):
+@rule("NativeLayerNormBackwardBackward0", saved="grad_out input mean normalized_shape rstd weight", used=True)
+def layer_norm_backward(op, g, x, mean, shape, rstd, weight, used):
     """By row."""
+    _by_the_input(used)
     dims = tuple(range(-len(shape), 0))
     weight = None if weight is None else weight.view(*[1] * (x.dim() - len(shape)), *weight.shape)
     _normalized_backward(op, (0, 1, 4), g, (x - mean) * rstd, rstd, weight, dims)
 
 
 @rule("NativeBatchNormBackwardBackward0",
-      saved="eps grad_out input running_mean running_var save_invstd save_mean train weight", read=_by_the_input)
-def batch_norm_backward(op, eps, g, x, running_mean, running_var, rstd, mean, training, weight):
+      saved="eps grad_out input running_mean running_var save_invstd save_mean train weight", used=True)
+def batch_norm_backward(op, eps, g, x, running_mean, running_var, rstd, mean, training, weight, used):
     """By channel; with running statistics it is g times a number."""
+    _by_the_input(used)
     dims = x.dim()
     weight = None if weight is None else _by_channel(weight, dims)[None]
     if training:

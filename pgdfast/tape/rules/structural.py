@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from .table import reduced, rule, signed
+import dataclasses
+
+from .table import RULES, Keyed, OwnBackward, Rule, reduced, rule, signed
 
 
-@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", saved="self_sym_sizes")
+@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ReshapeCopyBackward0", saved="self_sym_sizes")
 def view(op, sizes):
     op.reshape(0)
 
 
-@rule("TBackward0")
+@rule("TBackward0", "TBackward1")
 def t(op):
     op.view(0, lambda x: x.t())
 
@@ -30,7 +32,7 @@ def expand(op, sizes):
     op.expand(0)
 
 
-@rule("UnsqueezeBackward0", saved="dim")
+@rule("UnsqueezeBackward0", "UnsqueezeBackward1", saved="dim")
 def unsqueeze(op, dim):
     op.view(0, lambda x: x.unsqueeze(signed(dim)))
 
@@ -52,10 +54,11 @@ def squeeze_dims(op, dims, sizes):
 
 @rule("SliceBackward0", saved="dim start end step")
 def slice_(op, dim, start, end, step):
-    op.view(0, _slice(dim, start, end, step))
+    op.view(0, slice_window(dim, start, end, step))
 
 
-def _slice(dim, start, end, step):
+def slice_window(dim, start, end, step):
+    """The function x[start:end:step] along a dimension."""
     dim, start, end = signed(dim), signed(start or 0), end if end is None else signed(end)
 
     def window(x):
@@ -63,6 +66,11 @@ def _slice(dim, start, end, step):
         return x[(slice(None),) * d + (slice(start, end, step),)]
 
     return window
+
+
+@rule("NarrowCopyBackward0", saved="dim start length")
+def narrow_copy(op, dim, start, length):
+    op.view(0, lambda x: x.narrow(signed(dim), start, length))
 
 
 @rule("SelectBackward0", saved="dim index")
@@ -78,7 +86,7 @@ def diagonal(op, dim1, dim2, offset):
 @rule("SliceBackwardBackward0", saved="dim start end step")
 def slice_backward(op, dim, start, end, step):
     """f(g) = zeros with g in the window."""
-    op.add(0, where=_slice(dim, start, end, step))
+    op.add(0, where=slice_window(dim, start, end, step))
 
 
 @rule("SelectBackwardBackward0", saved="dim index")
@@ -110,6 +118,25 @@ def unbind(op, dim):
 @rule("CatBackward0", saved="dim")
 def cat(op, dim):
     op.join(signed(dim), stacked=False)
+
+
+def _read_sizes(node):
+    dim, backward = signed(node._saved_dim), OwnBackward(node)
+    sizes = tuple([g.shape[dim] if g.dim() == len(backward.outputs[0].shape) else 0 for g in backward(backward.ones())])
+    return (Keyed(None, (dim, sizes)),)
+
+
+def cat_by_sizes(op, found):
+    """Pieces that no parameter reaches leave no sizes on the tape: of several only the node's backward knows."""
+    dim, sizes = found.key
+    op.join(dim, stacked=False, sizes=sizes)
+
+
+def _several_constants(structure, position):
+    return Rule(cat_by_sizes, (), _read_sizes) if structure.edges[position].count(None) > 1 else None
+
+
+RULES["CatBackward0"] = dataclasses.replace(RULES["CatBackward0"], specialize=_several_constants)
 
 
 @rule("StackBackward0", saved="dim")
