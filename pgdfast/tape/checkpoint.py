@@ -11,7 +11,7 @@ import torch
 
 from .hidden import refuse_hidden
 from .rules.table import Keyed, Rule
-from .walk import CHECKPOINT, Fallback, Structure, Walker, describe, kind_of, rule_of
+from .walk import CHECKPOINT, Fallback, Structure, Walker, describe, rule_of
 
 
 def run_again(node) -> tuple[list, tuple]:
@@ -59,9 +59,6 @@ class _Inner:
 def checkpoint_rule(params: list[torch.Tensor]) -> Rule:
     """The rule of a checkpoint's node, whose function may use these parameters. Cost: one more run of the function."""
 
-    def rule(node):
-        return itself if kind_of(node) == CHECKPOINT else rule_of(node)
-
     def read(node) -> tuple:
         detached, outputs = run_again(node)
         taped = [t if isinstance(t, torch.Tensor) and t.requires_grad else None for t in outputs]
@@ -70,7 +67,10 @@ def checkpoint_rule(params: list[torch.Tensor]) -> Rule:
         if tape.structure.hooked:
             raise Fallback(f"the gradient hook on {tape.name(tape.structure.hooked[0])}")
         following = iter(tape.structure.roots)
-        work = [(k, found, found.read(n)) for k, n, found in [(k, n, rule(n)) for k, n in tape.nodes.items()]]
+        work = []
+        for k, inside in tape.nodes.items():
+            rule = itself if tape.kind(k) == CHECKPOINT else rule_of(inside).of(tape.structure, k)
+            work.append((k, rule, rule.read(inside)))
         inner = _Inner(tape.structure, work, [None if t is None else next(following) for t in taped])
         return (Keyed(inner, inner.key()),)
 

@@ -9,13 +9,6 @@ SIGNAL, IMAGE = rand(2, 2, 7, seed=1), rand(2, 1, 4, 5, seed=2)
 TABLE = torch.tensor([[1, 2, 2], [0, 1, 2], [2, 2, 2]])
 RAGGED, STARTS = torch.tensor([1, 2, 0, 0, 2]), torch.tensor([0, 2, 2])
 LENGTHS = torch.tensor([3, 1])
-THIN = torch.diag(rand(7, seed=3)[:-1], 1)   # (7, 7) with one entry a row
-FULL = torch.where(rand(5, 3, seed=4) > 0, rand(5, 3, seed=5), 0.0)
-
-
-def wide(b):
-    """(3, 4) as (7, 3), with a nonlinear last part."""
-    return torch.cat([b.view(4, 3), torch.sin(b[:, :3])])
 
 
 def statistics(x):
@@ -105,6 +98,14 @@ CONVOLUTIONS = {
         F.adaptive_avg_pool3d(b.view(1, 2, 2, 3), (1, 2, 3)),
         F.adaptive_avg_pool3d(m.view(1, 2, 2, 5), (2, 1, 3)),
     ),
+    "derivatives of averages": lambda a, b, c, m: tuple(gradient(y**3, b) for y in (
+        F.avg_pool2d((a * b).view(1, 1, 3, 4), 2, 1),
+        F.avg_pool2d(b.view(1, 3, 4), (3, 2), 2, 1, True, False),
+        F.avg_pool3d((a * b).view(1, 2, 2, 3), (1, 2, 2), 1),
+        F.adaptive_avg_pool2d((a * b).view(1, 3, 4), (2, 3)),
+        F.adaptive_avg_pool2d(b.view(1, 3, 4), (3, 2)),
+        F.adaptive_avg_pool3d((a * b).view(1, 2, 2, 3), (2, 1, 2)),
+    )) + (gradient(F.avg_pool2d(b.view(1, 3, 4), 2), b) + gradient(F.adaptive_avg_pool2d(b.view(1, 3, 4), (3, 2)), b),),
 }
 STATISTICS = {
     "batch_norm": lambda a, b, c, m: (
@@ -127,6 +128,20 @@ STATISTICS = {
         F.group_norm(a.T.reshape(1, 4, 3), 4, c),
         F.group_norm(rand(2, 4, 3), 2, c, b[1]),
     ),
+    "derivatives of batch_norm": lambda a, b, c, m: (
+        gradient(normal(a, c, b[0]) ** 3, a),
+        gradient(normal(a.view(3, 2, 2) * b.view(3, 2, 2)) ** 3, b),
+        gradient(normal(rand(5, 4) * b[0], c) ** 3, b),
+        gradient(F.batch_norm(a, *statistics(a), c, b[0]) ** 3, a),
+        gradient(F.batch_norm(a, *statistics(a)) ** 3, a),
+        gradient(F.batch_norm(a * b, *statistics(a), c).sum(), a),
+        gradient(F.batch_norm(a * a, *statistics(a)).sum(), a),
+    ),
+    "derivatives of layer_norm": lambda a, b, c, m: (
+        gradient(F.layer_norm(torch.sinh(a), (4,), c, m[:, 0]) ** 3, a),
+        gradient(F.layer_norm(a.view(3, 2, 2) * b.view(3, 2, 2), (2, 2)) ** 3, b),
+        gradient(F.layer_norm(a, (4,), c) * b, a),
+    ),
     "weight_norm": lambda a, b, c, m: (
         torch._weight_norm(a, b[:, :1], 0),
         torch._weight_norm(a.view(3, 2, 2), c[:2].view(1, 1, 2), 2) * 2,
@@ -134,26 +149,16 @@ STATISTICS = {
     ),
 }
 PRODUCTS = {
-    "bilinear": lambda a, b, c, m: (
+    "bilinear forms": lambda a, b, c, m: (
         F.bilinear(a, torch.sin(b), m[:, :4].reshape(1, 4, 4), c[:1]),
         F.bilinear(rand(3, 2), rand(3, 5, seed=1), m.view(2, 2, 5)),
         F.bilinear(a, b, rand(2, 4, 4)),
     ),
-    "vdot": lambda a, b, c, m: (torch.vdot(c, a[0]).view(1), torch.vdot(b[0], rand(4)).view(1)),
     "embedding_bag": lambda a, b, c, m: (*bags(a, "sum"), *bags(2 * b, "sum", padding_idx=2), *bags(a, "sum", b[:, :3])),
     "embedding_bag by means": lambda a, b, c, m: (*bags(a, "mean"), *bags(b, "mean", padding_idx=2)),
     "embedding_bag by maxima": lambda a, b, c, m: (*bags(a, "max"), *bags(b, "max", padding_idx=2)),
     "embedding_bag with a last offset": lambda a, b, c, m: F.embedding_bag(
         RAGGED, a, torch.tensor([0, 2, 5]), mode="mean", include_last_offset=True),
-    "sparse matrices": lambda a, b, c, m: (
-        torch.sparse.mm(FULL.to_sparse(), a),
-        torch.sparse.mm(THIN.to_sparse(), wide(b)),
-        torch.sparse.addmm(FULL @ a, FULL.to_sparse(), torch.sin(b), beta=0.5, alpha=2.0),
-        FULL.to_sparse() @ b,
-        THIN.to_sparse() @ wide(a),
-        torch.mv(THIN.to_sparse(), wide(b)[:, 0]),
-        torch.mv(FULL.to_sparse(), c[:3]),
-    ),
 }
 RECURRENT = {
     "unsafe_split": lambda a, b, c, m: (*torch.unsafe_split(a, 3, 1), *torch.unsafe_split_with_sizes(m, (1, 3), 0)),
@@ -163,7 +168,18 @@ RECURRENT = {
         torch._pack_padded_sequence(b.view(2, 3, 2), LENGTHS, True)[0],
     ),
 }
-LAYERS = CONVOLUTIONS | STATISTICS | PRODUCTS | RECURRENT
+ATTENTION = {
+    "attention with shared heads": lambda a, b, c, m: (
+        F.scaled_dot_product_attention(
+            a.view(1, 2, 3, 2), b.view(1, 2, 3, 2)[:, :1], torch.tanh(m[:, :3]).reshape(1, 1, 3, 4), enable_gqa=True),
+        F.scaled_dot_product_attention(
+            torch.sin(a).view(1, 3, 2, 2), rand(1, 1, 4, 2), m[:, :4].reshape(1, 1, 4, 4), rand(1, 3, 2, 4, seed=1),
+            enable_gqa=True),
+        F.scaled_dot_product_attention(
+            rand(2, 4, 3, 2), b.view(2, 2, 3, 1).expand(2, 2, 3, 2), rand(2, 2, 3, 2), is_causal=True, enable_gqa=True),
+    ),
+}
+LAYERS = ATTENTION | CONVOLUTIONS | STATISTICS | PRODUCTS | RECURRENT
 
 
 def lstm_layer():

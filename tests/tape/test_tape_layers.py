@@ -84,11 +84,13 @@ MODULES = {
         nn.Conv1d(4, 5, 3, padding=1), nn.Tanh(), nn.ConvTranspose1d(5, 3, 2)), SIGNALS, (N, 24)),
     "response normalization": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(),
                                                      nn.Linear(48, 2)), IMAGES, (N, 2)),
-    "instance normalization": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)), IMAGES, (4 * N, 12)),
+    "instance normalization": (lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)), IMAGES, (4 * N, 12)),
     "batch normalization": (lambda: nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False)), POINTS, ...),
     "batch normalization of images": (lambda: nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)), IMAGES, ...),
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)),
+        IMAGES, ...),
     "batch normalization in evaluation": (lambda: settled(nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))), POINTS, (N, 2)),
     "weight_norm": (lambda: nn.Sequential(
@@ -171,13 +173,13 @@ def test_lstm_of_one_operation_agrees_with_its_parts(options):
 
 
 def test_positions_and_sparsity_may_change():
-    """Bags of other lengths and matrices of other patterns: other programs where shapes differ, the same with others' values."""
+    """Bags of other lengths and matrices of other patterns: other programs, or other constants of the same."""
     table = rand(6, 3, seed=3).requires_grad_()
     linearizer = Linearizer([table])
     for bags, matrix in (
         (torch.tensor([0, 1, 3]), torch.eye(6)), (torch.tensor([0, 2, 3]), torch.eye(6).roll(1, 0)),
-        (torch.tensor([0, 1, 4]), torch.diag(torch.ones(5), 1) + torch.diag(torch.ones(4), 2)), (torch.tensor([0, 0, 2]), torch.ones(6, 6)),
-        (torch.tensor([0, 1, 3]), torch.eye(6)),
+        (torch.tensor([0, 1, 4]), torch.diag(torch.ones(5), 1) + torch.diag(torch.ones(4), 2)),
+        (torch.tensor([0, 0, 2]), torch.ones(6, 6)), (torch.tensor([0, 1, 3]), torch.eye(6)),
     ) * 2:
         def closure(bags=bags, matrix=matrix):
             bag = F.embedding_bag(torch.tensor([1, 5, 2, 2, 0]), torch.sin(table), bags, mode="mean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    bags,
     convolution,
     distances,
     elementwise,
@@ -18,7 +19,6 @@ from . import (
     recurrent,
     scatters,
     selection,
-    sparse,
     statistics,
     structural,
     writes,
@@ -28,6 +28,7 @@ from .table import RULES, Rule
 __all__ = [
     "RULES",
     "Rule",
+    "bags",
     "convolution",
     "distances",
     "elementwise",
@@ -43,7 +44,6 @@ __all__ = [
     "recurrent",
     "scatters",
     "selection",
-    "sparse",
     "statistics",
     "structural",
     "writes",

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .table import RULES, Rule, reader, rule
+from .table import rule
 from .windows import Windows, on_small
 
 
@@ -96,14 +96,15 @@ def convolution(op, dilation, groups, x, padding, stride, transposed, weight, sh
         op.add(2, where=lambda y: y.movedim(1, -1))
 
 
-def convolution_backward(op, dilation, grad, groups, x, padding, stride, transposed, weight, wanted):
-    """f(g, x, weight): the cotangents of x, of weight and of a bias, where `wanted`, given that of the output."""
+@rule("ConvolutionBackwardBackward0", saved="dilation grad_output groups input padding stride transposed weight", used=True)
+def convolution_backward(op, dilation, grad, groups, x, padding, stride, transposed, weight, used):
+    """f(g, x, weight): the cotangents of x, of weight and of a bias, as far as they are used, given that of the output."""
     i, j = (k if op.needs[k] else None for k in (0, 2))
     small, large, run = (x, grad, _convolve) if transposed else (grad, x, _convolve_transposed)
     w = _windows(small.shape, large.shape, weight, stride, padding, dilation)
-    if wanted[0] and (i is not None or j is not None):
+    if 0 in used and (i is not None or j is not None):
         run(op, i, j, grad, weight, w, groups, len(x), 0)
-    if wanted[1]:   # (g, o, c k) = values (g, o, n p) @ patches (g, n p, c k)
+    if 1 in used:   # (g, o, c k) = values (g, o, n p) @ patches (g, n p, c k)
         op.temporary("cotangent", weight.shape)
         op.view("cotangent", lambda t: t.view(groups, weight.shape[0] // groups, -1), out="by group")
         by_values, by_patches = (1, 0) if transposed else (0, 1)
@@ -121,14 +122,5 @@ def convolution_backward(op, dilation, grad, groups, x, padding, stride, transpo
             op.view("cotangent", lambda t: t.view(groups, weight.shape[0] // groups, channels, -1), out="channels first")
             op.add("products", out="channels first")
         op.view("cotangent", lambda t: t, out=1)
-    if wanted[2] and op.needs[0]:
+    if 2 in used and op.needs[0]:
         op.sum(0, (0, *range(2, grad.dim())), False, out=2)
-
-
-def _read_backward(node) -> tuple:
-    return (*_read_saved(node), tuple([len(m.shape) > 0 for m in node._input_metadata]))   # undefined ones have no dimensions
-
-
-_BACKWARD = tuple("_saved_" + name for name in "dilation grad_output groups input padding stride transposed weight".split())
-_read_saved = reader(_BACKWARD)
-RULES["ConvolutionBackwardBackward0"] = Rule(convolution_backward, _BACKWARD, _read_backward)

@@ -21,7 +21,7 @@ _MOST_CALLS = 256      # of the backward, at a step
 _MOST_PATTERNS = 256   # remembered
 _TOLERANCE = {torch.float64: 1e-8}
 _COARSE = 1e-4         # in any other precision
-_patterns: dict[tuple, _Pattern | _TooDense] = {}
+_patterns: dict[tuple, _Pattern | None] = {}   # None: it has none that is cheap enough
 
 
 class _Backward:
@@ -63,27 +63,57 @@ class _Backward:
 
 
 class _Alignment:
-    """Dimensions of an output, and those of an input that go with them; `others` and `rest`: what remains of both."""
+    """Dimensions of an output, and those of an input that go with them; `others` and `rest`: what remains of both.
 
-    def __init__(self, shape: tuple, source: tuple, aligned: tuple, partners: tuple):
-        self.shape, self.source, self.aligned, self.partners = shape, source, aligned, partners
+    shared: are the blocks (r, s) the same for all d, as a linear layer's are for all samples? Then one call tells of one s for
+    every d. calls: how many there are.
+    """
+
+    def __init__(self, shape: tuple, source: tuple, aligned: tuple, partners: tuple, shared: bool):
+        self.shape, self.aligned, self.partners, self.shared = shape, aligned, partners, shared
         self.others = tuple(d for d in range(len(shape)) if d not in aligned)
         self.rest = tuple(d for d in range(len(source)) if d not in partners)
-        self.sizes = tuple(shape[d] for d in aligned)
-        self.calls = math.prod(shape[d] for d in self.others)
-        self.key = aligned, partners
+        self.sizes = tuple([shape[d] for d in (*self.others, *aligned)])
+        self.d, self.s = math.prod(shape[d] for d in aligned), math.prod(shape[d] for d in self.others)
+        self.r = math.prod(source[d] for d in self.rest)
+        self.calls = -(-self.s // self.d) if shared and self.d else self.s
+        self.key = aligned, partners, shared
+        self.family = self.others, aligned if shared else ()   # alignments with the same one share their calls
 
-    def pulled(self, rows: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-        """J^T u from the rows, (s, *input)."""
-        u = cotangent.permute((*self.others, *self.aligned)).reshape(self.calls, *self.sizes)
-        for d in self.rest:
-            u = u.unsqueeze(1 + d)
-        return (rows * u).sum(0)
+    def of_output(self, u: torch.Tensor) -> torch.Tensor:
+        """A tensor of the output's shape as (s, d)."""
+        return u.permute((*self.others, *self.aligned)).reshape(self.s, self.d)
 
-    def blocks(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows as (d, r, s)."""
-        moved = rows.permute((*(1 + d for d in (*self.partners, *self.rest)), 0))
-        return moved.reshape(math.prod(self.sizes), -1, self.calls)
+    def of_input(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the input's shape as (d, r)."""
+        return x.permute((*self.partners, *self.rest)).reshape(self.d, self.r)
+
+    def to_output(self, y):
+        """A tensor (s, d) as a view of the output's shape."""
+        order = (*self.others, *self.aligned)
+        return y.view(self.sizes).permute([order.index(d) for d in range(len(order))])
+
+    def cotangents(self, like: torch.Tensor):
+        """Those of the calls, in turn."""
+        columns = torch.arange(self.d, device=like.device)
+        for call in range(self.calls):
+            u = like.new_zeros(self.s, self.d)
+            if self.shared:
+                rows = call * self.d + columns
+                u[rows[rows < self.s], columns[rows < self.s]] = 1
+            else:
+                u[call] = 1
+            yield self.to_output(u)
+
+    def blocks(self, pulled: list) -> torch.Tensor:
+        """What the calls gave for the input as (d, r, s); as (s, r) where shared."""
+        parts = [self.of_input(x) for x in pulled]
+        return torch.cat(parts)[: self.s] if self.shared else torch.stack(parts, 2)
+
+    def adjoint(self, blocks: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """J^T u as (d, r)."""
+        u = self.of_output(u)
+        return u.mT @ blocks if self.shared else torch.einsum("drs,sd->dr", blocks, u)
 
 
 def _alignments(shape: tuple, source: tuple) -> list[_Alignment]:
@@ -94,27 +124,27 @@ def _alignments(shape: tuple, source: tuple) -> list[_Alignment]:
         for aligned in itertools.permutations(wide, count):
             for partners in itertools.combinations(range(len(source)), count):
                 if all(shape[a] == source[b] for a, b in zip(aligned, partners, strict=True)):
-                    found.append(_Alignment(shape, source, aligned, partners))
-    return sorted((a for a in found if a.calls <= _MOST_CALLS), key=lambda a: a.calls)
+                    found += [_Alignment(shape, source, aligned, partners, shared) for shared in (False, True)]
+    useful = [a for a in found if a.calls <= _MOST_CALLS and not (a.shared and 1 in (a.d, a.s))]
+    return sorted(useful, key=lambda a: a.calls)
 
 
 class _Probes:
     """Calls of a backward at one point, each made once."""
 
     def __init__(self, backward: _Backward, cotangents: dict):
-        self.backward, self.cotangents, self._rows, self._checks = backward, cotangents, {}, {}
+        self.backward, self.cotangents, self._pulled, self._blocks, self._checks = backward, cotangents, {}, {}, {}
 
-    def rows(self, k: int, others: tuple) -> list:
-        """Per input the cotangents (s, *input) of ones along all but the other dimensions of output k; None for zero."""
-        if (k, others) not in self._rows:
-            shape, calls = self.backward.shape(k), []
-            for index in itertools.product(*(range(shape[d]) for d in others)):
-                places = dict(zip(others, index, strict=True))
-                u = self.backward.zeros(k)
-                u[tuple([places.get(d, slice(None)) for d in range(len(shape))])] = 1
-                calls.append(self.backward(k, u))
-            self._rows[k, others] = [_stacked(parts) for parts in zip(*calls, strict=True)]
-        return self._rows[k, others]
+    def blocks(self, k: int, i: int, a: _Alignment) -> torch.Tensor | None:
+        """The local Jacobian of output k by input i, None for zero."""
+        if (k, i, a.key) not in self._blocks:
+            if (k, a.family) not in self._pulled:
+                self._pulled[k, a.family] = [self.backward(k, u) for u in a.cotangents(self.backward.zeros(k))]
+            parts = [pulled[i] for pulled in self._pulled[k, a.family]]
+            like = next((x for x in parts if x is not None), None)
+            self._blocks[k, i, a.key] = None if like is None else a.blocks(
+                [torch.zeros_like(like) if x is None else x for x in parts])
+        return self._blocks[k, i, a.key]
 
     def checks(self, k: int) -> list:
         """The cotangents of the inputs from a random one of output k."""
@@ -127,21 +157,13 @@ class _Probes:
         expected = self.checks(k)[i]
         if alignment is None:
             return expected is None or not expected.any()
-        rows = self.rows(k, alignment.others)[i]
-        if rows is None or expected is None:
+        blocks = self.blocks(k, i, alignment)
+        if blocks is None or expected is None:
             return False
-        found = alignment.pulled(rows, self.cotangents[k])
+        expected = alignment.of_input(expected)
+        found = alignment.adjoint(blocks, self.cotangents[k])
         tolerance = _TOLERANCE.get(expected.dtype, _COARSE)
         return bool((found - expected).norm() <= tolerance * expected.norm())   # False for NaN
-
-
-def _stacked(parts: tuple) -> torch.Tensor | None:
-    like = next((part for part in parts if part is not None), None)
-    return None if like is None else torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
-
-
-class _TooDense(UnsupportedStructure):
-    """A Function that takes too many calls."""
 
 
 class _Pattern:
@@ -150,16 +172,19 @@ class _Pattern:
     def __init__(self, probes: _Probes):
         backward = probes.backward
         self.cotangents, self.pairs = probes.cotangents, {}
+        calls = {}
         for k in backward.outputs:
             for i, source in enumerate(backward.shapes):
-                if probes.agrees(k, i, None):
-                    self.pairs[k, i] = None
-                    continue
-                found = _alignments(backward.shape(k), source)
-                self.pairs[k, i] = next((a for a in found if probes.agrees(k, i, a)), _NONE)
-        families = {(k, a.others): a.calls for (k, _), a in self.pairs.items() if a is not None and a is not _NONE}
-        if _NONE in self.pairs.values() or sum(families.values()) > _MOST_CALLS:
-            raise _TooDense(f"{backward.name}, whose Jacobian takes more than {_MOST_CALLS} calls of its backward")
+                pair = None
+                if not probes.agrees(k, i, None):
+                    found = _alignments(backward.shape(k), source)
+                    pair = next((a for a in found if probes.agrees(k, i, a)), None)
+                    if pair is None:
+                        raise _too_dense(backward)
+                    calls[k, pair.family] = pair.calls
+                self.pairs[k, i] = pair
+        if sum(calls.values()) > _MOST_CALLS:
+            raise _too_dense(backward)
         self.key = tuple((pair, None if a is None else a.key) for pair, a in self.pairs.items())
 
     def fits(self, probes: _Probes) -> bool:
@@ -167,17 +192,18 @@ class _Pattern:
         return all(probes.agrees(k, i, alignment) for (k, i), alignment in self.pairs.items())
 
 
-_NONE = object()   # no alignment that is cheap enough
+def _too_dense(backward: _Backward) -> UnsupportedStructure:
+    return UnsupportedStructure(f"{backward.name}, whose Jacobian takes more than {_MOST_CALLS} calls of its backward")
 
 
 class _Jacobian:
-    """The local Jacobian of a node: per pair (output, input) its alignment and blocks (d, r, s)."""
+    """The local Jacobian of a node: per pair (output, input) its alignment and blocks."""
 
     def __init__(self, backward: _Backward, pattern: _Pattern, probes: _Probes):
         self.inputs = backward.inputs
         self.shapes = {k: backward.shape(k) for k in backward.outputs}
         self.blocks = {
-            (k, i): (a, a.blocks(probes.rows(k, a.others)[i])) for (k, i), a in pattern.pairs.items() if a is not None
+            (k, i): (a, probes.blocks(k, i, a)) for (k, i), a in pattern.pairs.items() if a is not None
         }
 
 
@@ -191,19 +217,31 @@ def _random_cotangents(backward: _Backward) -> dict:
 
 def _read(node) -> tuple:
     backward = _Backward(node)
+    try:
+        jacobian, key = _probed(backward)
+    except (UnsupportedStructure, MemoryError):
+        raise
+    except Exception as error:
+        if "second time" in str(error):   # the tape is gone
+            raise
+        raise UnsupportedStructure(f"{backward.name}, whose backward raises when it is called by itself: {error}") from error
+    return (Keyed(jacobian, key),)
+
+
+def _probed(backward: _Backward) -> tuple[_Jacobian, tuple]:
     pattern = _patterns.get(backward.key)
-    if isinstance(pattern, _TooDense):
-        raise pattern
+    if pattern is None and backward.key in _patterns:
+        raise _too_dense(backward)
     probes = _Probes(backward, _random_cotangents(backward) if pattern is None else pattern.cotangents)
     if pattern is None or not pattern.fits(probes):
         if len(_patterns) >= _MOST_PATTERNS:
             _patterns.clear()
         try:
             pattern = _patterns[backward.key] = _Pattern(probes)
-        except _TooDense as error:
-            _patterns[backward.key] = error
+        except UnsupportedStructure:
+            _patterns[backward.key] = None
             raise
-    return (Keyed(_Jacobian(backward, pattern, probes), (pattern.key, backward.key)),)
+    return _Jacobian(backward, pattern, probes), (pattern.key, backward.key)
 
 
 def _function(op, found: Keyed):
@@ -219,17 +257,21 @@ def _function(op, found: Keyed):
 
 def _add_product(op, i: int, a: _Alignment, blocks: torch.Tensor, name: str) -> None:
     """Output += J x of one pair."""
-    d, r, s = blocks.shape
     op.view(i, lambda x: x.permute((*a.partners, *a.rest)), out="aligned")
-    op.temporary("part", (d, 1, s))
-    op.reshape("aligned", (d, 1, r), out="rows")
-    if r == s == 1:
-        op.scale("rows", blocks, out="part")
+    op.temporary("product", (a.s, a.d))
+    if a.shared:
+        op.reshape("aligned", (a.d, a.r), out="rows")
+        op.view("rows", lambda x: x.mT, out="columns")
+        op.matmul("columns", left=blocks, out="product")
     else:
-        op.matmul("rows", right=blocks, out="part")
-    order = [(*a.aligned, *a.others).index(k) for k in range(len(a.shape))]
-    op.view("part", lambda y: y.view((*a.sizes, *(a.shape[k] for k in a.others))).permute(order), out="part")
-    op.add("part", out=name)
+        op.reshape("aligned", (a.d, 1, a.r), out="rows")
+        op.view("product", lambda y: y.mT[:, None], out="blocks")
+        if a.r == a.s == 1:
+            op.scale("rows", blocks, out="blocks")
+        else:
+            op.matmul("rows", right=blocks, out="blocks")
+    op.view("product", a.to_output, out="product")
+    op.add("product", out=name)
 
 
 FUNCTION = Rule(_function, (), _read)   # of any torch.autograd.Function that has no rule of its own

@@ -1,40 +1,60 @@
-"""Products of matrices and vectors: the product rule, with the other factor as the constant."""
+"""Products of matrices and vectors: the product rule, with the other factor as the constant.
+
+A factor on the left may be sparse: rows of the other one, gathered and weighted, are added up.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ..program import UnsupportedStructure
-from .sparse import multiply_left, reads_sparse
-from .table import rule
+from .table import Keyed, rule
 
 
-@rule("MmBackward0", "BmmBackward0", saved="mat2 self", read=reads_sparse)
-def matrix_product(op, right, left, rest=()):
+def _times(op, i, left, alpha=1.0, matrix=True):
+    """Out += alpha * left @ in_i, a matrix or a vector."""
+    if not isinstance(left, Keyed):
+        op.matmul(i, left=left, alpha=alpha)
+        return
+    columns, entries = left.value
+    op.temporary("taken", columns.shape, behind=(i, 1))
+    op.gather(i, columns, 1, out="taken")
+    op.sum("taken", (1,), False, c=entries[:, :, None] if matrix else entries, alpha=alpha)
+
+
+def _by(op, i, right, alpha=1.0):
+    """Out += alpha * in_i @ right."""
+    if isinstance(right, Keyed):
+        raise UnsupportedStructure("a product with a sparse matrix on the right")
+    op.matmul(i, right=right, alpha=alpha)
+
+
+@rule("MmBackward0", "BmmBackward0", saved="mat2 self", sparse=True)
+def matrix_product(op, right, left):
     if op.needs[0]:
-        op.matmul(0, right=right)
+        _by(op, 0, right)
     if op.needs[1]:
-        multiply_left(op, left, 1, rest)
+        _times(op, 1, left)
 
 
-@rule("AddmmBackward0", saved="mat1 mat2 alpha beta")
+@rule("AddmmBackward0", "SparseAddmmBackward0", saved="mat1 mat2 alpha beta", sparse=True)
 @rule("BaddbmmBackward0", saved="batch1 batch2 alpha beta")
 def sum_and_product(op, left, right, alpha, beta):
     # The product goes first: it overwrites its whole output, the broadcast summand then adds to it.
     if op.needs[1]:
-        op.matmul(1, right=right, alpha=alpha)
+        _by(op, 1, right, alpha)
     if op.needs[2]:
-        op.matmul(2, left=left, alpha=alpha)
+        _times(op, 2, left, alpha)
     if op.needs[0]:
         op.add(0, beta)
 
 
-@rule("MvBackward0", saved="self vec", read=reads_sparse)
-def matrix_vector(op, matrix, vector, rest=()):
+@rule("MvBackward0", saved="self vec", sparse=True)
+def matrix_vector(op, matrix, vector):
     if op.needs[0]:
         op.sum(0, (1,), False, c=vector)
     if op.needs[1]:
-        multiply_left(op, matrix, 1, rest)
+        _times(op, 1, matrix, matrix=False)
 
 
 @rule("AddmvBackward0", saved="alpha beta mat vec")

@@ -1,4 +1,4 @@
-"""Averages over windows, and other linear maps that act on each dimension by itself."""
+"""Averages over windows, and their adjoints, which nested derivatives leave."""
 
 from __future__ import annotations
 
@@ -6,71 +6,78 @@ import math
 
 import torch
 
-from .table import rule
+from .table import RULES, Rule, reader, rule
 from .windows import Windows, on_small
 
 
-def _average_pool(node: str, dims: int) -> None:
-    @rule(node, saved="count_include_pad divisor_override kernel_size padding self stride", shape=True)
-    def apply(op, counts_padding, divisor, kernel, padding, x, stride, shape, device):
-        kernel, padding, stride = ((*v,) * (dims // len(v)) for v in (kernel, padding, stride or kernel))
-        w = Windows(kernel, stride, padding, (1,) * dims, tuple(shape[-dims:]), tuple(x.shape[-dims:]))
-        if divisor is not None:
-            _sum_windows(op, w, shape, 1 / divisor)
+def _register(node: str, saved: str, averages) -> None:
+    """averages(small, large, *saved): of the shapes of both sides (windows, the shares of their sums), or matrices `along`."""
+    names = tuple(["_saved_" + name for name in saved.split()])
+    read = reader(names)
+
+    @rule(f"{node}Backward0", saved=f"self {saved}", shape=True)
+    def average(op, x, *values):
+        *values, shape, device = values
+        _average(op, averages(shape, x.shape, *values), x.shape, shape, device)
+
+    def read_adjoint(node) -> tuple:
+        child, number = node.next_functions[0]
+        shapes = [] if child is None else [tuple(child._input_metadata[number].shape)]
+        m = node._input_metadata[0]
+        return (*read(node), *shapes, tuple(m.shape), m.device)
+
+    def adjoint(op, *values):
+        *values, large, device = values
+        if not op.needs[0]:
+            op.scale(1, 0.0)
             return
-        counts = [_counts(w, d, counts_padding) for d in range(dims)]
-        if all(min(c) == max(c) for c in counts if c):
-            _sum_windows(op, w, shape, 1 / math.prod(max(c, default=1) for c in counts))
-            return
-        shares = torch.ones((), dtype=torch.float64)
-        for c in counts:
-            shares = shares[..., None] / torch.tensor(c, dtype=torch.float64)
-        _sum_windows(op, w, shape, 1.0, "sums")
-        op.scale("sums", shares.to(device))
+        *values, small = values
+        _spread(op, averages(small, large, *values), small, large, device)
+
+    RULES[f"{node}BackwardBackward0"] = Rule(adjoint, names, read_adjoint)
 
 
-def _counts(w: Windows, d: int, counts_padding: bool) -> list[int]:
-    """How many elements the windows along a dimension are averaged over."""
-    counts = []
-    for p in range(w.small[d]):
-        start = p * w.stride[d] - w.padding[d]
-        end = min(start + w.kernel[d], w.large[d] + w.padding[d])
-        counts.append(end - start if counts_padding else min(end, w.large[d]) - max(start, 0))
-    return counts
-
-
-def _sum_windows(op, w: Windows, shape, alpha: float, out=0) -> None:
-    """out[p] = alpha * sum over the window of p."""
-    op.temporary("sums", shape)
-    for offsets, small, large in w.pieces(merges=len(w.kernel) < 3):
-        op.view(0, w.on_large(large), out="window")
-        op.view("sums", on_small(small), out="piece")
+def _average(op, averages, large, small, device) -> None:
+    """Out[p] = share[p] * sum over the window of p."""
+    if isinstance(averages, list):
+        along(op, large, [matrix.to(device) for matrix in averages])
+        return
+    w, share = averages
+    uniform = isinstance(share, float)
+    alpha = share if uniform else 1.0
+    op.temporary("sums", small)
+    for offsets, p, q in w.pieces(merges=len(w.kernel) < 3):
+        op.view(0, w.on_large(q), out="window")
+        op.view("sums", on_small(p), out="piece")
         whole = [k - offsets.count(None) for k in range(offsets.count(None))]
         if whole:
             op.sum("window", whole, False, alpha=alpha, out="piece")
         else:
             op.add("window", alpha, out="piece")
-    if out == 0:
+    if uniform:
         op.view("sums", lambda t: t)
+    else:
+        op.scale("sums", share.to(device))
 
 
-def _adaptive_average_pool(node: str, dims: int) -> None:
-    @rule(node, saved="self", shape=True)
-    def apply(op, x, shape, device):
-        large, small = tuple(x.shape[-dims:]), tuple(shape[-dims:])
-        if all(b and a % b == 0 for a, b in zip(large, small, strict=True)):
-            kernel = tuple(a // b for a, b in zip(large, small, strict=True))
-            _sum_windows(op, Windows(kernel, kernel, (0,) * dims, (1,) * dims, small, large), shape, 1 / math.prod(kernel))
-            return
-        along(op, x.shape, [_adaptive_matrix(a, b).to(device) for a, b in zip(large, small, strict=True)])
-
-
-def _adaptive_matrix(large: int, small: int) -> torch.Tensor:
-    matrix = torch.zeros(small, large, dtype=torch.float64)
-    for p in range(small):
-        start, end = p * large // small, -(-(p + 1) * large // small)
-        matrix[p, start:end] = 1 / (end - start)
-    return matrix
+def _spread(op, averages, small, large, device) -> None:
+    """The adjoint."""
+    if isinstance(averages, list):
+        along(op, small, [matrix.mT.to(device) for matrix in averages])
+        return
+    w, share = averages
+    uniform = isinstance(share, float)
+    alpha = share if uniform else 1.0
+    source = 0
+    if not uniform:
+        op.temporary("shares", small)
+        op.scale(0, share.to(device), out="shares")
+        source = "shares"
+    for offsets, p, q in w.pieces(merges=len(w.kernel) < 3):
+        op.view(source, on_small(p), out="piece")
+        for _ in range(offsets.count(None)):
+            op.view("piece", lambda t: t[..., None], out="piece")
+        op.add("piece", alpha, where=w.on_large(q))
 
 
 def along(op, shape, matrices: list[torch.Tensor]) -> None:
@@ -89,7 +96,52 @@ def along(op, shape, matrices: list[torch.Tensor]) -> None:
     op.view(source, lambda t: t)
 
 
-_average_pool("AvgPool2DBackward0", 2)
-_average_pool("AvgPool3DBackward0", 3)
-_adaptive_average_pool("AdaptiveAvgPool2DBackward0", 2)
-_adaptive_average_pool("AdaptiveAvgPool3DBackward0", 3)
+def _average_pool(dims: int):
+    def averages(small, large, counts_padding, divisor, kernel, padding, stride):
+        kernel, padding, stride = ((*v,) * (dims // len(v)) for v in (kernel, padding, stride or kernel))
+        w = Windows(kernel, stride, padding, (1,) * dims, tuple(small[-dims:]), tuple(large[-dims:]))
+        if divisor is not None:
+            return w, 1 / divisor
+        counts = [_counts(w, d, counts_padding) for d in range(dims)]
+        if all(min(c) == max(c) for c in counts if c):
+            return w, 1 / math.prod(max(c, default=1) for c in counts)
+        shares = torch.ones((), dtype=torch.float64)
+        for c in counts:
+            shares = shares[..., None] / torch.tensor(c, dtype=torch.float64)
+        return w, shares
+
+    return averages
+
+
+def _counts(w: Windows, d: int, counts_padding: bool) -> list[int]:
+    """How many elements the windows along a dimension are averaged over."""
+    counts = []
+    for p in range(w.small[d]):
+        start = p * w.stride[d] - w.padding[d]
+        end = min(start + w.kernel[d], w.large[d] + w.padding[d])
+        counts.append(end - start if counts_padding else min(end, w.large[d]) - max(start, 0))
+    return counts
+
+
+def _adaptive_average_pool(dims: int):
+    def averages(small, large, *_):
+        small, large = tuple(small[-dims:]), tuple(large[-dims:])
+        if all(b and a % b == 0 for a, b in zip(large, small, strict=True)):
+            kernel = tuple(a // b for a, b in zip(large, small, strict=True))
+            return Windows(kernel, kernel, (0,) * dims, (1,) * dims, small, large), 1 / math.prod(kernel)
+        return [_adaptive_matrix(a, b) for a, b in zip(large, small, strict=True)]
+
+    return averages
+
+
+def _adaptive_matrix(large: int, small: int) -> torch.Tensor:
+    matrix = torch.zeros(small, large, dtype=torch.float64)
+    for p in range(small):
+        start, end = p * large // small, -(-(p + 1) * large // small)
+        matrix[p, start:end] = 1 / (end - start)
+    return matrix
+
+
+for _dims in (2, 3):
+    _register(f"AvgPool{_dims}D", "count_include_pad divisor_override kernel_size padding stride", _average_pool(_dims))
+    _register(f"AdaptiveAvgPool{_dims}D", "", _adaptive_average_pool(_dims))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..program import UnsupportedStructure
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -31,19 +33,19 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False, used: bool = False,
-         read: Callable | None = None):
+         sparse: bool = False):
     """Register a rule for autograd nodes of these names.
 
     After the saved fields come, with `shape`, the output's shape and device; with `own`, the node's `OwnBackward`; with `used`,
-    the numbers of the outputs that something reads. read: makes a reader of the names of saved fields, `reader` unless given.
+    the numbers of the outputs that something reads. sparse: takes matrices in sparse layouts, as `sparse_rows`.
     """
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
-        reads = (read or reader)(names)
-        reads = _with_shape(reads) if shape else _with_backward(reads) if own else reads
+        read = reader(names, sparse)
+        read = _with_shape(read) if shape else _with_backward(read) if own else read
         for node in nodes:
-            RULES[node] = Rule(apply, names, reads, _for_used(apply, names, reads) if used else None)
+            RULES[node] = Rule(apply, names, read, _for_used(apply, names, read) if used else None)
         return apply
 
     return register
@@ -117,24 +119,52 @@ def _with_shape(read: Callable) -> Callable:
     return read_all
 
 
-def reader(names: tuple[str, ...]) -> Callable:
-    """A function from a node to its saved fields of these names."""
-    return lambda node: tuple([plain(getattr(node, name)) for name in names])
+def reader(names: tuple[str, ...], sparse: bool = False) -> Callable:
+    """A function from a node to its saved fields of these names; sparse: see `rule`."""
+    if not sparse:
+        return lambda node: tuple([plain(getattr(node, name)) for name in names])
+
+    def read(node) -> tuple:
+        values = [getattr(node, name) for name in names]
+        return tuple([sparse_rows(v) if is_sparse(v) else plain(v) for v in values])
+
+    return read
+
+
+def is_sparse(value) -> bool:
+    """Say whether a value is a tensor in one of the sparse layouts."""
+    return isinstance(value, torch.Tensor) and value.layout is not torch.strided
+
+
+def sparse_rows(matrix: torch.Tensor) -> Keyed:
+    """Per row of a sparse matrix the numbers of its columns, -1 behind the last, and its entries: both (rows, K).
+
+    K is the next power of two, so that another matrix seldom makes another structure.
+    """
+    matrix = (matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse()).coalesce()
+    (row, column), entries = matrix.indices(), matrix.values()
+    counts = torch.bincount(row, minlength=matrix.shape[0])
+    most = 1 << (max(int(counts.max()) if len(counts) else 0, 1) - 1).bit_length()
+    if most * matrix.shape[0] > 64 * max(len(entries), matrix.shape[0]):
+        raise UnsupportedStructure("a sparse matrix with a few rows much longer than the others")
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    columns = torch.full((matrix.shape[0], most), -1, dtype=torch.int64, device=row.device)
+    padded = entries.new_zeros(matrix.shape[0], most)
+    columns[row, rank], padded[row, rank] = column, entries
+    return Keyed((columns, padded), (matrix.shape[0], most))
 
 
 def is_lazy(value) -> bool:
-    """Say whether a tensor's memory is not its entries: negated or conjugated when they are read, zero without, or sparse."""
-    return isinstance(value, torch.Tensor) and (
-        value.is_neg() or value.is_conj() or value._is_zerotensor() or value.layout is not torch.strided
-    )
+    """Say whether a tensor's memory does not hold its entries: negated or conjugated when they are read, or zero without."""
+    return isinstance(value, torch.Tensor) and (value.is_neg() or value.is_conj() or value._is_zerotensor())
 
 
 def plain(value):
     """A saved value as it is; a tensor that `is_lazy` with memory of its own."""
     if not is_lazy(value):
+        if is_sparse(value):
+            raise UnsupportedStructure("a sparse tensor")
         return value
-    if value.layout is not torch.strided:
-        return value.to_dense()
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.resolve_conj().resolve_neg()

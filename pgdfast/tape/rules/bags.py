@@ -1,7 +1,6 @@
-"""Bags of embeddings, and products with constant sparse matrices: rows that are gathered and summed.
+"""Bags of embeddings: rows of a table that are gathered and summed.
 
-What is summed into one row of the result is padded to the longest such list, so that its positions form a matrix; the length
-of that list belongs to the structure.
+The rows of a bag are padded to the longest, so that their positions form a matrix; the longest belongs to the structure.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import torch
 
 from ..program import UnsupportedStructure
-from .table import RULES, Rule, plain, reader, signed
+from .table import RULES, Rule, reader, signed
 
-_DENSE = 1 << 24   # entries of a sparse matrix that may be written out
-_WORTH = 4         # a matrix is sparse where its fullest row has fewer than one in so many entries
 _MEAN, _MAX = 1, 2   # modes of an embedding bag
 
 
@@ -87,57 +84,3 @@ def embedding_bag(op, mode, positions, shares, lists, rows, width):
 
 
 RULES["EmbeddingBagBackward0"] = Rule(embedding_bag, _BAG, _read_bag)
-
-
-def sparse(matrix):
-    """A constant matrix for `multiply_left`: (positions, weights) of the entries in each row, or itself written out."""
-    entries = matrix.to_sparse_coo().coalesce()
-    rows, columns = entries.indices()
-    lists = _lists(rows, matrix.shape[0])
-    if lists.shape[1] * _WORTH <= matrix.shape[1]:
-        return _picked(columns, lists, -1), _picked(entries.values(), lists, 0.0)
-    if matrix.numel() > _DENSE:
-        raise UnsupportedStructure("a product with a large sparse matrix")
-    return matrix.to_dense()
-
-
-def reads_sparse(names: tuple[str, ...]):
-    """A reader of two factors, of which the one on the left may be sparse; then the shape of the result's rows follows."""
-    read = reader(names)
-
-    def read_all(node) -> tuple:
-        left = node._saved_self
-        if left is None or left.layout is torch.strided:
-            return read(node)
-        others = tuple([sparse(left) if name == "_saved_self" else plain(getattr(node, name)) for name in names])
-        return (*others, tuple(node._input_metadata[0].shape[1:]))
-
-    return read_all
-
-
-def multiply_left(op, matrix, i, shape, alpha=1.0) -> None:
-    """Out += alpha * matrix @ in_i, whose rows are of this shape."""
-    if isinstance(matrix, tuple):
-        _sum_of_rows(op, i, shape, *matrix, alpha)
-    else:
-        op.matmul(i, left=matrix, alpha=alpha)
-
-
-_SPARSE = tuple("_saved_" + name for name in "alpha beta mat1 mat2_sym_sizes".split())
-
-
-def _read_sparse(node) -> tuple:
-    return node._saved_alpha, node._saved_beta, sparse(node._saved_mat1), tuple(node._saved_mat2_sym_sizes[1:])
-
-
-def sparse_sum_and_product(op, alpha, beta, left, shape):
-    """Of a constant sparse matrix: beta * input + alpha * left @ matrix."""
-    if op.needs[1]:
-        raise UnsupportedStructure("a product with a sparse matrix that depends on parameters")
-    if op.needs[2]:
-        multiply_left(op, left, 2, shape, alpha)
-    if op.needs[0]:
-        op.add(0, beta)
-
-
-RULES["SparseAddmmBackward0"] = Rule(sparse_sum_and_product, _SPARSE, _read_sparse)
