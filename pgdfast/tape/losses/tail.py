@@ -77,7 +77,7 @@ class Tail:
         with torch.enable_grad():
             output = GradientEdge(tape.nodes[edge[0]], edge[1])
             (self._gradient,) = torch.autograd.grad([output], [self._input], [weight], create_graph=True)
-        self.gradient = self._gradient.detach()
+        self.gradient = plain(self._gradient.detach())
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
         """The second derivative times v."""
@@ -87,11 +87,11 @@ class Tail:
             (found,) = torch.autograd.grad(
                 [self._gradient], [self._input], [v], retain_graph=True, allow_unused=True, materialize_grads=False
             )
-        return torch.zeros_like(self.gradient) if found is None else found.detach()
+        return torch.zeros_like(self.gradient) if found is None else plain(found.detach())
 
-    def probe(self) -> torch.Tensor:
+    def probe(self, seed: int = 1) -> torch.Tensor:
         """Random numbers of the cut's shape, the same at every step."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         g = self.gradient
         return torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g)
 
