@@ -6,6 +6,7 @@ products with random vectors: these tell a matrix that is not of the supposed fo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch.autograd.graph import GradientEdge
 from ..rules.table import plain
 from ..walk import Tape
 
+# What autograd says where it cannot differentiate, or not twice.
+UNDIFFERENTIABLE = re.compile("derivative for .* is not implemented|differentiate twice|not differentiable|double backward|"
+                              "does not require grad|not have been used in the graph")
 _LONGEST = 200   # operations of a loss that are looked through for a cut
 # Operations that fold a quantity at 0: where they are applied, losses of its size have their centre.
 FOLDS = {
