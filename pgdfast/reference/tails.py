@@ -310,8 +310,9 @@ class _Reader:
             if all(is_linear(other, self.varying) for other in above):
                 continue
             try:
-                slope = torch.autograd.grad([GradientEdge(node, 0)], [GradientEdge(z, 0)], [weight], retain_graph=True)
-                return _not_squares(self.read(z, *slope, OF_A_SUM))
+                (slope,) = torch.autograd.grad([GradientEdge(node, 0)], [GradientEdge(z, 0)], [weight], retain_graph=True)
+                slope = torch.where(slope.isfinite(), slope, 0.0)  # a root at 0 has none
+                return _not_squares(self.read(z, slope, OF_A_SUM))
             except (_Unread, RuntimeError):
                 continue
         return None

@@ -234,9 +234,10 @@ def test_losses_with_dimensions_are_losses(name):
         assert agreement(linearizer, closure, [q]) < 1e-12
     for rule, backend in (("gain-ratio", "native"), ("sweep", "native"), ("gain-ratio", "reference")):
         p = q.detach().clone().requires_grad_()
-        flat, plain = pgdfast.LM([q], damping_rule=rule, backend=backend), pgdfast.LM([p], damping_rule=rule, backend=backend)
+        one, other = (pgdfast.LM([t], damping_rule=rule, backend=backend) for t in (q, p))
         for _ in range(3):
-            assert float(flat.step(closure)) == pytest.approx(float(plain.step(lambda p=p: LOSSES[name](p).squeeze())), rel=1e-12)
+            loss = other.step(lambda p=p: LOSSES[name](p).squeeze())
+            assert float(one.step(closure)) == pytest.approx(float(loss), rel=1e-12)
         with torch.no_grad():
             q.copy_(rand(7, 5, seed=3))
     closure, loss = (lambda: LOSSES[name](q)), LOSSES[name](q).squeeze()

@@ -73,9 +73,15 @@ def _softmax(tail: Tail, g, h, probe, answer):
     if found is None:
         return None
     p, dim = found
-    form = p * (probe - (p * probe).sum(dim, keepdim=True))
-    total = (answer * form).sum(dim, keepdim=True) / form.square().sum(dim, keepdim=True).clamp_min(1e-300)
-    if not _close(answer, total * form, _EPSILONS) or bool((total < 0).any()):
+
+    def form(v):
+        return p * (v - (p * v).sum(dim, keepdim=True))
+
+    part, other = form(probe), tail.probe(2)   # the totals fit the first probe
+    total = (answer * part).sum(dim, keepdim=True) / part.square().sum(dim, keepdim=True).clamp_min(tiny(g.dtype))
+    if not _close(answer, total * part, _EPSILONS) or not _close(tail.product(other), total * form(other), _EPSILONS):
+        return None
+    if bool((total < 0).any()):
         return None
     q = total * p - g
     if not bool((g.sum(dim).abs() <= 1e3 * torch.finfo(g.dtype).eps * (total.sum(dim) + g.abs().sum(dim))).all()):
@@ -122,7 +128,8 @@ def _rows(tail: Tail, g, probe, answer):
         W = torch.stack(columns)
         form = x @ W
         weights = (y * form).sum(1, keepdim=True) / form.square().sum(1, keepdim=True).clamp_min(tiny(g.dtype))
-        if _close(y, weights * form):
+        other = tail.probe(2)   # the weights fit the first one
+        if _close(y, weights * form) and _close(rows(tail.product(other)), weights * (rows(other) @ W)):
             return _quadratic(tail, rows(g), W, weights, back, turned)
     return None
 

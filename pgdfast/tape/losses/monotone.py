@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..rules.table import plain
-from .blocks import UnrecognizedLoss, diagonal_block
+from .blocks import UnrecognizedLoss, diagonal_block, looked_at
 from .curvature import reweighted
 from .linear import reads
 from .names import leads_nowhere
@@ -32,7 +32,8 @@ def vector_norm(walk, position, node, edges, weight):
     if order != 1 or z.is_complex():
         raise UnrecognizedLoss(f"it is a norm of order {order:g}, not 2 or 1")
     weight = walk.spread(position, node, edges[0], weight)
-    if bool((torch.as_tensor(weight) < 0).any()):
+    signs = torch.as_tensor(weight)
+    if looked_at(signs, walk.allow_sync) and bool((signs < 0).any()):
         raise UnrecognizedLoss("it has a norm with a negative weight")
     gradient = (weight * torch.sign(z)).to(z.dtype)
     walk.form.blocks.append(diagonal_block((edges[0],), gradient, reweighted(gradient, z)))

@@ -18,7 +18,7 @@ from .curvature import accepted, is_centred
 from .linear import READERS, Walk, is_linear
 from .names import leads_nowhere
 from .scales import Slope, factors, logarithm, settle
-from .tail import LINKS, REDUCTIONS, Cut, Tail, cuts
+from .tail import LINKS, REDUCTIONS, UNDIFFERENTIABLE, Cut, Tail, cuts
 
 RECOGNISED = (
     "Return the residual tensor (or a tuple of them), or use one of: F.mse_loss, a sum or mean of squares, F.cross_entropy, "
@@ -153,11 +153,14 @@ class _Terms:
         return self.tape.kind(edge[0])
 
     def _try(self, edge, weight, cut: Cut):
-        tail = self._tail(edge, weight, cut)
-        if tail is None:
-            return None
         quadratic = all(self._second_degree(position) for position in cut.region)
-        block = accepted(tail, quadratic, is_centred(self.tape, cut))
+        try:
+            tail = Tail(self.tape, edge, self._full(edge, weight), cut)
+            block = accepted(tail, quadratic, is_centred(self.tape, cut))
+        except RuntimeError as error:
+            if not UNDIFFERENTIABLE.search(str(error)):
+                raise
+            return None
         if block is None:
             return None
         self.form.blocks.append(block)
@@ -170,14 +173,6 @@ class _Terms:
         if self.tape.kind(position) == "PowBackward0":
             return self.tape.nodes[position]._saved_exponent in (1, 2)
         return is_linear(self.tape, position) or self.tape.kind(position) in _SECOND_DEGREE
-
-    def _tail(self, edge, weight, cut: Cut) -> Tail | None:
-        try:
-            return Tail(self.tape, edge, self._full(edge, weight), cut)
-        except RuntimeError as error:   # no second derivative, or none at all
-            if "freed" in str(error) or "modified by an inplace" in str(error):
-                raise
-            return None
 
     def _full(self, edge, weight) -> torch.Tensor:
         if self.tape.leaf[edge[0]] < 0:
@@ -193,15 +188,18 @@ class _Terms:
         for cut in [known] if known is not None else cuts(self.tape, edge)[:_DEEPEST]:
             if all(is_linear(self.tape, position) for position in cut.region):
                 continue
-            tail = self._tail(edge, weight, cut)
-            if tail is None:
-                continue
             try:
+                tail = Tail(self.tape, edge, self._full(edge, weight), cut)
                 nested = _Terms(self.tape, self.allow_sync, _OF_A_SUM)
-                form = nested.read(cut.edge, _number(tail.gradient, self.allow_sync))
+                slope = torch.where(torch.isfinite(tail.gradient), tail.gradient, 0.0)   # a root at 0 has none
+                form = nested.read(cut.edge, _number(slope, self.allow_sync))
             except IndefiniteForm:
                 raise
             except UnrecognizedLoss:
+                continue
+            except RuntimeError as error:
+                if not UNDIFFERENTIABLE.search(str(error)):
+                    raise
                 continue
             form.steady = False
             self._take(form, cut.region)

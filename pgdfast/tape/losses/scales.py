@@ -75,7 +75,7 @@ def settle(tape, slopes: dict, form) -> None:
             below = _below(tape, edge)
             if below is not None:
                 slopes[below] = _pushed(tape, edge, below, slope).plus(slopes.get(below))
-                form.consumed.add(edge[0])
+                form.consumed.update(e[0] for e in (edge, below) if tape.leaf[e[0]] < 0)
                 continue
         if not slope.scale:
             if bool((slope.first == 0).all()):

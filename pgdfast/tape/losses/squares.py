@@ -137,7 +137,8 @@ def multiply(walk, position, node, edges, weight):
             return modulus(walk, edges[k], position, weight, ("_saved_self", "_saved_other")[k])
         if same_numbers(walk.tape, *edges):
             return square(walk, edges[0], position, weight)
-        if torch.equal(node._saved_self, node._saved_other) and written_twice(walk, *edges):
+        a, b = node._saved_self, node._saved_other
+        if looked_at(a, walk.allow_sync) and torch.equal(a, b) and written_twice(walk, *edges):
             walk.form.entries = True
             return square(walk, edges[0], position, weight)
         raise UnrecognizedLoss("it multiplies two different quantities that both depend on the parameters")

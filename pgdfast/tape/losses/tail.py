@@ -6,6 +6,7 @@ products with random vectors: these tell a matrix that is not of the supposed fo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch.autograd.graph import GradientEdge
 from ..rules.table import plain
 from ..walk import Tape
 
+# What autograd says where it cannot differentiate, or not twice.
+UNDIFFERENTIABLE = re.compile("derivative for .* is not implemented|differentiate twice|not differentiable|double backward|"
+                              "does not require grad|not have been used in the graph")
 _LONGEST = 200   # operations of a loss that are looked through for a cut
 # Operations that fold a quantity at 0: where they are applied, losses of its size have their centre.
 FOLDS = {
@@ -77,7 +81,7 @@ class Tail:
         with torch.enable_grad():
             output = GradientEdge(tape.nodes[edge[0]], edge[1])
             (self._gradient,) = torch.autograd.grad([output], [self._input], [weight], create_graph=True)
-        self.gradient = self._gradient.detach()
+        self.gradient = plain(self._gradient.detach())
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
         """The second derivative times v."""
@@ -87,11 +91,11 @@ class Tail:
             (found,) = torch.autograd.grad(
                 [self._gradient], [self._input], [v], retain_graph=True, allow_unused=True, materialize_grads=False
             )
-        return torch.zeros_like(self.gradient) if found is None else found.detach()
+        return torch.zeros_like(self.gradient) if found is None else plain(found.detach())
 
-    def probe(self) -> torch.Tensor:
+    def probe(self, seed: int = 1) -> torch.Tensor:
         """Random numbers of the cut's shape, the same at every step."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         g = self.gradient
         return torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g)
 
