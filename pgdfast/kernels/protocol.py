@@ -89,7 +89,7 @@ class Traits:
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
     matrix_free: bool = True       # products J v do not take J itself
     jacobian_flops: float | None = None   # operations of J, where they are not a sweep for each row
-    block_bytes: float | None = None      # has normal, which makes no more of J than this at once
+    block_bytes: float | None = None      # has normal and diagonal, which make no more of J than this at once
 
 
 class Kernels(Protocol):

@@ -78,8 +78,8 @@ def _snake(stem: str) -> str:
 
 def no_rule(operation: str, num_residuals: int, num_parameters: int) -> str:
     """The announcement of an operation without a rule: a node's name, or a phrase."""
-    rows, columns = num_residuals, 3 * num_parameters
-    what = "one for each residual" if rows <= columns else "three for each parameter"
+    rows, columns = num_residuals, 2 * num_parameters
+    what = "one for each residual" if rows <= columns else "two for each parameter"
     name = called(operation)
     plain = name.removesuffix(f" ({operation})")
     cure = f"Write {plain} with matrix products, indexing and elementwise functions, which have rules"

@@ -241,16 +241,25 @@ class DoubleBackward(Traits):
         dtype = dtype or self._dtype
         if self._normal is not None and self._normal.dtype == dtype:
             return self._normal
-        J, P = self._jacobian, self.num_parameters
-        if J is None and (self._by_columns or self.num_residuals * P * self._dtype.itemsize <= _KEPT_BYTES):
-            J = self.dense()
-        blocks = self._rows() if J is None else _parts(J, dtype)
-        H = torch.zeros(P, P, dtype=dtype, device=self._params[0].device)
-        for _, rows in blocks:
-            rows = rows.to(dtype)
+        H = torch.zeros(self.num_parameters, self.num_parameters, dtype=dtype, device=self._params[0].device)
+        for _, rows in self._passing(dtype):
             H.addmm_(rows.T, rows)
         self._normal = H
         return H
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J), (P,), with no more of J at once than J^T J takes."""
+        d = torch.zeros(self.num_parameters, dtype=self._dtype, device=self._params[0].device)
+        for _, rows in self._passing(self._dtype):
+            d += rows.square().sum(0)
+        return d
+
+    def _passing(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows of J in blocks, of a J that is kept unless it is too large."""
+        size = self.num_residuals * self.num_parameters * self._dtype.itemsize
+        if self._jacobian is None and not self._by_columns and size > _KEPT_BYTES:
+            return ((first, rows.to(dtype)) for first, rows in self._rows())
+        return _parts(self.dense(), dtype)
 
     def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first, rows of J) in blocks."""
@@ -318,6 +327,10 @@ class Widened(Traits):
     def normal(self) -> torch.Tensor:
         """J^T J, (P, P)."""
         return self._base.normal(torch.float64)
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(J^T J), (P,)."""
+        return sum((part.square().sum(0) for _, part in _parts(self._base.dense(), torch.float64)))
 
 
 def _parts(J: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

@@ -33,12 +33,12 @@ class EnsembleLinearizer(Linearizer):
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
             found = EnsembleLinearization(self, trace, losses, None, plan, order)
-            if plan.agrees or self._fallback.agrees(plan, found.flat(), trace, total):
+            if plan.agrees or self._arbiter.agrees(plan, found.flat(), trace, total):
                 return found
-            trace = self._fallback.trace(total)
+            trace = self._arbiter.trace(total)
         else:
             self._announce(trace)
-        operator = self._fallback.operator(trace, total, self.count)
+        operator = self._arbiter.operator(trace, total, self.count)
         order = self._order(operator, [block.residual.shape for block in trace.blocks])
         return EnsembleLinearization(self, trace, losses, operator, None, order)
 

@@ -11,7 +11,7 @@ from .double_backward import DoubleBackward, Learned, double_backward
 _STRUCTURES_KEPT = 64
 
 
-class Fallback:
+class Arbiter:
     """Decides for the tapes of one linearizer, and remembers what it learnt of structures without a program.
 
     check: as for linearize.

@@ -15,7 +15,7 @@ from .announce import depth_of_caller, no_rule
 from .chained import Chained
 from .compiled import as_operations
 from .double_backward import Widened
-from .fallback import Fallback
+from .fallback import Arbiter
 from .live import CHANGED, Live
 from .rows import RowLayout, row_layout
 from .separation import Separation, separation
@@ -140,7 +140,7 @@ class Linearizer:
         self.backend = backend
         _check_real(self.params)
         self._tracer = Tracer(self.params)
-        self._fallback = Fallback(self.params, self._tracer, check)
+        self._arbiter = Arbiter(self.params, self._tracer, check)
         self._plans: dict[int, tuple] = {}
 
     def __call__(self, closure) -> Linearization:
@@ -170,12 +170,12 @@ class Linearizer:
         if trace.program is not None:
             plan = self._plan_of(trace)
             found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
-            if plan.agrees or not allow_sync or self._fallback.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
+            if plan.agrees or not allow_sync or self._arbiter.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
                 return found
-            trace = self._fallback.trace(result, allow_sync)
+            trace = self._arbiter.trace(result, allow_sync)
         else:
             self._announce(trace)
-        operator = self._fallback.operator(trace, result)
+        operator = self._arbiter.operator(trace, result)
         return Linearization(trace, self.params, operator, None, self._tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
@@ -401,7 +401,7 @@ class Products:
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J + penalty), (P,)."""
         kernels, _ = self._formed()
-        d = kernels.diagonal() if kernels.fused else self.dense().square().sum(0)
+        d = kernels.diagonal() if kernels.fused or kernels.block_bytes is not None else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
 
 

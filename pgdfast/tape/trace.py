@@ -69,22 +69,13 @@ class CompiledTape(ValueError):
 
 
 class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
-
-    Raises ValueError for complex parameters.
-    """
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for k, p in enumerate(params):
-            if p.is_complex():
-                raise ValueError(
-                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. Keep "
-                    "it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) in the "
-                    "model."
-                )
+        for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
         self._checkpoint = checkpoint_rule(self.params)

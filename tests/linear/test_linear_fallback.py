@@ -150,6 +150,7 @@ def test_a_large_jacobian_passes_in_blocks(monkeypatch):
     closure = lambda: model(X).cumsum(0)  # noqa: E731
     lin, expected = pgdfast.linearize(closure, model.parameters()), reference.linearize(closure, list(model.parameters()))
     step = pgdfast.solve(lin, 0.1, solver="primal").step
+    assert relative(lin.diagonal(), expected.diagonal()) < 1e-12
     assert lin.kernels()._jacobian is None and relative(step, reference.solve(expected, 0.1).step) < 1e-10
     lin = pgdfast.linearize(closure, model.parameters())
     lin.kernels().dense()
@@ -171,7 +172,7 @@ def test_float32_is_widened(solver, shape):
     exact = ref.dense()
     for found, expected in (
         (wide.jvp(v), exact @ v), (wide.vjp(u), exact.T @ u), (wide.gram(), exact @ exact.T), (wide.dense(), exact),
-        (wide.kernels().normal(), exact.T @ exact),
+        (wide.kernels().normal(), exact.T @ exact), (wide.diagonal(), exact.square().sum(0)),
     ):
         assert found.dtype == torch.float64 and relative(found, expected) < 1e-7
     lin.release()
@@ -298,7 +299,8 @@ def test_the_announcement_says_cost_and_cure(monkeypatch):
         pgdfast.linearize(lambda: linear(X, X), linear.parameters())
     assert len(caught) == 1
     text = str(caught[0].message)
-    assert "nn.Bilinear / torch._trilinear (TrilinearBackward0)" in text and "about 12 backward passes a step" in text
+    assert "nn.Bilinear / torch._trilinear (TrilinearBackward0)" in text
+    assert "about 12 backward passes a step (one for each residual" in text
     assert "Write nn.Bilinear / torch._trilinear with matrix products" in text
 
 
