@@ -21,6 +21,7 @@ RIGHT, WRONG, RAISES, EXPECTED, BROKEN = "right", "WRONG", "raises", "raises as 
 SEPARATED, COUPLED, FALLBACK = "rules, rows", "rules", "fallback"
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 BY_HAND_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+EXACT_CG = pgdfast.CG(2000, 1e-12)   # where "auto" takes it
 STEPS, WANDER = 3, 0.02   # steps against the oracle; how far from their start parameters are put before each
 ROWS, JUDGED = 200, 40      # of batches that are timed and judged
 SECONDS, FEWEST = 0.05, 3   # for each timing; calls of one that takes longer
@@ -128,6 +129,7 @@ def _judge(case, n, steps, make_step, outcome):
 
 def _lm(options: dict, problem: Problem, mu: list):
     """A step of LM with the damping that mu[0] says, constant over the step."""
+    options = {"cg": EXACT_CG} | options
     optimizer = pgdfast.LM(problem.params, lr=1.0, damping=lambda k: mu[0], damping_rule="constant", **options)
     return lambda: optimizer.step(problem.closure)
 
