@@ -23,6 +23,11 @@ def mean(r):
     return r * (2 / r.numel()) ** 0.5
 
 
+def mean_at(f, x):
+    """f of one point, so that its squares over all points sum to twice their mean."""
+    return lambda point: (2 / len(x)) ** 0.5 * f(point)
+
+
 def points(g, dims, m=None, **more):
     m = m or max(g.n // 2, 10)
     return g.batch(x=lambda: g.uniform(m, dims, low=-1), b=lambda: g.uniform(m // 4 + 1, dims, low=-1), **more)
@@ -59,7 +64,7 @@ def poisson_loss_with_boundary(g):
     net, d = g.net(2, 16, 16, 1), points(g, 2)
     closure = lambda: ((laplace(net, d.x) + source(d.x)) ** 2).mean() + 10 * (net(d.b) ** 2).mean()   # noqa: E731
     outputs = lambda: (mean(laplace(net, d.x) + source(d.x)), mean(10**0.5 * net(d.b)))   # noqa: E731
-    samples = (poisson_at(net), ("x",)), (lambda x: 4.5 * net(x[None])[0], ("b",))
+    samples = (mean_at(poisson_at(net), d.x), ("x",)), (mean_at(lambda x: 10**0.5 * net(x[None])[0], d.b), ("b",))
     return g.problem(net, closure, outputs, samples=samples)
 
 
@@ -74,7 +79,8 @@ def poisson_by_pde_laplacian(g):
 def poisson_float32(g):
     net, d = g.net(2, 16, 16, 1), points(g, 2)
     closure = lambda: ((laplace(net, d.x) + source(d.x)) ** 2).mean()   # noqa: E731
-    return g.problem(net, closure, lambda: mean(laplace(net, d.x) + source(d.x)), samples=((poisson_at(net), ("x",)),))
+    return g.problem(net, closure, lambda: mean(laplace(net, d.x) + source(d.x)),
+                     samples=((mean_at(poisson_at(net), d.x), ("x",)),))
 
 
 def functional(name, write):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian, jacrev
 
-from .cases_pinn import free, heat, heat_at, laplace, mean, of_point, points, poisson_at, slope, source
+from .cases_pinn import free, heat, heat_at, laplace, mean, mean_at, of_point, points, poisson_at, slope, source
 from .corpus import case
 
 
@@ -75,21 +75,23 @@ def navier_stokes_joined(g):
 def navier_stokes_three_means(g):
     net, d = g.net(2, 16, 3), points(g, 2, max(g.n // 4, 8))
     return g.problem(net, lambda: sum((r**2).mean() for r in navier_stokes(net, d.x)),
-                     lambda: tuple(map(mean, navier_stokes(net, d.x))), samples=((navier_stokes_at(net), ("x",)),))
+                     lambda: tuple(map(mean, navier_stokes(net, d.x))),
+                     samples=((mean_at(navier_stokes_at(net), d.x), ("x",)),))
 
 
 @case("pinn")
 def three_mean_squares_on_one_pass(g):
     net, d = g.net(2, 16, 16, 3), points(g, 2, y=lambda: g.randn(max(g.n // 2, 10), 3))
-    errors = lambda: (net(d.x) - d.y).unbind(1)   # noqa: E731
+    errors, roots = lambda: (net(d.x) - d.y).unbind(1), g.number([1, 2, 0.5])   # noqa: E731
     return g.problem(net, lambda: sum(w * (r**2).mean() for w, r in zip((1, 2, 0.5), errors(), strict=True)),
-                     lambda: tuple(w**0.5 * mean(r) for w, r in zip((1, 2, 0.5), errors(), strict=True)))
+                     lambda: tuple(w**0.5 * mean(r) for w, r in zip((1, 2, 0.5), errors(), strict=True)),
+                     samples=((lambda x, y: (net(x[None])[0] - y) * (2 * roots / len(d.x)) ** 0.5, ("x", "y")),))
 
 
 @case("pinn")
 def tuple_over_the_same_points(g):
     net, d = g.net(2, 16, 16, 3), points(g, 2)
-    return g.residuals(net, lambda: tuple(net(d.x).unbind(1)))
+    return g.residuals(net, lambda: tuple(net(d.x).unbind(1)), samples=((lambda x: net(x[None])[0], ("x",)),))
 
 
 @case("pinn")

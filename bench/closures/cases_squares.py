@@ -86,7 +86,10 @@ def _sum(name):
             w = weight(r.numel()) if weight else 1 / float(r.detach().square().sum())
             return math.sqrt(2 * w) * r
 
-        return g.problem(net, lambda: loss(z(), d.y), outputs)
+        def sample(x, y):
+            return math.sqrt(2 * weight(d.y.numel())) * (net(x[None])[0] - y)
+
+        return g.problem(net, lambda: loss(z(), d.y), outputs, samples=((sample, ("x", "y")),) if weight else ())
 
 
 for _name in SUMS:

@@ -249,8 +249,7 @@ def moved(name, f):
     @case("selections", name)
     def make(g):
         net, head = g.net(3, 8), g.net(8, 2)
-        d = g.batch(x=(g.n, 3), y=(g.n, 2))
-        return g.residuals([net, head], lambda: head(f(torch.tanh(net(d.x)))) - d.y)
+        return g.fit([net, head], lambda x: head(f(torch.tanh(net(x)))), g.batch(x=(g.n, 3), y=(g.n, 2)))
 
 
 def _column_written(h):

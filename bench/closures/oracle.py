@@ -1,11 +1,10 @@
-"""Damped steps from explicit Jacobians in float64, and the same step as a user writes it with torch.func."""
+"""Damped steps from explicit Jacobians in float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch.func import functional_call, hessian, jacrev, vmap
 
 CONDITION = {torch.float64: 1e3, torch.float32: 1e2}   # the most that mu I + G may have
 
@@ -122,79 +121,3 @@ def check(problem, found: Truth) -> None:
     if not (gradient - found.gradient).norm() <= 1e-8 * found.gradient.norm() + 1e-12:
         error = (gradient - found.gradient).norm() / found.gradient.norm()
         raise BrokenCase(f"the closure's gradient is {float(error):.1e} off the oracle's")
-
-
-# --- by hand ------------------------------------------------------------------------------------------------------------
-
-
-class Held(torch.nn.Module):
-    """The modules of a problem as one, to be called with other parameters."""
-
-    def __init__(self, modules, forward):
-        super().__init__()
-        self.parts, self._forward = torch.nn.ModuleList(modules), forward
-
-    def forward(self, *arguments):
-        return flat(parts(self._forward(*arguments)))
-
-
-def steps_by_hand(problem, mu: float) -> dict:
-    """{way: step} of the damped step as users write it, best first; some ways may not run on a problem."""
-    outputs = problem.by_hand or problem.outputs
-    ways = {}
-    if problem.samples:
-        ways["vmap(jacrev)"] = lambda: by_hand(problem, outputs, mu, _per_sample(problem))
-    ways["jacrev"] = lambda: by_hand(problem, outputs, mu, _at_once(problem, outputs))
-    ways["rows"] = lambda: by_hand(problem, problem.outputs, mu, None)
-    return ways
-
-
-def _per_sample(problem):
-    module, data = Held(problem.modules, lambda rows, *row: rows(*row)), problem.maker.data
-
-    def jacobian_of(theta):
-        found = []
-        for rows, names in problem.samples:
-            of = jacrev(lambda t, *row, rows=rows: functional_call(module, t, (rows, *row)))
-            found.append(vmap(of, (None, *[0] * len(names)))(theta, *[getattr(data, name) for name in names]))
-        return {name: torch.cat([J[name].flatten(0, 1) for J in found]) for name in theta}
-
-    return jacobian_of, module
-
-
-def _at_once(problem, outputs):
-    module = Held(problem.modules, outputs)
-    return lambda theta: jacrev(lambda t: functional_call(module, t, ()))(theta), module
-
-
-def by_hand(problem, outputs, mu: float, way) -> torch.Tensor:
-    """delta, (P,): J by torch.func, J^T H J or J J^T, Cholesky."""
-    params = problem.params
-    if way is None:
-        z = flat(parts(outputs()))
-        eye = torch.eye(len(z), dtype=z.dtype)
-        J = torch.autograd.grad(z, params, eye, is_grads_batched=True, allow_unused=True, materialize_grads=True)
-        J = torch.cat([j.reshape(len(z), -1) for j in J], 1)
-        z = z.detach()
-    else:
-        jacobian_of, module = way
-        theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-        J = jacobian_of(theta)
-        with torch.no_grad():
-            z = flat(parts(outputs()))
-        J = torch.cat([J[name].reshape(len(z), -1) for name in theta], 1)
-    if problem.loss is None:
-        g, H = J.T @ z, None
-    else:
-        shapes = [part.shape for part in parts(outputs())]
-        sizes = [s.numel() for s in shapes]
-        of = lambda t: problem.loss(*[p.view(s) for p, s in zip(t.split(sizes), shapes, strict=True)])   # noqa: E731
-        g, H = J.T @ jacrev(of)(z), hessian(of)(z)
-    M, P = J.shape
-    if H is None and M < P:
-        K = J @ J.T
-        K.diagonal().add_(mu)
-        return J.T @ torch.cholesky_solve(z[:, None], torch.linalg.cholesky(K))[:, 0]
-    G = J.T @ J if H is None else J.T @ (H @ J)
-    G.diagonal().add_(mu)
-    return torch.cholesky_solve(g[:, None], torch.linalg.cholesky(G))[:, 0]

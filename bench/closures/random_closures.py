@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .corpus import Values
 from .random_operations import OPERATIONS, Applied
 
-LARGEST, MOST = 20.0, 60   # of a value; elements of a tensor
+LARGEST, MOST, SATURATED = 20.0, 60, 6.0   # of a value; elements of a tensor; of a logit
 LOSSES = ("residuals", "residuals", "two tensors", "sum of squares", "mean square", "huber", "cross-entropy", "logistic")
 
 
@@ -120,6 +120,8 @@ class RandomClosure:
         self.loss_name = self.random.choice(LOSSES)
         if self.loss_name == "cross-entropy" and (z.dim() != 2 or z.shape[1] < 2):
             self.loss_name = "mean square"
+        if self.loss_name in ("cross-entropy", "logistic") and float(z.detach().abs().max()) > SATURATED:
+            self.loss_name = "mean square"   # p (1 - p) would be rounding
         if self.loss_name == "two tensors":
             self.other = self.integer(len(self.nodes))
         if self.loss_name in ("residuals", "two tensors") and 1 in (z.numel(), self._values[self.other].numel()):

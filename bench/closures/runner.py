@@ -13,14 +13,17 @@ import torch
 
 import pgdfast
 
+from . import by_hand
 from .corpus import Case, Maker, Problem
-from .oracle import BrokenCase, loss_of, real, steps_by_hand, truth
+from .oracle import BrokenCase, loss_of, real, truth
 
 RIGHT, WRONG, RAISES, EXPECTED, BROKEN = "right", "WRONG", "raises", "raises as it should", "broken case"
 SEPARATED, COUPLED, FALLBACK = "rules, rows", "rules", "fallback"
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
+BY_HAND_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+EXACT_CG = pgdfast.CG(2000, 1e-12)   # where "auto" takes it
 STEPS, WANDER = 3, 0.02   # steps against the oracle; how far from their start parameters are put before each
-ROWS = 200
+ROWS, JUDGED = 200, 40      # of batches that are timed and judged
 SECONDS, FEWEST = 0.05, 3   # for each timing; calls of one that takes longer
 TINY = 1e-6                 # the learning rate of timed steps, which are to stay where they are
 
@@ -57,7 +60,7 @@ def made(case: Case, dtype: torch.dtype, n: int, seed: int = 0) -> Problem:
     return case.make(Maker(dtype, n, seed))
 
 
-def judge(case: Case, n: int = ROWS, steps: int = STEPS, step=None) -> Outcome:
+def judge(case: Case, n: int = JUDGED, steps: int = STEPS, step=None) -> Outcome:
     """The verdict of a case. step: (problem, mu) -> callable that takes one step with it; by default LM's."""
     outcome = Outcome(case.label, RIGHT)
     with warnings.catch_warnings():
@@ -126,6 +129,7 @@ def _judge(case, n, steps, make_step, outcome):
 
 def _lm(options: dict, problem: Problem, mu: list):
     """A step of LM with the damping that mu[0] says, constant over the step."""
+    options = {"cg": EXACT_CG} | options
     optimizer = pgdfast.LM(problem.params, lr=1.0, damping=lambda k: mu[0], damping_rule="constant", **options)
     return lambda: optimizer.step(problem.closure)
 
@@ -158,23 +162,36 @@ def clock(case: Case, outcome: Outcome, n: int = ROWS) -> None:
     """Note the times of a step: LM's, Adam's, and by hand."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        twin = made(case, torch.float64, n)
-        mu = truth(twin, check_closure=False).mu(case.dtype)
+        problem = made(case, torch.float64, n)
+        torch.manual_seed(0)
+        expected = truth(problem, check_closure=False)
+        mu = expected.mu(case.dtype)
+        outcome.residuals, outcome.parameters = expected.J.shape
         problem = made(case, case.dtype, n)
         lm = pgdfast.LM(problem.params, lr=TINY, damping=mu, damping_rule="constant", **case.options)
         outcome.lm = _time(problem, lambda: lm.step(problem.closure))
         outcome.over_adam = outcome.lm / _time(problem, _adam(problem))
-        ways = {}
-        for way, call in steps_by_hand(problem, mu).items():
-            if way == "rows" and ways:
-                break
-            try:
-                ways[way] = _time(problem, call)
-            except Exception:   # whatever keeps torch.func from running a closure
-                continue
-        if ways:
-            outcome.hand = min(ways, key=ways.get)
-            outcome.over_hand = outcome.lm / ways[outcome.hand]
+        _clock_by_hand(case, outcome, n, expected.steps(mu), mu)
+
+
+def _clock_by_hand(case, outcome, n, expected, mu):
+    """Note how LM compares with the fastest way by hand that gives the expected step."""
+    times = {}
+    for name in by_hand.ways(made(case, case.dtype, n)):
+        if name == "rows" and times:
+            break
+        try:
+            problem = made(case, case.dtype, n)
+            way = by_hand.ways(problem)[name]
+            torch.manual_seed(0)
+            delta = by_hand.step(problem, way, mu).double()
+            if min(_relative(delta, wanted) for wanted in expected) <= BY_HAND_TOLERANCE[case.dtype]:
+                times[name] = _time(problem, lambda way=way, problem=problem: by_hand.step(problem, way, mu))
+        except Exception:   # whatever keeps torch.func from running a closure
+            continue
+    if times:
+        outcome.hand = min(times, key=times.get)
+        outcome.over_hand = outcome.lm / times[outcome.hand]
 
 
 def _adam(problem: Problem):
