@@ -9,6 +9,11 @@
 #include "simd.h"
 
 namespace pgdfast {
+namespace {
+
+constexpr index kLongRow = 8;   // elements next to each other from which on a loop along them is the faster one
+
+}  // namespace
 
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
@@ -50,6 +55,11 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
       for (index n = 0; n < g.n; ++n) {
         const T* cn = c + b * g.cb + n * g.cn;
         const T* yn = y + b * g.yb + n * g.yn;
+        if (use.row_per_n && xk == 1 && g.ck == 1 && g.k >= kLongRow) {
+          if (T* row = row_of(b * g.yb + n * g.yn))
+            body.small_gemm(g.m, g.k, 1, alpha, yn, g.ym, 1, cn, 1, 1, row + b * xb, xm, 1, false);
+          continue;
+        }
         if (use.row_per_n && g.m > g.k) {
           T* row = row_of(b * g.yb + n * g.yn);
           for (index k = 0; row && k < g.k; ++k)

@@ -61,7 +61,8 @@ class Chain:
     kept, border: numbers of residuals. owned: the parameter tensors of sub. scaled: the quantities that are multiples of one
     parameter tensor each; those of sub, `quantities` tensors of `shared` elements, follow them among main's parameters.
     by_rows: J_q Q comes by sub's adjoint on the rows of J_q, not by Q. few: the Gram matrix is main's, corrected for q;
-    else the columns of sub's parameters come apart. cost: of J in operations.
+    else the columns of sub's parameters come apart. elementwise: of every quantity of sub its parameters, where each of its
+    elements depends on the same element of those alone; else None. cost: of J in operations.
     """
 
     main: Part
@@ -76,6 +77,7 @@ class Chain:
     shared: int
     by_rows: bool = False
     few: bool = True
+    elementwise: list[set[int]] | None = None
     cost: float = 0.0
 
     def rows(self, program: Program) -> RowLayout:
@@ -103,7 +105,7 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
     cost = pattern.outputs * main.cost + len(border) * _cost(program) + 2.0 * len(kept) * P
     sub, sub_layout, owned = None, None, []
-    shared, by_rows, few = sum(high - low + 1 for low, high in rest.values()), False, True
+    shared, by_rows, few, elementwise = sum(high - low + 1 for low, high in rest.values()), False, True, None
     if rest:
         sub, owned = _sub(program, rest)
         sub_layout = row_layout(sub.program, [constants[k] for k in sub.constants])
@@ -111,6 +113,7 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
         sweeps = min(shared, taken) if sub_layout is None else sub_layout.max_outputs
         rows = len(kept) * (sub.cost + shared)
         matrix = sweeps * sub.cost + 2.0 * shared * taken + 0.5 * len(kept) * shared * taken   # a product is fast
+        elementwise = _elementwise(program, rest)
         cost, by_rows = cost + min(rows, matrix) + 2.0 * len(kept) * shared, rows < matrix
         pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
         few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
@@ -120,7 +123,8 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     if layout is None:
         return None
     return Chain(
-        main, layout, sub, sub_layout, kept, border, owned, list(scaled.values()), len(rest), shared, by_rows, few, cost
+        main, layout, sub, sub_layout, kept, border, owned, list(scaled.values()), len(rest), shared, by_rows, few, elementwise,
+        cost,
     )
 
 
@@ -170,14 +174,36 @@ def _scaled(program: Program, windows, cuts: set[int], given) -> dict[int, Scale
         buffer, alpha, constants, size = k, 1.0, [], program.buffers[k][1]
         while program.buffers[buffer][0] == WORKSPACE and len(ops := writers.get(buffer, [])) == 1:
             op = ops[0]
-            whole = op.extents[:3] in ([[size], [1], [1]], [[], [], []]) and program.buffers[op.x][1] == size
-            if readers.get(buffer, 0) or op.kind != MULADD or not whole or op.x_offset or op.y_offset:
+            if readers.get(buffer, 0) or not _in_place(program, op):
                 break
             if not _is_number(program, op, given):
                 break
             buffer, alpha, constants = op.x, alpha * op.alpha, constants + [(op.constant, op.c_offset)] * (op.constant >= 0)
         if program.buffers[buffer][0] == PARAMETER and window == (0, size - 1) and readers[buffer] == 1:
             found[k] = Scaled(buffer, alpha, constants)
+    return found
+
+
+def _in_place(program: Program, op) -> bool:
+    """Whether an instruction takes all of a buffer to all of another, element by element."""
+    size = program.buffers[op.y][1]
+    same = program.buffers[op.x][1] == size and op.x_offset == op.y_offset == 0
+    return op.kind == MULADD and same and op.extents[:3] in ([[size], [1], [1]], [[], [], []])
+
+
+def _elementwise(program: Program, windows) -> list[set[int]] | None:
+    """Of every buffer the parameters on which it depends element by element, or None where one depends in other ways."""
+    found = []
+    for k, window in windows.items():
+        roots, needed = set(), {k}
+        for op in reversed(program.instructions):
+            if op.y in needed:
+                if not _in_place(program, op):
+                    return None
+                (roots if program.buffers[op.x][0] == PARAMETER else needed).add(op.x)
+        if window != (0, program.buffers[k][1] - 1):
+            return None
+        found.append(roots)
     return found
 
 

@@ -119,7 +119,26 @@ class Chained(Traits):
     def _chained(self, main) -> torch.Tensor:
         """J_q Q over the parameters of sub, of the residuals that are kept."""
         J_q, sub = main.columns(self._rest), self._part("sub")
+        if self._chain.elementwise is not None:
+            return self._multiplied(J_q, sub)
         return _pulled(sub, J_q) if self._chain.by_rows else J_q @ sub.dense()
+
+    def _multiplied(self, J_q: torch.Tensor, sub) -> torch.Tensor:
+        """The same where each element of q depends on one element of each of its parameters, in the same place."""
+        owned = {p: self._sizes[p] for p in self._chain.owned}
+        if [[p] for p in owned] == [list(parameters) for parameters in self._chain.elementwise]:
+            return J_q.mul_(sub.jvp(torch.ones(sub.num_parameters, dtype=self.dtype, device=self.device)))
+        parts: dict[int, torch.Tensor] = {}
+        for p in owned:
+            v = torch.cat([torch.full((n,), float(o == p), dtype=self.dtype, device=self.device) for o, n in owned.items()])
+            slopes, start = sub.jvp(v), 0
+            for number, parameters in enumerate(self._chain.elementwise):
+                end = start + self._sizes[self._rest[number]]
+                if p in parameters:
+                    part = J_q[:, start:end] * slopes[start:end]
+                    parts[p] = parts[p] + part if p in parts else part
+                start = end
+        return torch.cat(list(parts.values()), 1) if len(parts) > 1 else parts[self._chain.owned[0]]
 
     def _factors(self) -> list[float]:
         """Of every scaled quantity the number that its parameter is multiplied with."""
@@ -146,6 +165,8 @@ class Chained(Traits):
             return K
         rows = self._border_rows() * self._spread(w, range(self._own))
         columns = _pushed(self._whole, rows)
+        corner = columns[self._border]
+        columns[self._border] = 0.5 * (corner + corner.T)   # symmetric to the last bit
         full = K.new_empty(self.num_residuals, self.num_residuals)
         full[self._kept[:, None], self._kept] = K
         full[:, self._border], full[self._border] = columns, columns.T
@@ -166,7 +187,7 @@ class Chained(Traits):
             if self._sub is not None:
                 T, J_q = self._few(main, w)
                 change = T @ J_q.T
-                K.add_(change).add_(change.T)
+                K += change + change.T
             return K
         K = main.gram([0.0 if p in owned else x for p, x in enumerate(w)] + shared)
         J = self._chained(main)
