@@ -76,9 +76,9 @@ class Tracer:
         for k, p in enumerate(params):
             if p.is_complex():
                 raise ValueError(
-                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. Keep "
-                    "it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) in the "
-                    "model."
+                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. "
+                    "Keep it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) "
+                    "in the model."
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}

@@ -67,7 +67,7 @@ def apply_jacobian(op, i, jacobian: torch.Tensor, out):
     elif jacobian.shape[2] == 1:
         op.view(out, lambda y: y[:, 0], out=f"column {i} {out}")
         op.sum(i, (1,), False, c=jacobian[:, :, 0].contiguous(), out=f"column {i} {out}")
-    elif jacobian[0].numel() < _WIDE:
+    elif math.prod(jacobian.shape[1:]) < _WIDE:
         op.view(i, lambda x: x.unsqueeze(2).expand(*x.shape, jacobian.shape[2]), out=f"wide {i} {out}")
         op.sum(f"wide {i} {out}", (1,), False, c=jacobian.contiguous(), out=out)
     else:
@@ -204,14 +204,14 @@ def logcumsumexp(op, dim, result, x):
         return
     dim = signed(dim) % x.dim()
     x, result = x.movedim(dim, -1), result.movedim(dim, -1)
-    split, k = x.shape, x.shape[-1]
+    split, k, count = x.shape, x.shape[-1], math.prod(x.shape[:-1])
     if x.numel() * k * x.element_size() > MOST_BYTES:
         raise UnsupportedStructure(f"local Jacobians of more than {MOST_BYTES >> 20} MB")
     above = torch.ones(k, k, dtype=torch.bool, device=x.device).tril(-1)
-    jacobian = (x.unsqueeze(-1) - result.unsqueeze(-2)).masked_fill(above, -math.inf).exp().reshape(-1, k, k)
+    jacobian = (x.unsqueeze(-1) - result.unsqueeze(-2)).masked_fill(above, -math.inf).exp().reshape(count, k, k)
     op.view(0, lambda x: x.movedim(dim, -1), out="moved")
-    op.reshape("moved", (len(jacobian), k), out="groups")
-    op.temporary("flat", (len(jacobian), k))
+    op.reshape("moved", (count, k), out="groups")
+    op.temporary("flat", (count, k))
     apply_jacobian(op, "groups", jacobian, "flat")
     op.view("flat", lambda y: y.view(split).movedim(-1, dim), out=0)
 
