@@ -17,7 +17,7 @@ from .local import MOST_BYTES
 from .table import RULES, OwnBackward, Rule, plain, reduced, signed
 
 RE, IM = "re", "im"
-_REAL_FACTORS = (structural, gathers, selection, writes, probed, linear_maps)   # modules whose rules multiply by real numbers alone
+_REAL_FACTORS = (structural, gathers, selection, writes, probed, linear_maps)   # whose rules multiply by real numbers alone
 _MIXING = ("GluBackward0",)   # not pointwise, though among those that are
 _SUMS = (
     "AddBackward0", "SubBackward0", "RsubBackward0", "NegBackward0", "CloneBackward0", "AliasBackward0", "MaskedFillBackward0",

@@ -216,47 +216,6 @@ def logcumsumexp(op, dim, result, x):
     op.view("flat", lambda y: y.view(split).movedim(-1, dim), out=0)
 
 
-# --- small matrices ---------------------------------------------------------------------------------------------------------
-
-MATRICES = """
-    CholeskyBackward0 CholeskyInverseBackward0 CholeskySolveBackward0 LinalgCholeskyExBackward0 LinalgDetBackward0
-    LinalgEighBackward0 LinalgInvExBackward0 LinalgLuBackward0 LinalgLuFactorExBackward0
-    LinalgMatrixExpBackward0 LinalgPinvBackward0 LinalgQrBackward0 LinalgSlogdetBackward0 LinalgSolveTriangularBackward0
-    LinalgSvdBackward0 LuUnpackBackward0 TriangularSolveBackward0
-"""
-
-
-@rule(*MATRICES.split(), own=True, used=True)
-def matrices(op, backward, used):
-    """Of matrices in the last two dimensions: a matrix each, a vector or a number, told by the dimensions of the gradient."""
-    for out in used:
-        own = len(backward.outputs[out].shape)
-        full = next((g.dim() for g in backward(backward.ones(out), out) if g is not None), None)
-        if full is None:   # the sign of a determinant
-            op.nothing(out)
-            continue
-        local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, out, range(full - 2, own))
-
-
-@rule("LinalgSolveExBackward0", saved="A", own=True)
-def solve(op, matrix, backward):
-    """Of A and B: X of B's shape, where B may be a vector or vectors."""
-    shape = tuple(backward.outputs[0].shape)
-    vector = len(shape) == matrix.dim() - 1
-    own = (-1,) if vector else (-2, -1)
-    local(op, backward, {0: (-2, -1), 1: own}, 0, own)
-
-
-@rule("LinalgHouseholderProductBackward0", "OrmqrBackward0", own=True)
-def reflections(op, backward):
-    local(op, backward, {0: (-2, -1), 1: (-1,), **({2: (-2, -1)} if len(op.needs) > 2 else {})}, 0, (-2, -1))
-
-
-@rule("LinalgLuSolveBackward0", own=True)
-def lu_solve(op, backward):
-    local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, 0, (-2, -1))
-
-
 # --- derivatives of operations along a dimension, as nested autograd.grad leaves them on the tape ---------------------------
 
 
