@@ -146,7 +146,9 @@ MATRICES = {
         torch.tensor([0, 3]), mode="sum"),
         F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), 2 * b, torch.tensor([0, 3, 3]), mode="sum",
         per_sample_weights=rand(5, seed=2)),
-        F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), a, padding_idx=1)),
+        F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), a, padding_idx=1),
+        F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), a, torch.tensor([0, 3]), mode="sum", per_sample_weights=m.view(-1)[:5]),
+        F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), a * b, torch.tensor([0, 3, 3]), mode="max")),
 }
 MAPS = {
     "interpolation": lambda a, b, c, m: (

@@ -1,4 +1,4 @@
-"""Distances between points, products of three tensors, and bags of embeddings: reductions over pairs of rows."""
+"""Distances between points, and products of three tensors: reductions over pairs of rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 from ..program import UnsupportedStructure
 from .local import MOST_BYTES
-from .scatters import scatter, table_of
 from .selection import kept
-from .table import RULES, Keyed, Rule, rule, signed
+from .table import rule, signed
 
 
 def _slope(difference: torch.Tensor, distance: torch.Tensor, p: float) -> torch.Tensor:
@@ -88,40 +87,3 @@ def _inserted(t: torch.Tensor, dims) -> torch.Tensor:
     for d in dims:
         t = t.unsqueeze(d)
     return t
-
-
-# --- bags -------------------------------------------------------------------------------------------------------------------
-
-
-def _read_bag(node):
-    """Of an embedding's rows, summed or averaged by bags: (table of places per bag, rows' numbers, their weights, bags)."""
-    mode, index = node._saved_mode, node._saved_indices.to(torch.int64)
-    if mode == 2 or node._saved_scale_grad_by_freq:
-        raise UnsupportedStructure("embedding bags with their largest entries, or with scale_grad_by_freq")
-    if node._saved_per_sample_weights is not None and node.next_functions[-1][0] is not None:
-        raise UnsupportedStructure("embedding bags with learned weights")
-    bags = node._input_metadata[0].shape[0]
-    starts = node._saved_offsets.to(torch.int64)[:bags]
-    places = torch.arange(len(index), device=index.device)
-    bag = torch.searchsorted(starts, places, right=True) - 1
-    padding = signed(node._saved_padding_idx)
-    weights = node._saved_per_sample_weights
-    weights = torch.ones(len(index), dtype=torch.float64, device=index.device) if weights is None else weights
-    counted = index != padding
-    if mode == 1:
-        weights = weights / torch.bincount(bag[counted], minlength=bags).clamp_min(1)[bag]
-    table = table_of(bag.masked_fill(~counted, -1), bags)
-    shape = tuple(node._input_metadata[0].shape)
-    return (Keyed((table, index, weights), tuple(table.shape)), shape)
-
-
-def _bag(op, found, shape):
-    table, index, weights = found.value
-    op.temporary("taken", (len(index), shape[1]))
-    op.gather(0, index, 1, out="taken")
-    op.temporary("weighted", (len(index), shape[1]))
-    op.scale("taken", weights[:, None], out="weighted")
-    scatter(op, "weighted", table, shape, 1)
-
-
-RULES["EmbeddingBagBackward0"] = Rule(_bag, (), _read_bag)
