@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, jacobian_agreement, mlp, parameters, perturb, rand
+from helpers import BACKENDS, jacobian_agreement, mlp, parameters, perturb, rand, relative
 from torch import nn
 
+import pgdfast
 from pgdfast.linear import Linearizer
 
 X = rand(6, 3, seed=21)
@@ -116,3 +117,18 @@ def test_activations_in_a_network():
             assert lin.row_layout() is not None
             assert jacobian_agreement(linearizer, lambda: model(X), params, seed=visit) < 1e-12  # noqa: B023
             perturb(params, seed=visit)
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize(("why", "closure"), [
+    ("more than 64 MB", lambda a: torch.linalg.matrix_exp(a)[0]),
+    ("a few places", lambda a: torch.zeros(9000, dtype=a.dtype).index_add(
+        0, torch.zeros(3600, dtype=torch.long), a.view(-1))[:1]),
+    ("complex factor", lambda a: (1j * torch.add(torch.complex(a, a), torch.complex(a, a), alpha=2j)).abs()[0]),
+])
+def test_what_is_too_much_for_a_rule_is_said(why, closure):
+    a = (0.01 * rand(60, 60)).requires_grad_()
+    lin = pgdfast.linearize(lambda: closure(a), [a])
+    assert why in lin.sync_reason
+    u = rand(lin.num_residuals, seed=1)
+    assert relative(lin.vjp(u), torch.autograd.grad(closure(a), a, u)[0].reshape(-1)) < 1e-12

@@ -273,6 +273,15 @@ SMALL = {
     "chunk": lambda t, d: t.chunk(2, d)[-1], "cat": lambda t, d: torch.cat([t, t.detach(), 2 * t], d),
     "index": lambda t, d: t.index_select(d, torch.zeros(0, dtype=torch.long)), "stack": lambda t, d: torch.stack([t, t], d),
     "norm": lambda t, d: torch.linalg.vector_norm(t + 1, dim=d).square(), "squeeze": lambda t, d: t.squeeze(d),
+    "flip": lambda t, d: t.flip(d), "roll": lambda t, d: t.roll(1, d), "cumsum": lambda t, d: t.cumsum(d),
+    "cumprod": lambda t, d: t.cumprod(d), "logcumsumexp": lambda t, d: t.logcumsumexp(d), "prod": lambda t, d: t.prod(d),
+    "cummax": lambda t, d: t.cummax(d).values, "median": lambda t, d: t.median(d).values,
+    "pad": lambda t, d: F.pad(t, (1, 1)), "unfold": lambda t, d: t.unfold(d, 1, 1),
+    "aminmax": lambda t, d: t.aminmax(dim=d).max,
+    "add": lambda t, d: t.index_add(d, torch.zeros(0, dtype=torch.long), t[:0] if t.dim() == 1 else t.detach()[..., :0]),
+    "scatter": lambda t, d: t.scatter_add(d, torch.zeros(t.shape, dtype=torch.long), t * t),
+    "atan2": lambda t, d: torch.atan2(t, t + 3),
+    "cdist": lambda t, d: torch.cdist(t, t + 1),
 }
 
 
