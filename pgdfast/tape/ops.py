@@ -18,6 +18,7 @@ from .program import (
     PROJECT,
     WORKSPACE,
     Instruction,
+    Pair,
     Program,
     Slot,
     UnsupportedStructure,
@@ -32,17 +33,18 @@ from .program import (
 class Refresh:
     """Collects the constants of a tape whose structure is known. All structural verbs do nothing."""
 
-    __slots__ = ("_count", "constants", "dtype", "needs")
+    __slots__ = ("_count", "constants", "dtype", "needs", "parts")
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
+        self.parts: tuple = (None, None)   # of complex inputs and outputs, which the verbs mean: "re" or "im"
         self._count = 0
 
     def start(self, inputs, shapes) -> None:
         """Begin a rule inside of another one's: what its inputs depend on the parameters by, or None; its outputs' shapes."""
-        self.needs = tuple([x is not None for x in inputs])
+        self.needs, self.parts = tuple([x is not None for x in inputs]), (None, None)
         self._count = len(shapes)
 
     def outputs(self) -> dict:
@@ -56,12 +58,19 @@ class Refresh:
     @contextlib.contextmanager
     def nested(self):
         """Let other rules run inside of one's: each after a `start`. Gives a function from an input's number to what it is."""
-        needs = self.needs
+        needs, parts = self.needs, self.parts
         yield lambda i: True if needs[i] else None
-        self.needs = needs
+        self.needs, self.parts = needs, parts
 
     def finish(self, out, x) -> None:
         """Out is what an inner rule's output is, zero for None."""
+
+    def _cast(self, c: torch.Tensor) -> torch.Tensor:
+        if c.dtype is self.dtype:
+            return c
+        if c.is_complex():   # a conversion would drop the imaginary part
+            raise UnsupportedStructure("a complex constant")
+        return c.to(self.dtype)
 
     def add(self, i, alpha=1.0, out=0, where=None):
         """out[where] += alpha * in_i, broadcast; alpha belongs to the structure."""
@@ -72,7 +81,7 @@ class Refresh:
         The functions of FUNCTIONS are evaluated by the kernels, cheaper than by operators here.
         """
         if isinstance(c, torch.Tensor):
-            self.constants.append(c if c.dtype is self.dtype else c.to(self.dtype))
+            self.constants.append(self._cast(c))
         else:
             self.constants.append(float(c))
 
@@ -84,12 +93,12 @@ class Refresh:
     def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
         """Out += alpha * left @ in_i, or alpha * in_i @ right; matrices, or stacks of matrices."""
         c = right if left is None else left
-        self.constants.append(blas_constant(c if c.dtype is self.dtype else c.to(self.dtype)))
+        self.constants.append(blas_constant(self._cast(c)))
 
     def gather(self, i, positions, lead, out=0, fixed=False):
         """Out[r] += in_i[positions[r]], rows being in_i's first `lead` dimensions flattened; -1 gives zero.
 
-        lead: from the end where it is not positive (0: all dimensions). Positions may change from step to step, unless they are
+        lead: None for all dimensions, negative for all but so many. Positions may change from step to step, unless they are
         `fixed`: part of the structure. They have as many elements as out has rows.
         """
         self.constants.append(positions.to(torch.int64).reshape(-1).contiguous())
@@ -101,7 +110,7 @@ class Refresh:
         """
         for c in (scale, *(c for term in terms for c in term)):
             if c is not None:
-                self.constants.append(rows_last(c if c.dtype is self.dtype else c.to(self.dtype), dims))
+                self.constants.append(rows_last(self._cast(c), dims))
 
     def view(self, i, window, out=0):
         """Out is a window on in_i: `window` maps a tensor to its view."""
@@ -141,13 +150,15 @@ class Record:
         self.program, self._leaves = program, leaves
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
+        self.parts: tuple = (None, None)
         self._slots: dict = {}
         self._collect = Refresh(program.dtype)
         self._collect.constants = self.constants
 
-    def start(self, inputs: list[Slot | None], shapes: list[torch.Size]) -> None:
-        """Begin the next rule: its input slots and the shapes of its outputs."""
+    def start(self, inputs: list, shapes: list[torch.Size]) -> None:
+        """Begin the next rule: its input slots, pairs of them where complex, and the shapes of its outputs."""
         self.needs = tuple(slot is not None for slot in inputs)
+        self.parts = None, None
         self._inputs = inputs
         self._shapes = shapes
         self._slots = {}
@@ -159,9 +170,9 @@ class Record:
     @contextlib.contextmanager
     def nested(self):
         """See Refresh."""
-        outer = self.needs, self._inputs, self._shapes, self._slots
+        outer = self.needs, self._inputs, self._shapes, self._slots, self.parts
         yield lambda i: outer[1][i]
-        self.needs, self._inputs, self._shapes, self._slots = outer
+        self.needs, self._inputs, self._shapes, self._slots, self.parts = outer
 
     def finish(self, out, x: Slot | None) -> None:
         """See Refresh."""
@@ -182,17 +193,29 @@ class Record:
 
     def output(self, out=0) -> Slot:
         """The slot of an output or temporary, allocated when first asked for."""
-        if out not in self._slots:
+        key = self._key(out)
+        if key not in self._slots:
             shape = self._shapes[out]
-            self._slots[out] = whole(self.program.add_buffer(WORKSPACE, shape.numel()), shape)
-        return self._slots[out]
+            self._slots[key] = whole(self.program.add_buffer(WORKSPACE, shape.numel()), shape)
+        return self._slots[key]
+
+    def _key(self, out):
+        """Where the slot of an output, of its part that is meant if it is complex, or of a temporary is kept."""
+        return out if isinstance(out, str) or self.parts[1] is None else (out, self.parts[1])
 
     def outputs(self) -> dict:
-        """All outputs written so far, by number."""
-        return {k: slot for k, slot in self._slots.items() if isinstance(k, int)}
+        """All outputs written so far, by number; of complex ones both parts."""
+        found = {k: slot for k, slot in self._slots.items() if isinstance(k, int)}
+        for key in self._slots:
+            if isinstance(key, tuple) and key[1] == "re":
+                found[key[0]] = Pair(self._slots[key], self._slots[key[0], "im"])
+        return found
 
     def _input(self, i) -> Slot:
-        return self.output(i) if isinstance(i, str) else self._inputs[i]
+        if isinstance(i, str):
+            return self.output(i)
+        x = self._inputs[i]
+        return getattr(x, self.parts[0]) if isinstance(x, Pair) else x
 
     def _constant(self, verb, *arguments) -> int:
         verb(*arguments)
@@ -279,7 +302,7 @@ class Record:
             self.program.fixed.add(constant)
         y, x = self.output(out), self._input(i)
         shape = x.view.shape
-        lead = lead if lead > 0 else len(shape) + lead
+        lead = len(shape) + (lead or 0) if lead is None or lead < 0 else lead
         count, width = shape[:lead].numel(), shape[lead:].numel()
         try:
             rows = x.view.view(count, width)
@@ -355,7 +378,7 @@ class Record:
 
     def view(self, i, window, out=0):
         x = self._input(i)
-        self._slots[out] = Slot(x.buffer, window(x.view))
+        self._slots[self._key(out)] = Slot(x.buffer, window(x.view))
 
     def reshape(self, i, shape=None, out=0):
         shape = self._shapes[out] if shape is None else shape
@@ -365,7 +388,7 @@ class Record:
         except RuntimeError:
             x = self._copy(x)
             view = x.view.view(shape)
-        self._slots[out] = Slot(x.buffer, view)
+        self._slots[self._key(out)] = Slot(x.buffer, view)
 
     def expand(self, i):
         self.view(i, lambda x: x.expand(self._shapes[0]))
@@ -383,19 +406,23 @@ class Record:
             starts = [sum(sizes[:k]) for k in range(len(sizes))]
         else:
             starts = self._offsets(dim, shape)
+        self.output()
         for i, start in enumerate(starts):
-            if not self.needs[i] or not self._inputs[i].view.numel():
+            if not self.needs[i] or not self._input(i).view.numel():
                 continue
             if stacked:
                 self.add(i, where=lambda x, a=start: x.select(dim, a))
             else:
-                size = self._inputs[i].view.shape[dim]
+                size = self._input(i).view.shape[dim]
                 self.add(i, where=lambda x, a=start, n=size: x.narrow(dim, a, n))
 
     def _offsets(self, dim: int, shape: torch.Size) -> list[int]:
         # A piece that no parameter reaches leaves no size on the tape; one such piece follows from the rest.
         # A piece of no elements may have one dimension alone.
-        sizes = [None if s is None else s.view.shape[dim] if s.view.dim() == len(shape) else 0 for s in self._inputs]
+        sizes = [
+            None if s is None else s.view.shape[dim] if s.view.dim() == len(shape) else 0
+            for s in (self._input(i) for i in range(len(self._inputs)))
+        ]
         for k in [k for k, size in enumerate(sizes) if size is None]:
             sizes[k] = shape[dim] - sum(size for size in sizes if size is not None)
         return [sum(sizes[:k]) for k in range(len(sizes))]

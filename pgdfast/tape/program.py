@@ -37,6 +37,14 @@ class Slot:
 
 
 @dataclass(slots=True)
+class Pair:
+    """The real and the imaginary part of a complex tensor."""
+
+    re: Slot
+    im: Slot
+
+
+@dataclass(slots=True)
 class Instruction:
     """One instruction; `extents` are its index space and strides, in the order of csrc/plan/plan.h.
 

@@ -14,8 +14,9 @@ from . import losses
 from .checkpoint import checkpoint_rule
 from .hidden import refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh
-from .program import PARAMETER, RESIDUAL, Program, Slot, UnsupportedStructure, whole
+from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
+from .rules.complex_numbers import rule_for_complex
 from .rules.table import Keyed, plain
 from .simplify import simplify
 from .walk import CHECKPOINT, OPAQUE, Fallback, Structure, Tape, Walker, describe, rule_of
@@ -68,16 +69,25 @@ class CompiledTape(ValueError):
 
 
 class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
+
+    Raises ValueError for complex parameters.
+    """
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for p in params:
+        for k, p in enumerate(params):
+            if p.is_complex():
+                raise ValueError(
+                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. "
+                    "Keep it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) "
+                    "in the model."
+                )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
-        self._checkpoint = checkpoint_rule(self.params)
+        self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
     def trace(self, result, allow_sync: bool = True) -> Trace:
@@ -274,13 +284,18 @@ class Tracer:
                 (position, self._rule_of(node, structure, position))
                 for position, node in tape.nodes.items() if position not in consumed
             ]
-            if structure.complex:
-                raise Fallback(f"complex numbers ({tape.name(structure.complex[0])})")
             structure.rules[consumed] = rules
         return rules
 
     def _rule_of(self, node, structure: Structure, position: int):
-        return self._checkpoint if structure.kinds[position] == CHECKPOINT else rule_of(node).of(structure, position)
+        if structure.kinds[position] == CHECKPOINT:
+            return self._checkpoint
+        if structure.complex and any(map(any, structure.numbers(position))):
+            found = rule_for_complex(structure, position)
+            if found is None:
+                raise Fallback(f"complex numbers ({structure.names[position]})")
+            return found
+        return rule_of(node).of(structure, position)
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)
@@ -303,6 +318,8 @@ class Tracer:
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [None if e is None else slots[e] for e in block.edges]
+            if any(isinstance(x, Pair) for x in inputs):
+                raise UnsupportedStructure("a loss of complex numbers")
             op.start([op.off_parameters(x) for x in inputs], [shape])
             program.residual_shapes.append(shape)
             op.bind_output(whole(program.add_buffer(RESIDUAL, shape.numel()), shape))

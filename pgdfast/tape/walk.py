@@ -39,8 +39,8 @@ class Structure:
     number: identifies the structure. roots: (position, output) of each result. names: node types. kinds: the same as
     `kind_of` gives them. leaf: number of the parameter that an AccumulateGrad node belongs to, else -1. active: does a
     parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
-    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: of those with complex
-    outputs. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
+    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output)
+    of those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
     wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
     bit, without gradients?
     """
@@ -68,7 +68,14 @@ class Structure:
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
-        self.complex = [k for k in self.wanted if any(m.dtype.is_complex for m in nodes[k]._input_metadata)]
+        self.complex = {
+            (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
+        }
+
+    def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
+        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
+        return tuple(edge in self.complex for edge in self.edges[position]), outputs
 
     def used(self, position: int) -> tuple[int, ...]:
         """Numbers of a node's outputs that active nodes or the closure's results read."""

@@ -64,6 +64,13 @@ LOCAL = {
         F.binary_cross_entropy(torch.sigmoid(a), torch.sigmoid(C), reduction="none"),
         F.soft_margin_loss(a, C.sign(), reduction="none"),
         F.binary_cross_entropy_with_logits(a, torch.sigmoid(b), reduction="none", pos_weight=torch.sigmoid(C[0]))),
+    "derivatives of losses": several(
+        *(first(lambda x, loss=loss: loss(x, C, reduction="none")) for loss in (F.huber_loss, F.smooth_l1_loss, F.mse_loss)),
+        first(lambda x: F.binary_cross_entropy(torch.sigmoid(x), torch.sigmoid(C), reduction="none")),
+        first(lambda x: F.soft_margin_loss(x, C.sign(), reduction="none"))),
+    "derivatives of layer norm": several(
+        first(lambda x: F.layer_norm(x, (4,))), lambda a, b, c, m: first(lambda x: F.layer_norm(x, (4,), c, c))(a, b, c, m),
+        lambda a, b, c, m: gradient(F.layer_norm(a, (4,), c) ** 3, a) * b),
     "losses as numbers": lambda a, b, c, m: torch.stack([
         F.huber_loss(a, C), F.smooth_l1_loss(a, b), F.mse_loss(a, b),
         F.binary_cross_entropy(torch.sigmoid(a), torch.sigmoid(C)),
@@ -103,6 +110,12 @@ MATRICES = {
     "factors": lambda a, b, c, m: (
         *torch.linalg.qr(stack(a, b)), *torch.linalg.lu(stack(a, b))[1:], torch.linalg.lu_factor(stack(a, b))[0],
         torch.linalg.qr(a.T)[1], torch.linalg.householder_product(torch.linalg.qr(C.T)[0].tril(-1) * a.T, c[:3])),
+    "unpacked factors": lambda a, b, c, m: (
+        *torch.lu_unpack(*torch.linalg.lu_factor(stack(a, b)))[1:],
+        torch.linalg.lu_solve(*torch.linalg.lu_factor(stack(a, b)), STACK),
+        torch.linalg.lu_solve(*torch.linalg.lu_factor(STACK), stack(a, b)),
+        torch.ormqr(C.T.tril(-1) * a.T, c[:3], b.T),
+        torch.addbmm(m[:2, :2], a.view(3, 2, 2), b.view(3, 2, 2), alpha=0.3, beta=2)),
     "exponentials": lambda a, b, c, m: (
         torch.linalg.matrix_exp(stack(a, b) / 3), torch.linalg.matrix_power(stack(a, b), 3), torch.kron(a, b[:2, :2])),
     "products with sums": lambda a, b, c, m: (

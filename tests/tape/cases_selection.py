@@ -203,6 +203,17 @@ WRITES = {
     "derivatives of pools": several(
         first(lambda x: F.max_pool2d(x[None], 2)), first(lambda x: F.adaptive_max_pool2d(x[None], (3, 2))),
         first(lambda x: F.max_pool3d(x.view(1, 2, 2, 3), 2)), first(lambda x: F.adaptive_max_pool3d(x.view(1, 2, 2, 3), 2))),
+    "derivatives of random pools": several(
+        first(lambda x: F.fractional_max_pool2d(
+            x[None], 2, (2, 3), _random_samples=torch.full((1, 1, 2), 0.3, dtype=torch.float64))),
+        first(lambda x: F.fractional_max_pool3d(
+            torch.stack([x, x * x])[None, None], (1, 2, 2), (1, 1, 2),
+            _random_samples=torch.full((1, 1, 3), 0.3, dtype=torch.float64))),
+        lambda a, b, c, m: aten.native_dropout_backward(a, MASK, 2.0), first(lambda x: x.masked_select(MASK)),
+        first(lambda x: aten.masked_scatter(x, MASK, x * x))),
+    "in place": lambda a, b, c, m: (
+        (2.0 * a).unsqueeze_(0), (2.0 * a).transpose_(0, 1), (2.0 * a).t_(), torch.quantile(a, 0.3, dim=1),
+        torch.frexp(a)[0] + b, torch.angle(a) * b, torch.block_diag(a, c, b[:2, :2]), torch.block_diag(C, a)),
     "derivatives of windows": several(
         first(lambda x: F.unfold(x[None, None], 2)), first(lambda x: F.interpolate(x[None], scale_factor=2)),
         first(lambda x: F.interpolate(x[None, None], size=(4, 5))),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, BACKENDS, gradient, jacobian_agreement, parameters, perturb, rand, relative
+from tape.cases_complex import COMPLEX
 from tape.cases_local import LOCAL, MAPS, MATRICES
 from tape.cases_pointwise import POINTWISE
 from tape.cases_selection import SELECTION, WRITES
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
 from pgdfast.linear import Linearizer
-from pgdfast.tape.rules import RULES
+from pgdfast.tape.rules import RULES, complex_numbers
 from pgdfast.tape.walk import kind_of
 
 aten = torch.ops.aten
@@ -523,7 +524,7 @@ TAYLOR = {
 
 TABLES = (
     ELEMENTWISE, STRUCTURAL, PRODUCTS, NESTED, NORMALIZING, GATHERS, TAYLOR, POINTWISE, SELECTION, WRITES, LOCAL, MATRICES,
-    MAPS, LAYERS,
+    MAPS, COMPLEX, LAYERS,
 )
 CASES = {name: case for table in TABLES for name, case in table.items()}
 
@@ -586,4 +587,5 @@ def test_every_rule_is_exercised():
         *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values()),
         operations(lstm_layer()),
     )
-    assert exercised == set(RULES), f"rules without a case: {sorted(set(RULES) - exercised)}"
+    known = set(RULES) | complex_numbers.NODES
+    assert exercised == known, f"rules without a case: {sorted(known - exercised)}"

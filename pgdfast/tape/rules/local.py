@@ -29,6 +29,9 @@ def local(op, backward: OwnBackward, groups: dict, out: int = 0, out_dims=()):
     n = math.prod(shape[d] for d in out_dims)
     count = math.prod(shape[d] for d in batch)
     groups = {i: dims for i, dims in groups.items() if op.needs[i]}
+    if n * count == 0:
+        op.nothing(out)
+        return
     rows: dict = {i: [] for i in groups}
     for unit in _units(backward.outputs[out], [*batch, *out_dims], count, n):
         gradients = backward(unit, out)
@@ -141,6 +144,17 @@ def loss(op, backward):
                 _to_a_number(op, i, gradient)
             else:
                 op.scale(i, coefficient(gradient, backward))
+
+
+@rule(*(name.replace("Backward0", "BackwardBackward0") for name in LOSSES.split() if "Logits" not in name), saved="reduction",
+      own=True)
+def loss_backward(op, reduction, backward):
+    """f(g, x, ...) = g times the slope of a loss, pointwise where g is no single number."""
+    if reduction and op.needs[0]:
+        raise UnsupportedStructure("second derivatives of a loss that was reduced to a number")
+    for i, gradient in enumerate(backward(backward.ones())):
+        if op.needs[i]:
+            op.scale(i, coefficient(gradient, backward))
 
 
 def _to_a_number(op, i, gradient: torch.Tensor | None):

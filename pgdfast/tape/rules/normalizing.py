@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..program import UnsupportedStructure
+from .local import local
 from .table import reduced, rule, signed
 
 
@@ -61,6 +62,22 @@ def layer_norm(op, x, shape, mean, rstd, weight):
         op.scale(1, n)
     if op.needs[2]:
         op.add(2)
+
+
+@rule("NativeLayerNormBackwardBackward0", saved="grad_out input normalized_shape mean rstd weight", own=True, used=True)
+def layer_norm_backward(op, g, x, shape, mean, rstd, weight, backward, used):
+    """Of n = (x - mean) rstd: f(g, x, w) = rstd (wg - mean(wg) - n mean(n wg))."""
+    if used != (0,):
+        raise UnsupportedStructure("second derivatives of a layer norm by its weights")
+    dims = tuple(range(-len(shape), 0))
+    if op.needs[1]:
+        local(op, backward, {1: dims}, 0, dims)
+    n = (x - mean) * rstd
+    for i, factor in ((0, weight), (4, g)):
+        if op.needs[i]:
+            op.temporary(f"product {i}", x.shape)
+            op.scale(i, torch.ones_like(x) if factor is None else factor, out=f"product {i}")
+            op.project(f"product {i}", dims, rstd, ((None, None), (n, n)), alpha=1 / max(math.prod(shape), 1))
 
 
 @rule("ScaledDotProductFlashAttentionForCpuBackward0", saved="attn_mask dropout_p is_causal key query scale value")

@@ -97,16 +97,31 @@ def _column(node, i: int, backward: OwnBackward) -> _Window:
     return _Window(column, [math.prod(like.shape[d + 1 :]) for d in range(len(like.shape))], 0)
 
 
+def _real(gradients: list) -> list:
+    """Gradients, those that are complex as the real numbers that they are."""
+    if any(g is not None and g.is_complex() and bool((g.imag != 0).any()) for g in gradients):
+        raise UnsupportedStructure("an operation in place on a view of complex numbers that mixes their parts")
+    return [g.real if g is not None and g.is_complex() else g for g in gradients]
+
+
 def _read_in_place(node):
     backward = OwnBackward(node)
     like = backward.outputs[0]
     shape, count = tuple(like.shape), math.prod(like.shape)
     numbers = torch.arange(count, device=like.device).view(shape)
-    probe = torch.rand(shape, dtype=like.dtype, device=like.device, generator=torch.Generator(like.device).manual_seed(0)) + 0.5
-    weights, checked = backward(backward.ones()), backward(probe)
+    real = like.dtype.to_real()
+    probe = torch.rand(shape, dtype=real, device=like.device, generator=torch.Generator(like.device).manual_seed(0)) + 0.5
+    if like.dtype.is_complex:
+        probe = probe.to(like.dtype)
+    weights, checked = _real(backward(backward.ones())), _real(backward(probe))
+    if like.dtype.is_complex:
+        turned = _real([None if g is None else -1j * g for g in backward(1j * backward.ones())])
+        if any(not torch.equal(a, b) for a, b in zip(weights, turned, strict=True) if a is not None):
+            raise UnsupportedStructure("an operation in place on a view of complex numbers that mixes their parts")
+    probe = probe.real
     places: list = [0] * len(weights)
     for scale in _digits(count):
-        sent = backward((numbers // scale % _BASE).to(like.dtype))
+        sent = _real(backward((numbers // scale % _BASE).to(like.dtype)))
         for i, w in enumerate(weights):
             if w is not None:
                 digit = torch.where(w == 0, 0.0, sent[i] / w).round().to(torch.int64)
@@ -120,7 +135,7 @@ def _read_in_place(node):
             windows.append(_column(node, len(windows), backward))
             continue
         expected = w * probe.reshape(-1)[at.clamp(0, max(count - 1, 0)).reshape(-1)].view(w.shape)
-        if not torch.allclose(result, expected, rtol=1e-4 if like.dtype == torch.float32 else 1e-10, atol=0.0):
+        if not torch.allclose(result, expected, rtol=1e-4 if real == torch.float32 else 1e-10, atol=0.0):
             raise UnsupportedStructure("an operation in place on a view that mixes elements")
         windows.append(_window(w.contiguous(), at, like))
     return (Keyed(windows, tuple(None if w is None else w.key for w in windows)),)
@@ -154,7 +169,7 @@ def _read_strided(node):
 
 
 def _strided(op, found):
-    op.gather(0, found.value, -found.key[0], fixed=True)
+    op.gather(0, found.value, -found.key[0] or None, fixed=True)
 
 
 RULES["AsStridedBackward0"] = Rule(_strided, (), _read_strided)

@@ -20,7 +20,7 @@ def table_of(targets: torch.Tensor, rows: int, exact: bool = False) -> torch.Ten
 
     K is the next power of two, so that other targets seldom make another structure; `exact`: as small as it can be.
     """
-    targets = targets.reshape(-1)
+    targets = targets.reshape(-1).to(torch.int64)
     kept = targets >= 0
     order = targets.masked_fill(~kept, rows).argsort(stable=True)[: int(kept.sum())]
     counts = torch.bincount(targets[kept], minlength=rows)
@@ -34,8 +34,8 @@ def table_of(targets: torch.Tensor, rows: int, exact: bool = False) -> torch.Ten
     return table
 
 
-def scatter(op, i, table: torch.Tensor, shape, lead: int, fixed: bool = False):
-    """Out of this shape = sum of rows of in_i by a table; rows are in_i's first `lead` dimensions flattened."""
+def scatter(op, i, table: torch.Tensor, shape, lead: int | None, fixed: bool = False):
+    """Out of this shape = sum of rows of in_i by a table; rows are those of `gather`."""
     rows, most = table.shape
     width = math.prod(shape) // rows if rows else 0
     if most == 1:

@@ -36,14 +36,14 @@ def picks(*nodes: str, saved: str = "", transposed: tuple[str, str] | None = Non
         def pick(op, *values):
             *values, shape, device = values
             rows, trailing = kept(_merged_positions, function, shape, device, values)
-            op.gather(0, rows, -trailing, fixed=True)
+            op.gather(0, rows, -trailing or None, fixed=True)
 
         if transposed:
             @rule(transposed[0], saved=transposed[1], shape=True)
             def spread(op, *values):
                 *values, shape, device = values
                 if op.needs[0]:
-                    scatter(op, 0, kept(_exact_table, function, None, device, [*values, shape]), shape, 0, fixed=True)
+                    scatter(op, 0, kept(_exact_table, function, None, device, [*values, shape]), shape, None, fixed=True)
                 else:
                     op.scale(1, 0.0)
 
@@ -181,7 +181,7 @@ def im2col(shape, dilation, kernel, padding, width, height, stride):
 @rule("Col2ImBackward0", saved="dilation kernel_size padding stride", shape=True)
 def col2im(op, dilation, kernel, padding, stride, shape, device):
     table = kept(_exact_table, _fold, None, device, (dilation, kernel, padding, stride, shape))
-    scatter(op, 0, table, shape, 0, fixed=True)
+    scatter(op, 0, table, shape, None, fixed=True)
 
 
 def _fold(shape, dilation, kernel, padding, stride, sizes):

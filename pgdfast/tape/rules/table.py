@@ -155,8 +155,8 @@ def sparse_rows(matrix: torch.Tensor) -> Keyed:
 
 
 def is_lazy(value) -> bool:
-    """Say whether a tensor's memory does not hold its entries: negated when they are read, or zero without memory."""
-    return isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor())
+    """Say whether a tensor's memory does not hold its entries: negated or conjugated when they are read, or zero without."""
+    return isinstance(value, torch.Tensor) and (value.is_neg() or value.is_conj() or value._is_zerotensor())
 
 
 def plain(value):
@@ -167,7 +167,7 @@ def plain(value):
         return value
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return value.resolve_neg()
+    return value.resolve_conj().resolve_neg()
 
 
 def reduced(dims, count: int) -> list[int]:

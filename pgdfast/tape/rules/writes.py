@@ -130,14 +130,26 @@ def masked_scatter(shape, mask, sizes):
     return targets.view(sizes), len(sizes), tuple(sizes), 1, False
 
 
+@rule("MaskedScatterBackwardBackward0", saved="mask", own=True)
+def masked_scatter_backward(op, mask, backward):
+    """The elements under a mask one after the other, zeros behind them."""
+    ones = backward(backward.ones())[0]
+    places = mask.expand(ones.shape).reshape(-1).nonzero()[:, 0]
+    rows = torch.full((math.prod(backward.outputs[0].shape),), -1, dtype=torch.int64, device=mask.device)
+    rows[: len(places)] = places[: len(rows)]
+    op.gather(0, rows, None)
+
+
 @writes("MaxUnpool2DBackward0", saved="indices", source=0)
-@writes("MaxPool2DWithIndicesBackwardBackward0", "AdaptiveMaxPool2DBackwardBackward0", saved="indices", source=0)
+@writes("MaxPool2DWithIndicesBackwardBackward0", "AdaptiveMaxPool2DBackwardBackward0", "FractionalMaxPool2DBackwardBackward0",
+        saved="indices", source=0)
 def unpool2d(shape, index):
     return in_planes(index, shape, 2), index.dim(), tuple(index.shape), 1, True
 
 
 @writes("MaxUnpool3DBackward0", saved="indices", source=0)
-@writes("MaxPool3DWithIndicesBackwardBackward0", "AdaptiveMaxPool3DBackwardBackward0", saved="indices", source=0)
+@writes("MaxPool3DWithIndicesBackwardBackward0", "AdaptiveMaxPool3DBackwardBackward0", "FractionalMaxPool3DBackwardBackward0",
+        saved="indices", source=0)
 def unpool3d(shape, index):
     return in_planes(index, shape, 3), index.dim(), tuple(index.shape), 1, True
 
@@ -178,7 +190,7 @@ def _reduction(op, found, shape):
     if op.needs[1]:
         op.temporary("values", values.shape)
         op.scale(1, values, out="values")
-        scatter(op, "values", table, shape, 0)
+        scatter(op, "values", table, shape, None)
     if op.needs[0]:
         op.scale(0, kept)
 
@@ -194,7 +206,8 @@ def _written(op, backward: OwnBackward, window):
     if op.needs[1]:
         op.add(1, where=window)
     if op.needs[0]:
-        op.scale(0, coefficient(backward(backward.ones())[0], backward))
+        kept = coefficient(backward(backward.ones())[0], backward)
+        op.scale(0, kept.real.contiguous() if kept.is_complex() else kept)
 
 
 @rule("SliceScatterBackward0", saved="dim start end step", own=True)
