@@ -140,6 +140,9 @@ class ReferenceNetworks:
         pairs = [reference.residual(lambda b=b: _of_member(run(), b, self.count), self._params) for b in range(self.count)]
         return [(float(loss), residual) for loss, residual in pairs]
 
+    def before_trial(self) -> None:
+        """Explicit Jacobians do not depend on constants either."""
+
     def unchanged(self) -> None:
         """Explicit Jacobians do not depend on the parameters' memory."""
 
@@ -168,6 +171,9 @@ class _ReferenceLinearization:
         self.reference, self._params = found, params
         self.loss = found.loss.detach().to(params[0].dtype)
         self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
+
+    def before_trial(self) -> None:
+        """An explicit Jacobian does not depend on constants either."""
 
     def parameters_unchanged(self) -> None:
         """An explicit Jacobian does not depend on the parameters' memory."""

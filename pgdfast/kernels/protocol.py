@@ -86,6 +86,9 @@ class Traits:
     solves_members: bool = False   # has set_members, select and members_solve
     sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
+    matrix_free: bool = True       # products J v do not take J itself
+    jacobian_flops: float | None = None   # operations of J, where they are not a sweep for each row
+    block_bytes: float | None = None      # has normal and diagonal, which make no more of J than this at once
 
 
 class Kernels(Protocol):

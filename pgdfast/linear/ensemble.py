@@ -9,16 +9,16 @@ import torch
 from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
-from .double_backward import double_backward
+from .adjoint import Flat
 from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
 
 
 class EnsembleLinearizer(Linearizer):
     """Linearizes closures of ensembles over fixed parameters, each of them B tensors stacked on a first dimension."""
 
-    def __init__(self, params, count: int, backend: str = "auto"):
+    def __init__(self, params, count: int, backend: str = "auto", check: str = "first"):
         check_stacked(params, count)
-        super().__init__(params, backend)
+        super().__init__(params, backend, check)
         self.count = count
         self._orders: dict[tuple, torch.Tensor] = {}
 
@@ -27,16 +27,20 @@ class EnsembleLinearizer(Linearizer):
         self._check_device(result)
         losses, total = split_result(result, self.count)
         trace = self._tracer.trace(total)
-        if trace.program is None:
-            self._announce(trace.missing)
-            operator, plan = double_backward(trace, self.params, self._tracer.dtype, total), None
-            order = self._order(operator, [block.residual.shape for block in trace.blocks])
-        else:
-            plan, operator = self._plan_of(trace), None
+        if trace.program is not None:
+            plan = self._plan_of(trace)
             order = plan.order
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
-        return EnsembleLinearization(self, trace, losses, operator, plan, order)
+            found = EnsembleLinearization(self, trace, losses, None, plan, order)
+            if plan.agrees or self._arbiter.agrees(plan, found.flat(), trace, total):
+                return found
+            trace = self._arbiter.trace(total)
+        else:
+            self._announce(trace)
+        operator = self._arbiter.operator(trace, total, self.count)
+        order = self._order(operator, [block.residual.shape for block in trace.blocks])
+        return EnsembleLinearization(self, trace, losses, operator, None, order)
 
     def _new_plan(self, trace) -> _EnsemblePlan:
         device = trace.residual.device
@@ -55,6 +59,8 @@ class EnsembleLinearizer(Linearizer):
         labels, certain = self._labels(operator)
         order = self._sorted(labels, shapes)
         if certain:
+            if len(self._orders) >= 64:
+                self._orders.clear()
             self._orders[key] = order
         return order
 
@@ -153,6 +159,16 @@ class EnsembleLinearization(Bound):
         self._losses = None
         self._forget()
 
+    def flat(self) -> Flat:
+        """The products in the order of the whole program."""
+        def jvp(v):
+            return scattered(self.jvp(gathered_parameters(v, self.params)), self._order)
+
+        def vjp(u):
+            return scattered_parameters(self.vjp(gathered(u, self._order, self.count)), self.params)
+
+        return Flat(jvp, vjp, self.count)
+
     def _forget(self) -> None:
         self._dense = None
         self._members = WeakValueDictionary()   # a member holds the ensemble: no cycle, or tapes would wait for the collector
@@ -163,6 +179,13 @@ class EnsembleLinearization(Bound):
         if self._losses is None:
             self._losses = self.loss.tolist()
         return self._losses
+
+    def widened(self):
+        """See Bound. Without a program every J_b, as autograd has it, in float64."""
+        wide = super().widened()
+        if wide is not self and self._plan is None and wide._dense is None:
+            wide._dense = self.dense().double()
+        return wide
 
     def row_layout(self):
         """The row layout of one member's residuals, None where they or the members do not separate."""
@@ -193,12 +216,16 @@ class EnsembleLinearization(Bound):
         """J_b v_b for all members: (B, P) -> (B, M)."""
         if self.separates:
             return torch.stack([self.member(b).jvp(row) for b, row in enumerate(v)])
+        if self._dense is not None:
+            return (self._dense @ v[:, :, None])[:, :, 0]
         return gathered(self.kernels().jvp(scattered_parameters(v, self.params)), self._order, self.count)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J_b^T u_b for all members: (B, M) -> (B, P)."""
         if self.separates:
             return torch.stack([self.member(b).vjp(row) for b, row in enumerate(u)])
+        if self._dense is not None:
+            return (u[:, None] @ self._dense)[:, 0]
         return gathered_parameters(self.kernels().vjp(scattered(u, self._order)), self.params)
 
     def dense(self) -> torch.Tensor:
@@ -207,10 +234,16 @@ class EnsembleLinearization(Bound):
             return torch.stack([self.member(b).dense() for b in range(self.count)])
         if self._dense is None:
             J = self.residual.new_empty(self.count, self.num_residuals, self.num_parameters)
-            for i in range(self.num_residuals):
-                unit = torch.zeros_like(self.residual)
-                unit[:, i] = 1
-                J[:, i] = self.vjp(unit)
+            kernels = self.kernels()
+            size = kernels.rows_per_sweep if kernels.batches else 1
+            for first in range(0, self.num_residuals, size):
+                rows = J[:, first : first + size].transpose(0, 1)   # (K, B, P)
+                units = torch.zeros(len(rows), *self.residual.shape, dtype=self.dtype, device=self.device)
+                units[range(len(rows)), :, range(first, first + len(rows))] = 1
+                cotangents = torch.stack([scattered(unit, self._order) for unit in units])
+                pulled = kernels.vjp(cotangents) if kernels.batches else kernels.vjp(cotangents[0])[None]
+                for row, flat in zip(rows, pulled, strict=True):
+                    row.copy_(gathered_parameters(flat, self.params))
             self._dense = J
         return self._dense
 
@@ -251,6 +284,10 @@ class Member(Products):
         losses, residual = self._ensemble.residual_at(run)
         return losses[self._b], residual[self._b]
 
+    def before_trial(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.before_trial()
+
     def parameters_unchanged(self) -> None:
         """See EnsembleLinearization."""
         self._ensemble.parameters_unchanged()
@@ -269,7 +306,9 @@ class _OneOfAll(Traits):
         self._ensemble, self._b = ensemble, b
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         whole = ensemble._operator or ensemble._plan.kernels
-        self.flops, self.arena_size = whole.flops, whole.arena_size
+        self.flops, self.arena_size, self.matrix_free = whole.flops, whole.arena_size, whole.matrix_free
+        if whole.jacobian_flops is not None:
+            self.jacobian_flops = whole.jacobian_flops / ensemble.count   # a sweep serves all
 
     def _one(self, product, dense, x: torch.Tensor) -> torch.Tensor:
         if self._ensemble._dense is not None:

@@ -64,6 +64,9 @@ class Linearization(Protocol):
         run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
         """
 
+    def before_trial(self) -> None:
+        """Say that the closure is about to run again: what it writes to is copied where that is to be expected."""
+
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
 

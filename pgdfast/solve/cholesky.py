@@ -111,7 +111,7 @@ class Cholesky:
         elif s.local and s.kernels.sums_outputs:
             matrix = s.factored(P) + width * s.layout.packed
         else:
-            matrix = s.jacobian_bytes + (s.factored(P) if s.kernels.fused else s.dense(P))
+            matrix = min(s.jacobian_bytes, s.block_bytes) + (s.factored(P) if s.kernels.fused else s.dense(P))
         return s.steps + matrix + s.sweeps + s.vectors
 
 
@@ -133,7 +133,7 @@ def system(name: str, problem: Problem) -> System:
     keeps = kernels.fused and not kernels.has_direct   # the matrix, for further dampings
     if name == "primal":
         g = problem.gradient()
-        H = kernels.normal() if keeps else _normal(lin.dense())
+        H = kernels.normal() if keeps or kernels.block_bytes is not None else _normal(lin.dense())
         return System(False, H, problem.diagonal(), g, lambda y: y, lambda y, step: _dot(g, step))
     if problem.uniform:
         K = kernels.gram() if keeps and rows is not None else lin.gram()

@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.errors import out_of_memory
 from .rng_replay import RandomReplay, code_of
 
 LARGE_TAPE = 4 << 20   # bytes of activations from which a trial without a tape is worth its detour through Python
@@ -135,10 +136,3 @@ def half_square(result) -> torch.Tensor:
     """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached."""
     parts = result if isinstance(result, (tuple, list)) else [result]
     return 0.5 * sum(part.detach().double().square().sum() for part in parts)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: PyTorch's allocator for the CPU has no type of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

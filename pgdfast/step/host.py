@@ -199,6 +199,7 @@ class HostStep:
     def attempt(self) -> None:
         """Go to the trial points: the steps, or where a correction or a search along them ends; see the losses there."""
         start, options, parameters = perf_counter(), self.options, self.parameters
+        self._networks.lin.before_trial()
         proposals, points = {}, {}
         for m in self.pending:
             if isinstance(m.solution, Solutions):   # not where the best of them was shortened

@@ -14,6 +14,22 @@ from .walk import CHECKPOINT, Tape
 _OPEN = ("pgdfast.", "torch.nn.modules._functions.BackwardHookFunction", CHECKPOINT)   # Functions that hide nothing from rules
 
 
+def refuse_accumulation_hooks(number: int, p: torch.Tensor) -> None:
+    """Raise ValueError for a parameter with hooks, where they are not those of the tensor: no others run without .grad."""
+    what = f"pgdfast.LM: parameter {number}, of shape {tuple(p.shape)},"
+    if getattr(p, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"{what} has a post-accumulate-grad hook, which would never run, since no .grad is filled; remove it "
+            "(handle.remove())."
+        )
+    if not p._backward_hooks:
+        raise ValueError(
+            f"{what} has a hook at the node that accumulates its .grad, which would never run, since none is filled. "
+            "DistributedDataParallel and FSDP average gradients over processes by such hooks: without them every process would "
+            "train a network of its own. Call the bare module (model.module) on all data in one process."
+        )
+
+
 def refuse_hidden(nodes: list, kinds: list[str], params: list[torch.Tensor]) -> None:
     """Raise ValueError where a node of a fresh tape hides parameters. kinds: as walk.kind_of gives them.
 

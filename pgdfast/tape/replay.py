@@ -170,7 +170,7 @@ def _sources(rule, needs: tuple[bool, ...], values: tuple, dtype: torch.dtype) -
     """
     if len(values) != len(rule.saved):
         return None
-    copies = [_copy(v) if isinstance(v, torch.Tensor) else v for v in values]
+    copies = [copied(v) if isinstance(v, torch.Tensor) else v for v in values]
     owner = {_memory(c): k for k, c in enumerate(copies) if isinstance(c, torch.Tensor)}
     op = Refresh(dtype)
     op.needs = needs
@@ -193,7 +193,7 @@ def _memory(t: torch.Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def _copy(t: torch.Tensor) -> torch.Tensor:
+def copied(t: torch.Tensor) -> torch.Tensor:
     """The same entries under the same strides, from offset 0, in new memory."""
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     return t.detach().as_strided((span,), (1,), t.storage_offset()).clone().as_strided(t.shape, t.stride(), 0)

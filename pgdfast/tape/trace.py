@@ -12,7 +12,7 @@ import torch
 
 from . import losses
 from .checkpoint import checkpoint_rule
-from .hidden import refuse_checkpoints, refuse_hidden
+from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
@@ -32,8 +32,8 @@ class Trace:
     that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
     program and constants: the linearization, or None where `missing` names an operation without a rule;
-    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs. foreign: does code
-    of the user's take part in the backward: hooks, or a torch.autograd.Function?
+    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
+    structure: of the tape.
     """
 
     loss: torch.Tensor
@@ -44,10 +44,10 @@ class Trace:
     penalties: dict[int, float]
     program: Program | None
     constants: list
+    structure: Structure
     missing: str | None = None
     blocks: list | None = None
     edges: list | None = None
-    foreign: bool = False
 
 
 @dataclass(slots=True)
@@ -90,20 +90,21 @@ class Tracer:
         self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
-    def trace(self, result, allow_sync: bool = True) -> Trace:
+    def trace(self, result, allow_sync: bool = True, rules: bool = True) -> Trace:
         """Read what a closure returned.
 
         result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. allow_sync: may it wait
-        for a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
+        for a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign. rules: make a
+        program; else the trace is as if an operation had none.
         Raises ValueError for results that cannot be linearized, each with what to do instead.
         """
         try:
-            if self.replays and allow_sync:
+            if self.replays and allow_sync and rules:
                 trace = self._replay(result)
                 if trace is not None:
                     return trace
             with torch.no_grad():
-                return self._trace(result, allow_sync)
+                return self._trace(result, allow_sync, rules)
         except RuntimeError as error:
             if "already been freed" in str(error) or "second time" in str(error):
                 raise ValueError(
@@ -129,10 +130,12 @@ class Tracer:
                     if form is None:
                         return None
                     residual, penalties = self._residual(form, loss), form.penalties
-        tapeless = replay.structure.tapeless
-        return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
+        structure = replay.structure
+        return Trace(
+            loss, value, residual, replay.squares_only, structure.tapeless, penalties, replay.program, constants, structure
+        )
 
-    def _trace(self, result, allow_sync: bool) -> Trace:
+    def _trace(self, result, allow_sync: bool, rules: bool) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
@@ -165,19 +168,21 @@ class Tracer:
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
         value = loss.item() if allow_sync else None
-        trace = Trace(loss, value, residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
+        structure = tape.structure
+        trace = Trace(loss, value, residual, form.squares_only, structure.tapeless, form.penalties, None, [], structure)
         try:
-            trace.program, trace.constants = self._program(
-                tape, form, positions[0][0] if scalar and positions[0] else None, allow_sync
-            )
-            return trace
+            if rules:
+                trace.program, trace.constants = self._program(
+                    tape, form, positions[0][0] if scalar and positions[0] else None, allow_sync
+                )
+                return trace
         except Fallback as error:
             self._refuse_opaque(tape)
             trace.missing = error.operation
         except UnsupportedStructure as error:
             trace.missing = str(error)
         refuse_checkpoints(tape, trace.missing, len(self.params))
-        trace.blocks, trace.edges, trace.foreign = form.blocks, self._edges(tape, form), tape.structure.foreign
+        trace.blocks, trace.edges = form.blocks, self._edges(tape, form)
         return trace
 
     def _tape(self, tensors: list[torch.Tensor]) -> Tape:
@@ -189,11 +194,8 @@ class Tracer:
         tape = self._walker.walk(results)
         for position in tape.structure.hooked:
             leaf = tape.leaf[position]
-            if leaf >= 0 and getattr(self.params[leaf], "_post_accumulate_grad_hooks", None):
-                raise ValueError(
-                    f"pgdfast.LM: parameter {leaf}, of shape {tuple(self.params[leaf].shape)}, has a post-accumulate-grad "
-                    "hook, which would never run, since no .grad is filled; remove it (handle.remove())."
-                )
+            if leaf >= 0:
+                refuse_accumulation_hooks(leaf, self.params[leaf])
         if tape.fresh is not None:
             refuse_hidden(tape.fresh, tape.structure.kinds, self.params)
             self._walker.remember(tape.structure)

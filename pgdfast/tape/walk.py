@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch.autograd.function import BackwardCFunction
 
@@ -23,6 +25,7 @@ _PLAIN = {
 CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"   # whose parameters have no edges: it is active in any case
 OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
+_PRODUCT = re.compile("Mm|Mv|Dot|Linear|Convolution|Rnn|Attention|Trilinear")
 
 
 class Fallback(Exception):
@@ -42,7 +45,7 @@ class Structure:
     its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output)
     of those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
     wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
-    bit, without gradients?
+    bit, without gradients? eps: rounding unit of the coarsest type among the active nodes' outputs.
     """
 
     def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int], hooked: list[int]):
@@ -71,6 +74,9 @@ class Structure:
         self.complex = {
             (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
         }
+        types = [{m.dtype for m in node._input_metadata} for node in nodes]
+        rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
+        self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
 
     def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
@@ -81,6 +87,33 @@ class Structure:
         """Numbers of a node's outputs that active nodes or the closure's results read."""
         readers = [self.edges[k] for k in self.wanted]
         return tuple(sorted({e[1] for edges in (*readers, self.roots) for e in edges if e is not None and e[0] == position}))
+
+    def num_outputs(self) -> int:
+        """How many numbers the active nodes put out."""
+        return sum(shape.numel() for k in self.wanted for shape in self.shapes[k])
+
+    def product_flops(self) -> float:
+        """About what a backward pass takes in the tape's products of matrices: two of each, of 2 m k n."""
+        total = 0.0
+        for k in self.wanted:
+            if _PRODUCT.search(self.kinds[k]):
+                out = self.shapes[k][0].numel()
+                known = [self.shapes[e[0]][e[1]] for e in self.edges[k] if e is not None and self.shapes[e[0]][e[1]].numel()]
+                if len(known) > 1:   # m k n from the three sizes
+                    sizes = sorted((s.numel() for s in known), reverse=True)
+                    total += 4 * (out * sizes[0] * sizes[1]) ** 0.5
+                elif known:
+                    total += 4 * out * max(known[0][-1:] or (1,))
+        return total
+
+    def suspects(self, wrong: set[int]) -> list[str]:
+        """Names of the operations through which the gradients of these parameters pass, and of no others if there are such."""
+        below = []
+        for leaf, edges in zip(self.leaf, self.edges, strict=True):
+            below.append(set().union(*(below[e[0]] for e in edges if e is not None)) if leaf < 0 else {leaf})
+        passed = [k for k in self.wanted if below[k] & wrong]
+        alone = [k for k in passed if below[k] <= wrong]
+        return list(dict.fromkeys(self.names[k] for k in alone or passed))
 
 
 class Tape:

@@ -193,6 +193,22 @@ def test_post_accumulate_hooks_are_refused():
     assert optimizer.report.status == "accepted"
 
 
+def test_hooks_at_the_node_that_accumulates_are_refused():
+    """DistributedDataParallel averages gradients by them, and processes would drift apart."""
+    model = mlp(3, 5, 4)
+    optimizer, p = pgdfast.LM(model.parameters()), model[2].bias
+    closure = lambda: F.mse_loss(model(X), Y)  # noqa: E731
+    node = p.view_as(p).grad_fn.next_functions[0][0]   # alive as long as it is held
+    handle = node.register_hook(lambda inputs, outputs: None)
+    message = r"parameter 3, of shape \(4,\), has a hook at .*DistributedDataParallel.*model.module"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(closure)
+    handle.remove()
+    optimizer.step(closure)
+    assert optimizer.report.status == "accepted"
+
+
 # --- Functions --------------------------------------------------------------------------------------------------------------
 
 

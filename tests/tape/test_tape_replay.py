@@ -26,9 +26,9 @@ class Pair:
         tracer = self.replaying._tracer
         self.looked, look = 0, tracer._trace
 
-        def counted(result, waits):
+        def counted(*arguments):
             self.looked += 1
-            return look(result, waits)
+            return look(*arguments)
 
         tracer._trace = counted
 
