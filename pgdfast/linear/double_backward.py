@@ -90,7 +90,7 @@ class DoubleBackward(Traits):
         M, P = sum(self._sizes), sum(p.numel() for p in params)
         self.num_residuals, self.num_parameters = M, P
         structure = trace.structure
-        numbers, nodes = structure.numbers(), _NODE * len(structure.wanted)
+        numbers, nodes = structure.num_outputs(), _NODE * len(structure.wanted)
         self.arena_size = numbers + M + P   # what PyTorch makes beside its graph
         work = _NUMBER * numbers + structure.product_flops()
         self.flops = nodes + work

@@ -11,7 +11,7 @@ import torch
 
 from .hidden import refuse_hidden
 from .rules.table import Keyed, Rule
-from .walk import CHECKPOINT, Fallback, Structure, Walker, describe, rule_of
+from .walk import Fallback, Structure, Walker, describe
 
 
 def run_again(node) -> tuple[list, tuple]:
@@ -56,8 +56,11 @@ class _Inner:
         return tuple(s.kinds), tuple(s.edges), tuple(s.leaf), tuple(shapes), tuple(self.roots), tuple(values)
 
 
-def checkpoint_rule(params: list[torch.Tensor]) -> Rule:
-    """The rule of a checkpoint's node, whose function may use these parameters. Cost: one more run of the function."""
+def checkpoint_rule(params: list[torch.Tensor], rule_of) -> Rule:
+    """The rule of a checkpoint's node, whose function may use these parameters. Cost: one more run of the function.
+
+    rule_of: gives the rule of a node, of its structure and position.
+    """
 
     def read(node) -> tuple:
         detached, outputs = run_again(node)
@@ -67,10 +70,8 @@ def checkpoint_rule(params: list[torch.Tensor]) -> Rule:
         if tape.structure.hooked:
             raise Fallback(f"the gradient hook on {tape.name(tape.structure.hooked[0])}")
         following = iter(tape.structure.roots)
-        work = []
-        for k, inside in tape.nodes.items():
-            rule = itself if tape.kind(k) == CHECKPOINT else rule_of(inside).of(tape.structure, k)
-            work.append((k, rule, rule.read(inside)))
+        work = [(k, rule_of(inside, tape.structure, k), inside) for k, inside in tape.nodes.items()]
+        work = [(k, rule, rule.read(inside)) for k, rule, inside in work]
         inner = _Inner(tape.structure, work, [None if t is None else next(following) for t in taped])
         return (Keyed(inner, inner.key()),)
 
@@ -91,5 +92,4 @@ def checkpoint_rule(params: list[torch.Tensor]) -> Rule:
         for output, root in enumerate(inner.roots):
             op.finish(output, None if root is None else alive.get(root))
 
-    itself = Rule(apply, (), read)
-    return itself
+    return Rule(apply, (), read)

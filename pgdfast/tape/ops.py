@@ -44,7 +44,7 @@ class Refresh:
 
     def start(self, inputs, shapes) -> None:
         """Begin a rule inside of another one's: what its inputs depend on the parameters by, or None; its outputs' shapes."""
-        self.needs = tuple([x is not None for x in inputs])
+        self.needs, self.parts = tuple([x is not None for x in inputs]), (None, None)
         self._count = len(shapes)
 
     def outputs(self) -> dict:
@@ -58,9 +58,9 @@ class Refresh:
     @contextlib.contextmanager
     def nested(self):
         """Let other rules run inside of one's: each after a `start`. Gives a function from an input's number to what it is."""
-        needs = self.needs
+        needs, parts = self.needs, self.parts
         yield lambda i: True if needs[i] else None
-        self.needs = needs
+        self.needs, self.parts = needs, parts
 
     def finish(self, out, x) -> None:
         """Out is what an inner rule's output is, zero for None."""
@@ -170,9 +170,9 @@ class Record:
     @contextlib.contextmanager
     def nested(self):
         """See Refresh."""
-        outer = self.needs, self._inputs, self._shapes, self._slots
+        outer = self.needs, self._inputs, self._shapes, self._slots, self.parts
         yield lambda i: outer[1][i]
-        self.needs, self._inputs, self._shapes, self._slots = outer
+        self.needs, self._inputs, self._shapes, self._slots, self.parts = outer
 
     def finish(self, out, x: Slot | None) -> None:
         """See Refresh."""

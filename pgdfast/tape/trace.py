@@ -78,7 +78,7 @@ class Tracer:
         for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
-        self._checkpoint = checkpoint_rule(self.params)
+        self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
     def trace(self, result, allow_sync: bool = True, rules: bool = True) -> Trace:
@@ -288,20 +288,22 @@ class Tracer:
                     needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
             if any(block.handles for block in form.blocks):
                 raise Fallback("the modulus of complex numbers")
-            rules = [(position, self._rule(tape, position)) for position in structure.wanted if position in needed]
+            rules = [
+                (position, self._rule_of(tape.nodes[position], structure, position))
+                for position in structure.wanted if position in needed
+            ]
             structure.rules[outputs] = rules
         return rules
 
-    def _rule(self, tape: Tape, position: int):
-        structure = tape.structure
+    def _rule_of(self, node, structure: Structure, position: int):
+        if structure.kinds[position] == CHECKPOINT:
+            return self._checkpoint
         if structure.complex and any(map(any, structure.complex_at(position))):
             found = rule_for_complex(structure, position)
             if found is None:
-                raise Fallback(f"complex numbers ({tape.name(position)})")
+                raise Fallback(f"complex numbers ({structure.names[position]})")
             return found
-        if structure.kinds[position] == CHECKPOINT:
-            return self._checkpoint
-        return rule_of(tape.nodes[position]).of(structure, position)
+        return rule_of(node).of(structure, position)
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)

@@ -82,7 +82,12 @@ class Structure:
         rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
         self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
 
-    def numbers(self) -> int:
+    def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
+        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
+        return tuple(edge in self.complex for edge in self.edges[position]), outputs
+
+    def num_outputs(self) -> int:
         """How many numbers the active nodes put out."""
         return sum(shape.numel() for k in self.wanted for shape in self.shapes[k])
 

@@ -27,19 +27,20 @@ _patterns: dict[tuple, _Pattern | None] = {}   # None: it has none that is cheap
 class _Backward:
     """A Function's backward as a plain call.
 
-    outputs: numbers of those that have cotangents. inputs: of those that may have; shapes: theirs.
+    outputs: numbers of those that are used. inputs: of those that may have cotangents; shapes: theirs.
     """
 
-    def __init__(self, node):
+    def __init__(self, node, used: tuple[int, ...]):
         self._node, self._metadata, self.name = node, node._input_metadata, node.name()
-        self.outputs = [k for k, m in enumerate(self._metadata) if m.dtype.is_floating_point]
+        self.outputs = [k for k in used if self._metadata[k].dtype.is_floating_point]
         self.inputs = [i for i, (child, _) in enumerate(node.next_functions) if child is not None]
         children = [node.next_functions[i] for i in self.inputs]
         self.shapes = [tuple(child._input_metadata[number].shape) for child, number in children]
         self._places = [k for k, needed in enumerate(node.needs_input_grad) if needed]
         if len(self._places) != len(self.inputs):
             raise UnsupportedStructure(f"{self.name}, whose inputs cannot be told apart")
-        self.key = type(node), tuple([self.shape(k) for k in range(len(self._metadata))]), *self.inputs, *self.shapes
+        shapes = tuple([self.shape(k) for k in range(len(self._metadata))])
+        self.key = type(node), shapes, tuple(self.outputs), tuple(self.inputs), tuple(self.shapes)
 
     def shape(self, k: int) -> tuple[int, ...]:
         """Of output k."""
@@ -215,8 +216,8 @@ def _random_cotangents(backward: _Backward) -> dict:
     return drawn
 
 
-def _read(node) -> tuple:
-    backward = _Backward(node)
+def _read(node, used: tuple[int, ...]) -> tuple:
+    backward = _Backward(node, used)
     try:
         jacobian, key = _probed(backward)
     except (UnsupportedStructure, MemoryError):
@@ -274,4 +275,9 @@ def _add_product(op, i: int, a: _Alignment, blocks: torch.Tensor, name: str) -> 
     op.add("product", out=name)
 
 
-FUNCTION = Rule(_function, (), _read)   # of any torch.autograd.Function that has no rule of its own
+def _for_used(structure, position: int) -> Rule:
+    used = structure.used(position)
+    return Rule(_function, (), lambda node: _read(node, used))
+
+
+FUNCTION = Rule(_function, (), _read, _for_used)   # of any torch.autograd.Function that has no rule of its own
