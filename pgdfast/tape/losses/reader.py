@@ -48,31 +48,33 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
     ways = tape.structure.losses
-    if not ways:
-        try:
-            return _walked(tape, (root, 0), 1.0, allow_sync)
-        except UnrecognizedLoss as error:
-            why = error
-        if not _differentiable(tape, root, allow_sync):
-            raise why
+    if ways:
         try:
             return _Terms(tape, allow_sync).read((root, 0))
-        except UnrecognizedLoss as error:
+        except UnrecognizedLoss:   # all anew, if only to explain
             ways.clear()
-            raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
-    return _Terms(tape, allow_sync).read((root, 0))
+    try:
+        return _walked(tape, (root, 0), 1.0, allow_sync)
+    except UnrecognizedLoss as error:
+        why = error
+    if not _differentiable(tape, root, allow_sync):
+        raise why
+    try:
+        return _Terms(tape, allow_sync).read((root, 0))
+    except UnrecognizedLoss as error:
+        ways.clear()
+        raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
 
 
 def one_element(form: Form, tape, value: float | None, params) -> str:
     """What a result of one entry with dimensions is, by its form as a scalar: "loss", "residual", or "either".
 
-    value: its number, None where that is not to be waited for. A loss is what ends in an operation that is one by name, or a
-    sum of several squares that is all of its value; with a constant beside the squares it may be a residual, too.
+    value: its number, None where that is not to be waited for. A loss is a sum of several squares that is all of its value;
+    with a constant beside the squares it may be a residual, too. So is what ends in another operation that is one by name.
     """
-    if any(tape.kind(position) in _LOSSES for position in form.consumed):
-        return "loss"
-    if not form.steady or not form.squares_only or not form.sums(tape):
-        return "residual"
+    named = any(tape.kind(position) in _LOSSES for position in form.consumed)
+    if not form.squares_only or not form.sums(tape) and not named:
+        return "loss" if named else "residual"
     if value is None:
         return "either"
     half = 0.5 * sum(float(block.residual.double().square().sum()) for block in form.blocks)
