@@ -174,10 +174,9 @@ def _as_loss(result: Tensor, params: list[Tensor]) -> list[Block] | None:
         blocks = scalar_blocks(loss, params)
     except ValueError:
         return None
-    if ends_in_loss(loss):
-        return blocks
-    if not all(block.squares for block in blocks) or not any(block.residual.numel() > 1 for block in blocks):
-        return None
+    named, several = ends_in_loss(loss), any(block.residual.numel() > 1 for block in blocks)
+    if not all(block.squares for block in blocks) or not (several or named):
+        return blocks if named else None
     half, value = 0.5 * sum(block.residual.square().sum() for block in blocks), loss.detach()
     if (half - value).abs() <= 1e-6 * value.abs():
         return blocks

@@ -287,10 +287,11 @@ def diagonal(edges: list, slope: Tensor, h: Tensor) -> Block:
 
 
 def reweighted(slope: Tensor, a: Tensor) -> Tensor:
-    """Slope / a, with |a| at least a ten-thousandth of its mean."""
-    floor = 1e-4 * a.abs().mean()
+    """Slope / a, with |a| at least a thousandth of its mean."""
+    floor = 1e-3 * a.abs().mean()
     size = torch.maximum(a.abs(), floor)
-    return torch.where(slope == 0, 0.0, slope / torch.where(a < 0, -size, size))
+    ratio = torch.where(a == 0, slope.abs() / floor, slope / torch.where(a < 0, -size, size))
+    return torch.where(slope == 0, 0.0, ratio)
 
 
 def _mean_squared_error(node: Node, cotangent: Tensor, varying: set[Node]) -> Block:

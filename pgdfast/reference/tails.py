@@ -6,8 +6,8 @@ A term of the loss is read by the first of these ways that serves it:
     cut        at one tensor z that all of the term depends on, and that the term folds at 0 (abs, an even power, ...)
     monotone   as phi' S for phi(S), where S is a term that can be read
     link       at a z that the term makes probabilities of (sigmoid, softmax, exp, ...)
-    convex     at any z of which it is convex
     split      into its inputs, for a linear operation
+    convex     at any z of which it is convex
     scale      as a loss times, or over, a quantity that is learned beside it
 
 At a cut the rows are S r = dL/dz, S S^T = H with the Hessian H of the term with respect to z, made explicitly. A diagonal H
@@ -51,7 +51,7 @@ LOSSES = (
     *("MseLoss", "NllLoss", "NllLoss2D", "LogSoftmax", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "Var"),
     *("BinaryCrossEntropy", "SoftMarginLoss"),
 )
-WAYS = ("walk", "cut", "monotone", "link", "convex", "split", "scale", "slope")
+WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "scale", "slope")
 OF_A_SUM = ("walk", "cut", "monotone", "split")  # below phi(S) and scales: what the model computes is no part of S
 DEEPEST, LONGEST = 8, 200
 
@@ -109,12 +109,15 @@ class _Reader:
 
     def read(self, node: Node, weight: Tensor, ways: Sequence[str] = WAYS) -> list[Block]:
         """Return the blocks of a term. ways: those that are tried. Raises _Unread."""
-        terms, slopes, blocks = {node: weight}, {}, []
+        return self._all({node: weight}, {}, ways)
+
+    def _all(self, terms: dict, slopes: dict, ways: Sequence[str]) -> list[Block]:
+        blocks = []
         while terms:
             node = min(terms, key=self.place.get)
             weight = terms.pop(node)
             for way in ways:
-                found = getattr(self, "_" + way)(node, weight, terms, slopes)
+                found = getattr(self, "_" + way)(node, weight, terms, slopes, ways)
                 if found is not None:
                     blocks += found
                     break
@@ -122,7 +125,7 @@ class _Reader:
                 raise _Unread
         return blocks + self._settled(slopes)
 
-    def _walk(self, node, weight, terms, slopes):
+    def _walk(self, node, weight, terms, slopes, ways):
         try:
             blocks, constant = walked(node, weight, self.order, self.varying)
         except ValueError:
@@ -151,13 +154,13 @@ class _Reader:
                 break
         return found[:DEEPEST]
 
-    def _cut(self, node, weight, terms, slopes):
+    def _cut(self, node, weight, terms, slopes, ways):
         return self._first(node, weight, lambda z, above, new: self._centre_operations(z, new))
 
-    def _link(self, node, weight, terms, slopes):
+    def _link(self, node, weight, terms, slopes, ways):
         return self._first(node, weight, lambda z, above, new: any(_named(n, LINKS) for n in self._users(z, above)))
 
-    def _convex(self, node, weight, terms, slopes):
+    def _convex(self, node, weight, terms, slopes, ways):
         return self._first(node, weight, lambda z, above, new: True)
 
     def _first(self, node, weight, suits):
@@ -181,8 +184,13 @@ class _Reader:
 
     def _straight(self, node: Node, z: Node) -> bool:
         return all(
-            below is z or (is_linear(below, self.varying) and self._straight(below, z)) for below in self._below(node)
+            below is z or (is_linear(below, self.varying) and not self._offset(below) and self._straight(below, z))
+            for below in self._below(node)
         )
+
+    def _offset(self, node: Node) -> bool:
+        """Whether an operation adds a constant."""
+        return _named(node, ("Add", "Sub", "Rsub")) and len(self._below(node)) < 2
 
     def _derivatives(self, node, weight, z) -> tuple[Tensor, Tensor, GradientEdge]:
         """dL/dz, of z's shape, and the Hessian, (n, n)."""
@@ -203,7 +211,10 @@ class _Reader:
             return None
         h, size = H.diagonal().reshape(slope.shape), H.abs().max()
         if (H - H.diagonal().diag()).norm() <= 1e-9 * H.norm():
-            h = self._curvature(slope, h, node, z, above, new)
+            a = self._distance(slope, z, above, new)
+            if a is not None and not a.any():
+                slope = torch.zeros_like(slope)  # an exact fit: 0 is among the slopes of a kink
+            h = self._curvature(slope, h, a)
             if h is None:
                 return None
             block = diagonal([((z, 0), 1.0)], slope, h)
@@ -252,9 +263,9 @@ class _Reader:
             for node in above
         )
 
-    def _curvature(self, slope, h, node, z, above, new) -> Tensor | None:
+    @staticmethod
+    def _curvature(slope, h, a) -> Tensor | None:
         convex = h.max() > 0 and h.min() >= -1e-14 * h.abs().max()
-        a = self._distance(slope, z, above, new)
         if a is None:
             return h if convex else None
         ratio = reweighted(slope, a)
@@ -305,7 +316,7 @@ class _Reader:
 
     # --- without a cut of its own ---------------------------------------------------------------------------------------
 
-    def _monotone(self, node, weight, terms, slopes):
+    def _monotone(self, node, weight, terms, slopes, ways):
         for z, above, _ in self._cuts(node):
             if all(is_linear(other, self.varying) for other in above):
                 continue
@@ -317,20 +328,24 @@ class _Reader:
                 continue
         return None
 
-    def _split(self, node, weight, terms, slopes):
+    def _split(self, node, weight, terms, slopes, ways):
         if hasattr(node, "variable") or not is_linear(node, self.varying):
             return None
         try:
             found = pulled(node, weight, self.varying)
-        except ValueError:
+            further, notes = dict(terms), dict(slopes)
+            for below, carried in found:
+                further[below] = further.get(below, 0.0) + carried
+            blocks = self._all(further, notes, ways)
+        except (ValueError, _Unread):
             return None
-        for below, carried in found:
-            terms[below] = terms.get(below, 0.0) + carried
-        return []
+        terms.clear()
+        slopes.clear()
+        return blocks
 
     # --- scales: (first derivative, second derivative, is it a scale?, value) of the loss at a node ----------------------
 
-    def _scale(self, node, weight, terms, slopes):
+    def _scale(self, node, weight, terms, slopes, ways):
         if _named(node, ("Log",)):
             v = node._saved_self.detach()
             if _named(node.next_functions[0][0], REDUCTIONS) or (weight < 0).any():
@@ -362,7 +377,7 @@ class _Reader:
             return _not_squares(blocks)
         return None
 
-    def _slope(self, node, weight, terms, slopes):
+    def _slope(self, node, weight, terms, slopes, ways):
         if not hasattr(node, "variable") and _named(node, REDUCTIONS):
             return None
         _note(slopes, node, weight, torch.zeros_like(weight), False, None)

@@ -29,7 +29,7 @@ class Trace:
     """A tape read at one point.
 
     loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
-    that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
+    that the loss's gradient is J^T residual (plus penalty). squares_only: it is a sum of squares with constant weights.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
     program and constants: the linearization, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
@@ -121,7 +121,7 @@ class Tracer:
                     known = losses.one_element(form, tape, float(result) if allow_sync else None, self.params)
                 except losses.UnrecognizedLoss:
                     known = "residual"
-                tape.structure.one_element = known
+                tape.structure.one_element = known if allow_sync else None
         if known == "either":
             raise ValueError(
                 f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "

@@ -258,10 +258,25 @@ def test_single_residuals_stay_residuals(residual):
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_squares_less_a_constant_may_be_a_loss_or_a_residual(backend):
+@pytest.mark.parametrize("result", [
+    lambda q: torch.tanh(q).square().sum().reshape(1) - 1, lambda q: F.mse_loss(q, Y)[None, None] - 0.1,
+])
+def test_squares_less_a_constant_may_be_a_loss_or_a_residual(result, backend):
     q = rand(7, 5, seed=3).requires_grad_()
-    with pytest.raises(ValueError, match=r"shape \(1.* ends as a loss .* return loss.squeeze\(\).* the tuple \(r,\)"):
-        pgdfast.LM([q], backend=backend).step(lambda: torch.tanh(q).square().sum().reshape(1) - 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"shape \(1.* ends as a loss .* return loss.squeeze\(\).* the tuple \(r,\)"):
+            pgdfast.LM([q], backend=backend).step(lambda: result(q))
+
+
+def test_one_element_losses_in_both_phases_of_a_hybrid():
+    p, q = (rand(7, 5, seed=3).requires_grad_() for _ in range(2))
+    pairs = [
+        (pgdfast.Hybrid(pgdfast.LM([t]), torch.optim.SGD([t], lr=1e-2), switch=2), closure)
+        for t, closure in ((p, lambda: F.mse_loss(p.tanh(), Y)), (q, lambda: F.mse_loss(q.tanh(), Y)[None]))
+    ]
+    for _ in range(5):
+        one, other = (float(optimizer.step(closure)) for optimizer, closure in pairs)
+        assert one == pytest.approx(other, rel=1e-12)
 
 
 # --- sizes of zero, and dimensions of a single number -----------------------------------------------------------------------

@@ -16,8 +16,9 @@ from .tail import FOLDS, Tail
 
 # f'' counts as positive from this fraction of f'/a on: less would ask for steps a thousand times the distance to the centre.
 _POSITIVE = 1e-3
-_NEAREST = 1e-4     # distances from the centre are taken to be at least this fraction of their mean
+_NEAREST = 1e-3     # distances from the centre are taken to be at least this fraction of their mean
 _EPSILONS = 1e-2    # what `log(p + 1e-8)` may change in a cross-entropy's second derivative
+_ADDING = {"AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward1"}
 _WIDEST = 512       # outputs of a row that has a matrix of its own
 
 
@@ -35,10 +36,8 @@ def accepted(tail: Tail, quadratic: bool, centred: bool):
     answer, expected = tail.product(probe), h * probe
     if not bool(torch.isfinite(answer).all()):
         return None
-    edges = (tail.cut.edge,)
     if _close(answer, expected):
-        h = _weights(tail, g, h, centred)
-        return None if h is None else diagonal_block(edges, g, h, squares=quadratic)
+        return _elementwise(tail, g, h, centred, quadratic)
     return _softmax(tail, g, h, probe, answer) or (_rows(tail, g, probe, answer) if quadratic else None)
 
 
@@ -47,24 +46,26 @@ def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.0) -> bool:
     return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))
 
 
-def _weights(tail: Tail, g: torch.Tensor, h: torch.Tensor, centred: bool) -> torch.Tensor | None:
-    """H >= 0 of an elementwise function, None where it is neither convex nor centred."""
+def _elementwise(tail: Tail, g: torch.Tensor, h: torch.Tensor, centred: bool, quadratic: bool):
+    """The block of an elementwise function, None where it is neither convex nor centred."""
+    edges = (tail.cut.edge,)
     largest = float(h.abs().max())
     convex = largest > 0 and float(h.min()) >= -64 * torch.finfo(h.dtype).eps * largest
     a = tail.centre() if centred else None
     if a is None or a.shape != g.shape:
-        return h if convex else None
+        return diagonal_block(edges, g, h, squares=quadratic) if convex else None
+    g = torch.where(a.abs().max() > 0, g, 0.0)   # an exact fit: 0 is among the slopes of a kink
     ratio = reweighted(g, a)
     if not convex and bool(((ratio < 0) & (h <= 0)).any()):
         return None
-    return torch.where(h > _POSITIVE * ratio, h, ratio)
+    return diagonal_block(edges, g, torch.where(h > _POSITIVE * ratio, h, ratio), squares=quadratic)
 
 
 def reweighted(gradient: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """f'/a, the curvature of least squares that pull to a = 0 as f does."""
     floor = _NEAREST * a.abs().mean()
-    a = torch.where(a < 0, torch.minimum(a, -floor), torch.maximum(a, floor))
-    return torch.where(gradient == 0, 0.0, gradient / a)
+    clamped = torch.where(a < 0, torch.minimum(a, -floor), torch.maximum(a, floor))
+    return torch.where(gradient == 0, 0.0, torch.where(a == 0, gradient.abs() / floor, gradient / clamped))
 
 
 def _softmax(tail: Tail, g, h, probe, answer):
@@ -170,13 +171,13 @@ def _folds(tape, position: int) -> bool:
 
 
 def _straight(tape, position: int, edge) -> bool:
-    """Whether only linear operations stand between the inputs of a node and an edge below."""
+    """Whether only linear operations, without a constant added, stand between the inputs of a node and an edge below."""
     stack = [e for e in tape.edges[position] if e is not None]
     while stack:
         e = stack.pop()
         if e == edge:
             continue
-        if not is_linear(tape, e[0]):
+        if not is_linear(tape, e[0]) or (tape.kind(e[0]) in _ADDING and sum(map(bool, tape.edges[e[0]])) < 2):
             return False
         stack += [below for below in tape.edges[e[0]] if below is not None]
     return True

@@ -1,10 +1,12 @@
 """The form of a scalar: term by term, each by the first way that serves it.
 
 1. walk: squares and cross-entropies that the tape shows as such (squares.py, classification.py); the core repeats those.
-2. cut: one quantity of which the term is a convex, or centred, function, whatever its operations (tail.py, curvature.py).
+2. cut: one quantity that the term folds at 0, whatever its operations (tail.py, curvature.py).
 3. monotone: phi(S), read as phi'(S) S: the second derivative of phi is dropped.
-4. split: a linear operation hands its weight to its inputs, which are terms of their own.
-5. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py).
+4. link: a cut at a quantity of which the term makes probabilities, or the like.
+5. split: a linear operation hands its weight to its inputs, which are terms of their own.
+6. convex: a cut at any quantity of which the term is a convex function.
+7. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py); slope: what is linear there.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _SECOND_DEGREE = {
     "PowBackward0", "MulBackward0", "DotBackward0", "VdotBackward0", "MmBackward0", "MvBackward0", "BmmBackward0",
     "AddmmBackward0", "VarBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
 }
-_WAYS = ("walk", "cut", "monotone", "link", "convex", "split", "scale", "slope")
+_WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "scale", "slope")
 _OF_A_SUM = ("walk", "cut", "monotone", "split")   # below phi(S) and scales: what the model computes is no part of S
 _DEEPEST = 8   # cuts that are looked at
 
@@ -46,31 +48,33 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
     ways = tape.structure.losses
-    if not ways:
-        try:
-            return _walked(tape, (root, 0), 1.0, allow_sync)
-        except UnrecognizedLoss as error:
-            why = error
-        if not _differentiable(tape, root, allow_sync):
-            raise why
+    if ways:
         try:
             return _Terms(tape, allow_sync).read((root, 0))
-        except UnrecognizedLoss as error:
+        except UnrecognizedLoss:   # all anew, if only to explain
             ways.clear()
-            raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
-    return _Terms(tape, allow_sync).read((root, 0))
+    try:
+        return _walked(tape, (root, 0), 1.0, allow_sync)
+    except UnrecognizedLoss as error:
+        why = error
+    if not _differentiable(tape, root, allow_sync):
+        raise why
+    try:
+        return _Terms(tape, allow_sync).read((root, 0))
+    except UnrecognizedLoss as error:
+        ways.clear()
+        raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
 
 
 def one_element(form: Form, tape, value: float | None, params) -> str:
     """What a result of one entry with dimensions is, by its form as a scalar: "loss", "residual", or "either".
 
-    value: its number, None where that is not to be waited for. A loss is what ends in an operation that is one by name, or a
-    sum of several squares that is all of its value; with a constant beside the squares it may be a residual, too.
+    value: its number, None where that is not to be waited for. A loss is a sum of several squares that is all of its value;
+    with a constant beside the squares it may be a residual, too. So is what ends in another operation that is one by name.
     """
-    if any(tape.kind(position) in _LOSSES for position in form.consumed):
-        return "loss"
-    if not form.steady or not form.squares_only or not form.sums(tape):
-        return "residual"
+    named = any(tape.kind(position) in _LOSSES for position in form.consumed)
+    if not form.squares_only or not form.sums(tape) and not named:
+        return "loss" if named else "residual"
     if value is None:
         return "either"
     half = 0.5 * sum(float(block.residual.double().square().sum()) for block in form.blocks)
@@ -100,7 +104,16 @@ class _Terms:
 
     def read(self, edge, weight=1.0) -> Form:
         """The form of the term at an edge."""
-        self.terms[edge] = weight
+        self.add(*edge, weight)
+        return self.rest()
+
+    def add(self, position: int, output: int, weight) -> None:
+        """A term more."""
+        key = position, output
+        self.terms[key] = self.terms[key] + weight if key in self.terms else weight
+
+    def rest(self) -> Form:
+        """The form of all terms."""
         while self.terms:
             edge = max(self.terms)
             self._term(edge, self.terms.pop(edge))
@@ -222,10 +235,22 @@ class _Terms:
             following = READERS[self._kind(edge)](walk, position, node, edges, weight)
         except UnrecognizedLoss:
             return None
-        self.form.consumed.add(position)
+        if len(self.terms) + len(following) == 1:
+            self.terms[following[0][:2]] = following[0][2]
+            self.form.consumed.add(position)
+            return True
+        nested = _Terms(self.tape, self.allow_sync, self.among)
+        nested.terms, nested.slopes = dict(self.terms), dict(self.slopes)
         for below, output, carried in following:
-            key = below, output
-            self.terms[key] = self.terms[key] + carried if key in self.terms else carried
+            nested.add(below, output, carried)
+        try:
+            form = nested.rest()
+        except IndefiniteForm:
+            raise
+        except UnrecognizedLoss:
+            return None
+        self.terms, self.slopes = {}, {}
+        self._take(form, (position,))
         return True
 
     # --- scales -----------------------------------------------------------------------------------------------------------

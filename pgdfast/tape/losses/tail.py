@@ -21,8 +21,7 @@ UNDIFFERENTIABLE = re.compile("derivative for .* is not implemented|differentiat
 _LONGEST = 200   # operations of a loss that are looked through for a cut
 # Operations that fold a quantity at 0: where they are applied, losses of its size have their centre.
 FOLDS = {
-    "AbsBackward0", "CoshBackward0", "MaximumBackward0", "MinimumBackward0", "ReluBackward0", "HuberLossBackward0",
-    "SmoothL1LossBackward0", "L1LossBackward0", "LeakyReluBackward0",
+    "AbsBackward0", "CoshBackward0", "MaximumBackward0", "MinimumBackward0", "ReluBackward0", "LeakyReluBackward0",
 }
 LINKS = {   # operations that turn a model's output into probabilities, or their logarithms: losses of those are of the output
     "SigmoidBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0", "LogSigmoidBackward0",
@@ -120,13 +119,10 @@ class Tail:
         return value
 
     def value(self) -> torch.Tensor | None:
-        """The quantity itself, where one of its users has saved it; of a loss of differences, the difference."""
+        """The quantity itself, where one of its users has saved it."""
         tape, shape = self.tape, self.gradient.shape
         for position, k in self.cut.users:
-            node, kind = tape.nodes[position], tape.kind(position)
-            if kind in ("HuberLossBackward0", "SmoothL1LossBackward0", "L1LossBackward0"):
-                difference = plain(node._saved_self).detach() - plain(node._saved_target).detach()
-                return difference if k == 0 else -difference
+            node = tape.nodes[position]
             found = getattr(node, "_saved_self" if k == 0 else "_saved_other", None)
             if isinstance(found, torch.Tensor) and found.shape == shape:
                 return plain(found).detach()
