@@ -102,12 +102,15 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     windows = _windows(program, pattern.cuts)
     scaled = _scaled(program, windows, set(pattern.cuts), constants)
     rest = {k: window for k, window in windows.items() if k not in scaled}
+    sub, owned = _sub(program, rest) if rest else (None, [])
+    if any(s.parameter in owned for s in scaled.values()):   # that parameter takes another way, too
+        scaled, rest = {}, windows
+        sub, owned = _sub(program, rest)
     main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
     cost = pattern.outputs * main.cost + len(border) * _cost(program) + 2.0 * len(kept) * P
-    sub, sub_layout, owned = None, None, []
+    sub_layout = None
     shared, by_rows, few, elementwise = sum(high - low + 1 for low, high in rest.values()), False, True, None
-    if rest:
-        sub, owned = _sub(program, rest)
+    if sub is not None:
         sub_layout = row_layout(sub.program, [constants[k] for k in sub.constants])
         taken = sum(sub.program.sizes(PARAMETER))
         sweeps = min(shared, taken) if sub_layout is None else sub_layout.max_outputs
