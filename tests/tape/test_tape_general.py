@@ -119,6 +119,24 @@ def test_activations_in_a_network():
             perturb(params, seed=visit)
 
 
+def test_rows_of_a_spectral_layer():
+    """Samples stay apart, though the complex weights are every other number of a parameter."""
+    weights, = parameters((4, 4, 3, 2))
+    x = rand(5, 4, 8, seed=2)
+
+    def closure():
+        modes = torch.fft.rfft(x)
+        out = torch.zeros(5, 4, 5, dtype=torch.complex128)
+        out[:, :, :3] = torch.einsum("bim,iom->bom", modes[:, :, :3], torch.view_as_complex(weights))
+        return torch.tanh(torch.fft.irfft(out, n=8)).flatten(1)
+
+    linearizer = Linearizer([weights])
+    for visit in range(3):
+        assert linearizer(closure).row_layout().num_rows == 5
+        assert jacobian_agreement(linearizer, closure, [weights], seed=visit) < 1e-12
+        perturb([weights], seed=visit)
+
+
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 @pytest.mark.parametrize(("why", "closure"), [
     ("more than 64 MB", lambda a: torch.linalg.matrix_exp(a)[0]),
