@@ -7,6 +7,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..kernels import native
 from .rules import RULES
+from .rules.table import Keyed, OwnBackward
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
@@ -60,6 +61,7 @@ class Structure:
             self.leaf.append(number)
             self.active.append(number >= 0 or any(edges))
             self.edges.append(tuple(edges))
+        self._used: dict[int, set[int]] | None = None
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
@@ -76,8 +78,13 @@ class Structure:
 
     def used(self, position: int) -> tuple[int, ...]:
         """Numbers of a node's outputs that active nodes or the closure's results read."""
-        readers = [self.edges[k] for k in self.wanted]
-        return tuple(sorted({e[1] for edges in (*readers, self.roots) for e in edges if e is not None and e[0] == position}))
+        if self._used is None:
+            self._used = {}
+            for edges in (*(self.edges[k] for k in self.wanted), self.roots):
+                for edge in edges:
+                    if edge is not None:
+                        self._used.setdefault(edge[0], set()).add(edge[1])
+        return tuple(sorted(self._used.get(position, ())))
 
 
 class Tape:
@@ -218,4 +225,6 @@ def describe(value):
         return value.shape, value.stride()
     if type(value) in (tuple, list) and any(type(v) is not int for v in value):
         return tuple([describe(v) for v in value])
-    return value
+    if type(value) is Keyed:
+        return value.key
+    return OwnBackward if type(value) is OwnBackward else value   # nothing may hold on to a tape

@@ -1,5 +1,8 @@
 """The general rules within networks: rows stay apart, and what changes from step to step is noticed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,3 +153,26 @@ def test_what_is_too_much_for_a_rule_is_said(why, closure):
     assert why in lin.sync_reason
     u = rand(lin.num_residuals, seed=1)
     assert relative(lin.vjp(u), torch.autograd.grad(closure(a), a, u)[0].reshape(-1)) < 1e-12
+
+
+class Mark:
+    """Something that weak references may point to."""
+
+
+def test_rules_that_call_a_backward_let_go_of_the_tape():
+    a, c = parameters((3, 4), (4,))
+    seen = []
+
+    def closure():
+        y = 2.0 * a
+        y.grad_fn.metadata["mark"] = mark = Mark()   # lives as long as the node
+        seen.append(weakref.ref(mark))
+        z = torch.atan2(y, c).roll(1, 0)
+        z[0] = c
+        return torch.linalg.vector_norm(z.index_add(1, IDS, z), dim=1)
+
+    optimizer = pgdfast.LM([a, c])
+    for _ in range(5):
+        optimizer.step(closure)
+    gc.collect()
+    assert [ref() for ref in seen[:-1]] == [None] * (len(seen) - 1)
