@@ -19,37 +19,37 @@ from .solve import solve
 class Fast:
     """Tape, plans and kernels."""
 
-    def __init__(self, backend: str):
-        self.name = backend
+    def __init__(self, backend: str, check: str = "first"):
+        self.name, self.check = backend, check
         self._linearizer = self._parameters = None
 
     def __reduce__(self):
         """Copies start without plans, which belong to the original's parameters."""
-        return Fast, (self.name,)
+        return Fast, (self.name, self.check)
 
     def linearize(self, closure, params: list[torch.Tensor]) -> Linearization:
         """Linearize one network, keeping plans while the parameters stay the same tensors."""
         current = self._linearizer
         if current is None or len(current.params) != len(params) or not all(map(is_, current.params, params)):
-            self._linearizer, self._parameters = Linearizer(params, self.name), None
+            self._linearizer, self._parameters = Linearizer(params, self.name, self.check), None
         return self._linearizer(closure)
 
     def networks(self, closure, parameters) -> OneNetwork | ManyNetworks:
         """The networks of a closure over a step.parameters.Parameters. Cost: one run of the closure."""
         if self._parameters is not parameters:
             if parameters.stacked:
-                self._linearizer = EnsembleLinearizer(parameters.params, parameters.count, self.name)
+                self._linearizer = EnsembleLinearizer(parameters.params, parameters.count, self.name, self.check)
             else:
-                self._linearizer = Linearizer(parameters.params, self.name)
+                self._linearizer = Linearizer(parameters.params, self.name, self.check)
             self._parameters = parameters
         lin = self._linearizer(closure)
         return ManyNetworks(lin) if parameters.stacked else OneNetwork(lin, solve)
 
 
-def backend(name: str):
-    """The backend of a name, after PGDFAST_BACKEND.
+def backend(name: str, check: str = "first"):
+    """The backend of a name, after PGDFAST_BACKEND; check: as for LM, which the reference has no need of.
 
     Raises ValueError or RuntimeError as pgdfast.kernels.requested does.
     """
     name = kernels.requested(name)
-    return Reference() if name == "reference" else Fast(name)
+    return Reference() if name == "reference" else Fast(name, check)

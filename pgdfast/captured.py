@@ -145,7 +145,8 @@ class CapturedStep:
         """Look at the closure's problem once, as the host may: two runs of it."""
         optimizer, before = self._optimizer, _generators(self._device)
         with torch.enable_grad():
-            Linearizer(self._params, optimizer._tools.backend.name).read(self._closure())   # finite, of a form that is known
+            backend = optimizer._tools.backend   # finite, of a form that is known, by rules that agree with autograd
+            first = Linearizer(self._params, backend.name, backend.check).read(self._closure())
             result = self._closure()
         after = _generators(self._device)
         moved = [name for name, state in before.items() if not torch.equal(state, after[name])]
@@ -155,6 +156,7 @@ class CapturedStep:
                 "same ones again; draw before the step, into tensors that the closure reads, or take ordinary steps."
             )
         lin = self._linearizer.read(result, allow_sync=False)
+        _check_problem(first)
         _check_problem(lin)
         numbers, options = self._numbers, optimizer._options
         mu = float(numbers.numbers[0] if self._tries else numbers.given[0])

@@ -12,7 +12,7 @@ import torch
 from torch.optim import optimizer
 
 from .backend import backend as choose_backend
-from .linear import check_stacked
+from .linear import as_operations, check_stacked, checked_check
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -46,6 +46,7 @@ Correction = Literal["geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
 Scaling = Literal["identity", "marquardt"]
 Solver = Literal["auto", "dual", "primal", "cg", "lsmr", "eigh"]
+Check = Literal["first", "every", "never"]
 Backend = Literal["auto", "native", "triton", "torch", "reference"]
 
 
@@ -76,7 +77,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
     """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
 
     A scalar loss is minimized as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
-    to that. Residual tensors give L = 1/2 ||r||^2 un-normalized. Cross-entropy takes the generalized Gauss-Newton matrix.
+    to that. Residual tensors give L = 1/2 ||r||^2 un-normalized. Cross-entropies, robust losses and any other sum of convex
+    functions of the model's outputs take the generalized Gauss-Newton matrix.
 
     Args:
         params: tensors or parameter groups; groups may have their own lr and weight_decay.
@@ -104,12 +106,17 @@ class LM(torch.optim.Optimizer, Generic[R]):
             delta_last on the right. Two more products with J a solve.
         norm_constraint (None or float > 0): the largest ||lr delta||^2; longer moves are shortened to it, corrections of
             acceleration included.
+        check ("first", "every" or "never", default "first"): when products with J are compared with autograd, <J v, w> with
+            <v, J^T w> and J^T r with the gradient of the loss: at the first tape of every structure, at every step, or never
+            but where hooks or Functions of one's own take part. Rules that disagree are left for autograd, with a warning. The
+            closure does not run again; a check takes three products and a backward pass. Not part of the state_dict.
 
     Raises ValueError or TypeError for options out of these ranges; RuntimeError for a backend that cannot be used here.
 
     Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
+    returned_loss = False   # did the closure of the last step return the loss, in one number?
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
     report: R
 
@@ -119,7 +126,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None,
+        norm_constraint: float | None = None, check: Check = "first",
     ) -> None: ...
 
     @overload
@@ -128,13 +135,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None,
+        norm_constraint: float | None = None, check: Check = "first",
     ) -> None: ...
 
     def __init__(
         self, params, lr=1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None, scaling="identity",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
-        norm_constraint=None,
+        norm_constraint=None, check="first",
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._options = StepOptions(
@@ -142,7 +149,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
             checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
         )
         _check_together(self._options)
-        self._tools = StepTools(choose_backend(backend))
+        self._tools = StepTools(choose_backend(backend, checked_check(check, "LM")))
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
@@ -162,9 +169,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
+        return as_operations(lambda: self._step(closure))
+
+    def _step(self, closure) -> torch.Tensor:
         step = self._begin(closure)
         try:
             step.linearize()
+            self.returned_loss = step.scalar
             while step.pending:
                 step.solve()
                 step.attempt()

@@ -186,6 +186,13 @@ def stall(report: Report, promised: float, in_a_row: int, at_bound: bool, dtype:
 
 
 def _converged(dtype: torch.dtype) -> str:
+    if dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        return (
+            f"this is not convergence: parameters and loss in {name} hold {2 if dtype == torch.bfloat16 else 3} digits, and "
+            "shorter steps are lost. Keep the parameters in float32 (model.float()); torch.autocast may still run the "
+            f"closure's products in {name}"
+        )
     if dtype == torch.float64:
         return "converged for float64; a smaller loss takes another start, a larger model or other residuals"
     return f"converged for {str(dtype).removeprefix('torch.')}; use float64 to go further"

@@ -9,16 +9,16 @@ import torch
 from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
-from .double_backward import double_backward
+from .adjoint import Flat
 from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
 
 
 class EnsembleLinearizer(Linearizer):
     """Linearizes closures of ensembles over fixed parameters, each of them B tensors stacked on a first dimension."""
 
-    def __init__(self, params, count: int, backend: str = "auto"):
+    def __init__(self, params, count: int, backend: str = "auto", check: str = "first"):
         check_stacked(params, count)
-        super().__init__(params, backend)
+        super().__init__(params, backend, check)
         self.count = count
         self._orders: dict[tuple, torch.Tensor] = {}
 
@@ -27,16 +27,20 @@ class EnsembleLinearizer(Linearizer):
         self._check_device(result)
         losses, total = split_result(result, self.count)
         trace = self._tracer.trace(total)
-        if trace.program is None:
-            self._announce(trace.missing)
-            operator, plan = double_backward(trace, self.params, self._tracer.dtype, total), None
-            order = self._order(operator, [block.residual.shape for block in trace.blocks])
-        else:
-            plan, operator = self._plan_of(trace), None
+        if trace.program is not None:
+            plan = self._plan_of(trace)
             order = plan.order
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
-        return EnsembleLinearization(self, trace, losses, operator, plan, order)
+            found = EnsembleLinearization(self, trace, losses, None, plan, order)
+            if plan.agrees or self._arbiter.agrees(plan, found.flat(), trace, total):
+                return found
+            trace = self._arbiter.trace(total)
+        else:
+            self._announce(trace)
+        operator = self._arbiter.operator(trace, total, self.count)
+        order = self._order(operator, [block.residual.shape for block in trace.blocks])
+        return EnsembleLinearization(self, trace, losses, operator, None, order)
 
     def _new_plan(self, trace) -> _EnsemblePlan:
         device = trace.residual.device
@@ -55,6 +59,8 @@ class EnsembleLinearizer(Linearizer):
         labels, certain = self._labels(operator)
         order = self._sorted(labels, shapes)
         if certain:
+            if len(self._orders) >= 64:
+                self._orders.clear()
             self._orders[key] = order
         return order
 
@@ -118,6 +124,7 @@ class _EnsemblePlan(Plan):
     """Kernels of one member's program where the program separates, else of all members together."""
 
     __slots__ = ("members", "order")
+    chains = False
 
     def __init__(self, program, cut, device, backend, dtype=None, base=None):
         self.members = cut
@@ -141,7 +148,7 @@ class EnsembleLinearization(Bound):
     """
 
     def __init__(self, linearizer, trace, losses, operator, plan, order):
-        self.separates = plan is not None and plan.members is not None
+        self.scalar, self.separates = False, plan is not None and plan.members is not None
         constants = [trace.constants[k] for k in plan.members.sources] if self.separates else trace.constants
         super().__init__(trace, linearizer.params, operator, plan, linearizer._tracer, constants)
         self.count, self._order, self.residuals_need_tape = linearizer.count, order, losses is not None
@@ -152,6 +159,16 @@ class EnsembleLinearization(Bound):
         self.tape_bytes *= self.count if self.separates else 1
         self._losses = None
         self._forget()
+
+    def flat(self) -> Flat:
+        """The products in the order of the whole program."""
+        def jvp(v):
+            return scattered(self.jvp(gathered_parameters(v, self.params)), self._order)
+
+        def vjp(u):
+            return scattered_parameters(self.vjp(gathered(u, self._order, self.count)), self.params)
+
+        return Flat(jvp, vjp, self.count)
 
     def _forget(self) -> None:
         self._dense = None
@@ -164,9 +181,21 @@ class EnsembleLinearization(Bound):
             self._losses = self.loss.tolist()
         return self._losses
 
+    def widened(self):
+        """See Bound. Without a program every J_b, as autograd has it, in float64."""
+        wide = super().widened()
+        if wide is not self and self._plan is None and wide._dense is None:
+            wide._dense = self.dense().double()
+        return wide
+
     def row_layout(self):
         """The row layout of one member's residuals, None where they or the members do not separate."""
         return self._plan.row_layout(self._constants) if self.separates else None
+
+    @property
+    def coupling(self) -> str:
+        """Why one member's residuals do not separate into rows; "" where they do, or where nobody has asked."""
+        return self._plan.coupling(self._constants) if self.separates else ""
 
     def residual_at(self, run) -> tuple[list[float], torch.Tensor]:
         """(losses, residual (B, M)) at the parameters' present values; see Linearization.residual_at."""
@@ -193,12 +222,16 @@ class EnsembleLinearization(Bound):
         """J_b v_b for all members: (B, P) -> (B, M)."""
         if self.separates:
             return torch.stack([self.member(b).jvp(row) for b, row in enumerate(v)])
+        if self._dense is not None:
+            return (self._dense @ v[:, :, None])[:, :, 0]
         return gathered(self.kernels().jvp(scattered_parameters(v, self.params)), self._order, self.count)
 
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J_b^T u_b for all members: (B, M) -> (B, P)."""
         if self.separates:
             return torch.stack([self.member(b).vjp(row) for b, row in enumerate(u)])
+        if self._dense is not None:
+            return (u[:, None] @ self._dense)[:, 0]
         return gathered_parameters(self.kernels().vjp(scattered(u, self._order)), self.params)
 
     def dense(self) -> torch.Tensor:
@@ -207,10 +240,16 @@ class EnsembleLinearization(Bound):
             return torch.stack([self.member(b).dense() for b in range(self.count)])
         if self._dense is None:
             J = self.residual.new_empty(self.count, self.num_residuals, self.num_parameters)
-            for i in range(self.num_residuals):
-                unit = torch.zeros_like(self.residual)
-                unit[:, i] = 1
-                J[:, i] = self.vjp(unit)
+            kernels = self.kernels()
+            size = kernels.rows_per_sweep if kernels.batches else 1
+            for first in range(0, self.num_residuals, size):
+                rows = J[:, first : first + size].transpose(0, 1)   # (K, B, P)
+                units = torch.zeros(len(rows), *self.residual.shape, dtype=self.dtype, device=self.device)
+                units[range(len(rows)), :, range(first, first + len(rows))] = 1
+                cotangents = torch.stack([scattered(unit, self._order) for unit in units])
+                pulled = kernels.vjp(cotangents) if kernels.batches else kernels.vjp(cotangents[0])[None]
+                for row, flat in zip(rows, pulled, strict=True):
+                    row.copy_(gathered_parameters(flat, self.params))
             self._dense = J
         return self._dense
 
@@ -230,7 +269,7 @@ class Member(Products):
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         self.has_squares_only, self.tapeless = ensemble.has_squares_only, ensemble.tapeless
         self.residuals_need_tape, self.sync_reason = ensemble.residuals_need_tape, ensemble.sync_reason
-        self.tape_bytes = ensemble.tape_bytes
+        self.tape_bytes, self.scalar = ensemble.tape_bytes, False
         self._alone = None if ensemble.separates else _OneOfAll(ensemble, b)
 
     def kernels(self):
@@ -241,6 +280,11 @@ class Member(Products):
         """The row layout of the residuals, or None; all members have the same."""
         return self._ensemble.row_layout()
 
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows."""
+        return self._ensemble.coupling
+
     def widened(self) -> Member:
         """The same with products in float64, or itself where that is not to be had."""
         wide = self._ensemble.widened()
@@ -250,6 +294,10 @@ class Member(Products):
         """(loss, residual (M,)) where `run` calls the whole ensemble's closure."""
         losses, residual = self._ensemble.residual_at(run)
         return losses[self._b], residual[self._b]
+
+    def before_trial(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.before_trial()
 
     def parameters_unchanged(self) -> None:
         """See EnsembleLinearization."""
@@ -269,7 +317,9 @@ class _OneOfAll(Traits):
         self._ensemble, self._b = ensemble, b
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         whole = ensemble._operator or ensemble._plan.kernels
-        self.flops, self.arena_size = whole.flops, whole.arena_size
+        self.flops, self.arena_size, self.matrix_free = whole.flops, whole.arena_size, whole.matrix_free
+        if whole.jacobian_flops is not None:
+            self.jacobian_flops = whole.jacobian_flops / ensemble.count   # a sweep serves all
 
     def _one(self, product, dense, x: torch.Tensor) -> torch.Tensor:
         if self._ensemble._dense is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import warnings
 from operator import attrgetter
 
@@ -12,8 +10,15 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .double_backward import double_backward
+from .adjoint import Flat, checked
+from .announce import depth_of_caller, no_rule
+from .chained import Chained
+from .compiled import as_operations
+from .double_backward import Widened
+from .fallback import Arbiter
+from .live import CHANGED, Live
 from .rows import RowLayout, row_layout
+from .separation import Separation, separation
 
 _announced: set[str] = set()
 
@@ -25,21 +30,24 @@ _version = attrgetter("_version")
 class Plan:
     """Kernels of one program with its row structure, shared by all linearizations of that structure.
 
-    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN. choices: see
-    SolvableLinearization.
+    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
+    others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
+    that was not looked at.
     """
 
     __slots__ = (
-        "_asked", "_backend", "_base", "_device", "_member", "_wide", "bound", "choices", "kernels", "layout", "mixing",
-        "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
+        "kernels", "layout", "live", "mixing", "program",
     )
+    chains = True   # may the kernels be those of a chain?
 
     def __init__(self, program, device, backend, dtype=None, base=None):
         self.program, self._device, self._backend, self._base = program, device, backend, base
-        self.kernels = kernels.kernels_for(program, device, backend, dtype)
+        self.kernels = self._whole = kernels.kernels_for(program, device, backend, dtype)
+        self._separation: Separation | None = None
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
-        self.layout, self.choices = UNKNOWN, {}
+        self.layout, self.choices, self.live, self.agrees = UNKNOWN, {}, None, None
 
     def bind(self, constants, member: int | None = None):
         """The kernels with these constants, of one member where these are an ensemble's."""
@@ -62,13 +70,44 @@ class Plan:
             return self.layout
         asked = [constants[k] for k in self.mixing]
         if self.layout is UNKNOWN or any(not torch.equal(a, b) for a, b in zip(asked, self._asked, strict=True)):
-            layout = self._base.row_layout(constants) if self._base else row_layout(self.program, constants)
+            found = self._separated(constants)
             self.layout = UNKNOWN   # until the kernels have it
-            self.kernels.set_rows(layout)
+            self._take(found)
             self._asked = [a.clone() for a in asked]
-            self.layout = layout
+            self.layout, self._separation = found.layout, found
             self.choices.clear()
         return self.layout
+
+    def coupling(self, constants) -> str:
+        """Why the residuals do not separate into rows, and what to do; "" where they do."""
+        self.row_layout(constants)
+        return self._separation.reason if self.layout is None else ""
+
+    def _separated(self, constants) -> Separation:
+        if self._base is None:
+            before = self._separation
+            if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
+                return Separation(row_layout(self.program, constants), None, before.reason)
+            # Chains make tensors from numbers as they go, which a captured step on a GPU cannot.
+            chains = self.chains and self._whole.has_columns and self._device.type == "cpu"
+            return separation(self.program, constants, chains)
+        self._base.row_layout(constants)
+        return self._base._separation
+
+    def _take(self, found: Separation) -> None:
+        """Let the kernels be those of these rows."""
+        chained = None
+        if found.chain is not None:
+            dtype = self._whole.dtype
+            chained = Chained(
+                self._whole, found.chain,
+                lambda program: kernels.kernels_for(program, self._device, self._backend, dtype),
+            )
+            if self.bound is not None:
+                chained.adopt(self.bound)
+        else:
+            self._whole.set_rows(found.layout)
+        self.kernels = chained or self._whole
 
     def release(self, constants=None, wide: bool = True) -> None:
         """Let go of the constants that are bound, of these alone where given; `wide`: the plan in float64, too."""
@@ -90,12 +129,18 @@ class Plan:
 
 
 class Linearizer:
-    """Linearizes closures over fixed parameters, reusing the plan of every structure it has met."""
+    """Linearizes closures over fixed parameters, reusing the plan of every structure it has met.
 
-    def __init__(self, params, backend: str = "auto"):
+    check: "first", "every" or "never": at which of a structure's tapes products are compared with autograd.
+    Raises ValueError for complex parameters.
+    """
+
+    def __init__(self, params, backend: str = "auto", check: str = "first"):
         self.params = list(params)
         self.backend = backend
+        _check_real(self.params)
         self._tracer = Tracer(self.params)
+        self._arbiter = Arbiter(self.params, self._tracer, check)
         self._plans: dict[int, tuple] = {}
 
     def __call__(self, closure) -> Linearization:
@@ -112,6 +157,7 @@ class Linearizer:
         allow_sync: may this wait for a device? If not, nothing there is looked at, the loss included. Raises ValueError for
         results that cannot be linearized and for a loss that is not finite.
         """
+        result = self._tracer.as_loss(result, allow_sync)
         scalar = isinstance(result, torch.Tensor) and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
             self._check_device(result)
@@ -121,11 +167,16 @@ class Linearizer:
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
                 "parameters for NaN or infinity."
             )
-        if trace.program is None:
-            self._announce(trace.missing)
-            operator = double_backward(trace, self.params, self._tracer.dtype, result)
-            return Linearization(trace, self.params, operator, None, self._tracer, scalar)
-        return Linearization(trace, self.params, None, self._plan_of(trace), self._tracer, scalar)
+        if trace.program is not None:
+            plan = self._plan_of(trace)
+            found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
+            if plan.agrees or not allow_sync or self._arbiter.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
+                return found
+            trace = self._arbiter.trace(result, allow_sync)
+        else:
+            self._announce(trace)
+        operator = self._arbiter.operator(trace, result)
+        return Linearization(trace, self.params, operator, None, self._tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -153,13 +204,12 @@ class Linearizer:
                     "model to one device."
                 )
 
-    def _announce(self, operation: str) -> None:
+    def _announce(self, trace) -> None:
+        operation = trace.missing
         if operation not in _announced:
             _announced.add(operation)
-            warnings.warn(
-                f"pgdfast: no tape rule for {operation}; this closure takes the slower double-backward form.",
-                stacklevel=_depth_of_caller(),
-            )
+            size = sum(p.numel() for p in self.params)
+            warnings.warn(no_rule(operation, trace.residual.numel(), size), stacklevel=depth_of_caller())
 
 
 class Bound:
@@ -171,11 +221,17 @@ class Bound:
         self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
         self.device = params[0].device
         self.has_squares_only, self.tapeless = trace.squares_only, trace.tapeless
-        self.choices = {} if plan is None else plan.choices
+        self.choices = operator.learned.choices if plan is None else plan.choices
         self.tape_bytes = 0 if plan is None else plan.kernels.arena_size * self.dtype.itemsize
         self._operator, self._plan, self._tracer, self._missing, self._wide = operator, plan, tracer, trace.missing, None
-        self._versions = list(map(_version, params))
-        self._constants = constants
+        self._constants, self._home, self._copies = constants, plan, None   # _home: the plan of both precisions
+        self._watched = params
+        if plan is not None:
+            if plan.live is None:
+                plan.live = Live(constants, params)
+            if plan.live.places:
+                self._watched = [*params, *[constants[k] for k in plan.live.places]]
+        self._versions = list(map(_version, self._watched))
 
     def __del__(self):
         if self._constants is not None and self._plan is not None:
@@ -186,10 +242,8 @@ class Bound:
 
         Raises RuntimeError where the parameters have changed or the linearization was released.
         """
-        if list(map(_version, self.params)) != self._versions:
-            raise RuntimeError(
-                "pgdfast: the parameters have changed since this linearization was made; linearize again."
-            )
+        if list(map(_version, self._watched)) != self._versions:
+            self._refresh()
         constants, plan = self._constants, self._plan
         if constants is None:
             raise RuntimeError(
@@ -213,13 +267,17 @@ class Bound:
 
         The coefficients keep the precision in which the closure computed them; sums and solves gain.
         """
-        if self.dtype == torch.float64 or self._plan is None:
+        if self.dtype == torch.float64:
             return self
         if self._wide is None:   # one, so that what its plan holds serves further dampings
             wide = object.__new__(type(self))   # a copy, which shares the list of versions
             wide.__dict__.update(self.__dict__)
-            wide._plan, wide.residual, wide.dtype = self._plan.wide, self.residual.double(), torch.float64
-            wide.choices = wide._plan.choices
+            wide.residual, wide.dtype = self.residual.double(), torch.float64
+            if self._plan is None:
+                wide._operator = Widened(self._operator)   # an ensemble's is not asked
+            else:
+                wide._plan = self._plan.wide
+                wide.choices = wide._plan.choices
             wide._forget()
             self._wide = wide
         return self._wide
@@ -227,18 +285,54 @@ class Bound:
     def _forget(self) -> None:
         """Drop what was computed in another precision."""
 
+    def before_trial(self) -> None:
+        """Say that the closure is about to run again, and may write to its constants; see live.py."""
+        plan = self._home
+        if plan is not None and not plan.live.steady and self._copies is None:
+            self._copies = plan.live.copies(self._constants)
+            if self._wide is not None:
+                self._wide._copies = self._copies
+
+    def _refresh(self) -> None:
+        """Let copies take the place of constants that have changed. Raises RuntimeError where there is none of them."""
+        count, constants = len(self.params), self._constants
+        if list(map(_version, self.params)) != self._versions[:count]:
+            raise RuntimeError("pgdfast: the parameters have changed since this linearization was made; linearize again.")
+        if constants is None:
+            return
+        changed = self._changed()
+        self._home.live.learn(changed)
+        if any(k not in (self._copies or ()) for k in changed):
+            raise RuntimeError(CHANGED)
+        for place, k in enumerate(self._home.live.places, count):
+            if k in changed:
+                constants[k] = self._watched[place] = self._copies[k]
+        self._versions[count:] = map(_version, self._watched[count:])
+        self._home.release(constants)
+
+    def _changed(self) -> list[int]:
+        """Numbers of the constants that were written to since."""
+        count = len(self.params)
+        pairs = zip(self._home.live.places, self._watched[count:], self._versions[count:], strict=True)
+        return [k for k, c, version in pairs if c._version != version]
+
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
         if self._plan is None:   # autograd goes on reading the tape, and has versions of its own
             torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(self._versions))
-        self._versions[:] = map(_version, self.params)   # in place: the widened one shares the list
+        self._versions[: len(self.params)] = map(_version, self.params)   # in place: the widened one shares the list
 
     def release(self) -> None:
         """Let go of the tape. Products raise RuntimeError from then on; what was computed before stays."""
         constants, wide = self._constants, self._wide
-        self._constants = self._operator = None
+        if self._copies is not None and constants is not None and self._home.live.steady is None:
+            self._home.live.learn(self._changed())
+        self._constants = self._operator = self._copies = None
+        self._watched = self.params
+        del self._versions[len(self.params) :]
         if wide is not None:
-            wide._constants = None
+            wide._constants = wide._operator = wide._copies = None
+            wide._watched = wide.params
         if self._plan is not None:
             self._plan.release(constants)
 
@@ -286,23 +380,28 @@ class Products:
         gradient = self.vjp(self.residual)
         return gradient if self.penalty is None else gradient + self.penalty_gradient
 
+    def _formed(self):
+        """The kernels, which may depend on the rows, and those."""
+        self.kernels()   # raises where there is nothing left to ask
+        rows = self.row_layout()
+        return self.kernels(), rows
+
     def dense(self) -> torch.Tensor:
         """J, (M, P). As many backward sweeps as a row has outputs, or M where rows do not separate."""
-        kernels, _ = self.kernels(), self.row_layout()
-        return kernels.dense()
+        return self._formed()[0].dense()
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), without J where rows separate."""
-        kernels = self.kernels()
-        if kernels.fused and self.row_layout() is not None:
+        kernels, rows = self._formed()
+        if kernels.fused and rows is not None:
             return kernels.gram() if kernels.has_direct else kernels.gram().clone()   # those keep theirs
         J = self.dense()
         return J @ J.T
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J + penalty), (P,)."""
-        kernels, _ = self.kernels(), self.row_layout()
-        d = kernels.diagonal() if kernels.fused else self.dense().square().sum(0)
+        kernels, _ = self._formed()
+        d = kernels.diagonal() if kernels.fused or kernels.block_bytes is not None else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
 
 
@@ -321,13 +420,25 @@ class Linearization(Bound, Products):
         super().__init__(trace, params, operator, plan, tracer, trace.constants)
         self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
         self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
+        self.scalar = scalar
 
     def row_layout(self) -> RowLayout | None:
         """The row layout of the residuals, or None where they do not separate."""
         plan = self._plan
         if plan is None:
             return None
-        return plan.row_layout(self._constants) if plan.mixing or plan.layout is UNKNOWN else plan.layout
+        if not plan.mixing and plan.layout is not UNKNOWN:
+            return plan.layout
+        self.kernels()   # raises where the constants are gone
+        return plan.row_layout(self._constants)
+
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows, so that J takes a product for each, and what to do; "" where they do."""
+        if self._plan is None:
+            return ""
+        self.kernels()
+        return self._plan.coupling(self._constants)
 
     def residual_at(self, run) -> tuple[float, torch.Tensor]:
         """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.
@@ -349,7 +460,7 @@ class Linearization(Bound, Products):
 def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
     """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
     if scalar:
-        trace = tracer.trace(result)
+        trace = tracer.trace(result.reshape(()) if result.dim() else result)
         return trace.value, trace.residual
     residual = flat_residuals(result)
     return 0.5 * float(residual.double().square().sum()), residual
@@ -361,26 +472,29 @@ def flat_residuals(result) -> torch.Tensor:
     return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
-def _depth_of_caller() -> int:
-    """The stacklevel, for a warning in the calling function, of the first frame outside pgdfast and torch."""
-    own = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_code.co_filename.startswith(own):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
     if x.shape != (size,):
         raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
     return x.detach().to(dtype).resolve_neg().contiguous()
 
 
-def linearize(closure, params, *, backend: str = "auto") -> Linearization:
+def _check_real(params) -> None:
+    for k, p in enumerate(params):
+        if p.is_complex():
+            raise ValueError(
+                f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is {p.dtype}; parameters must be real. Keep its real "
+                "and imaginary parts as the parameter, nn.Parameter(torch.view_as_real(w)), and compute with "
+                "torch.view_as_complex(parameter)."
+            )
+
+
+def linearize(closure, params, *, backend: str = "auto", check: str = "first") -> Linearization:
     """Linearize a closure at the current parameters.
 
     closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
-    concatenation is the flat parameter vector. backend: as for LM. Cost: one run of the closure.
+    concatenation is the flat parameter vector. backend: as for LM. check: "first" or "every" compares products with autograd's
+    gradient, "never" only where hooks or Functions of the user's take part. Cost: one run of the closure, and with a check
+    three products and one backward pass.
     Raises ValueError for results that cannot be linearized and for a non-finite loss.
     """
     params = [p for p in params if p.requires_grad]
@@ -389,4 +503,5 @@ def linearize(closure, params, *, backend: str = "auto") -> Linearization:
     name = kernels.requested(backend)
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
-    return Linearizer(params, name)(closure)
+    linearizer = Linearizer(params, name, checked(check, "linearize"))
+    return as_operations(lambda: linearizer(closure))

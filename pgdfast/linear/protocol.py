@@ -28,7 +28,8 @@ class Linearization(Protocol):
     num_parameters: int       # P
     penalties: dict           # {parameter number: c}
     dtype: torch.dtype
-    has_squares_only: bool    # no part of the loss is a cross-entropy
+    scalar: bool              # the closure returned the loss itself, in one number
+    has_squares_only: bool    # the loss is a sum of squares with constant weights
     tapeless: bool            # the closure computes the same without gradients, bit for bit
     residuals_need_tape: bool   # `residual_at` reads a scalar loss, whose residual stands on its tape
     tape_bytes: int           # about what the closure's activations take; 0 where it is not known
@@ -64,6 +65,9 @@ class Linearization(Protocol):
         run: calls the closure, with its tape where `residuals_need_tape`. Raises ValueError where M is another.
         """
 
+    def before_trial(self) -> None:
+        """Say that the closure is about to run again: what it writes to is copied where that is to be expected."""
+
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
 
@@ -92,6 +96,10 @@ class SolvableLinearization(Linearization, Protocol):
     @property
     def penalty_gradient(self) -> torch.Tensor | None:
         """C theta, (P,)."""
+
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows, and what to do; "" where they do."""
 
     def kernels(self) -> Kernels:
         """The kernels, after binding them to this linearization's constants where another's were bound.

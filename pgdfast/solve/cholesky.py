@@ -71,7 +71,7 @@ class Cholesky:
     def factored(self, problem: Problem) -> tuple[Outcome, Callable | None]:
         """(outcome, again) in the precision of the problem."""
         lin = problem.linearization
-        kernels, rows = lin.kernels(), lin.row_layout()   # Jacobian rows are cheaper once the row structure is known
+        rows, kernels = lin.row_layout(), lin.kernels()   # in this order: they may depend on the rows
         if not kernels.has_direct or (self.name == "dual" and (rows is None or problem.scale is not None)):
             outcome = solved(system(self.name, problem))
         elif self.name == "primal":
@@ -111,7 +111,7 @@ class Cholesky:
         elif s.local and s.kernels.sums_outputs:
             matrix = s.factored(P) + width * s.layout.packed
         else:
-            matrix = s.jacobian_bytes + (s.factored(P) if s.kernels.fused else s.dense(P))
+            matrix = min(s.jacobian_bytes, s.block_bytes) + (s.factored(P) if s.kernels.fused else s.dense(P))
         return s.steps + matrix + s.sweeps + s.vectors
 
 
@@ -129,11 +129,11 @@ class System(NamedTuple):
 def system(name: str, problem: Problem) -> System:
     """The dual or primal matrix and right-hand side in PyTorch."""
     lin, r, q = problem.linearization, problem.r, problem.q
-    kernels, rows = lin.kernels(), lin.row_layout()
+    rows, kernels = lin.row_layout(), lin.kernels()
     keeps = kernels.fused and not kernels.has_direct   # the matrix, for further dampings
     if name == "primal":
         g = problem.gradient()
-        H = kernels.normal() if keeps else _normal(lin.dense())
+        H = kernels.normal() if keeps or kernels.block_bytes is not None else _normal(lin.dense())
         return System(False, H, problem.diagonal(), g, lambda y: y, lambda y, step: _dot(g, step))
     if problem.uniform:
         K = kernels.gram() if keeps and rows is not None else lin.gram()

@@ -240,6 +240,8 @@ class ConjugateGradients:
         M, P, options, dampings = s.M, s.P, s.options, s.dampings
         iterations = min(options.max_iterations, M, P)
         count = iterations * 2 * SWEEP * s.sweep + 2 * s.sweep
+        if not s.kernels.matrix_free:
+            count = s.jacobian + iterations * 4 * SWEEP * M * P
         if isinstance(options.preconditioner, Nystrom):   # its use in every iteration, and its making in one step of `refresh`
             rank, refresh = min(options.preconditioner.rank, P), options.preconditioner.refresh
             count += 4 * rank * P * iterations + (rank * 2 * SWEEP * s.sweep + 6 * rank**2 * P) / refresh

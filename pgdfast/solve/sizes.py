@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..kernels.limits import DOUBLE_FACTOR, ONE_ARENA_BYTES, WIDE_FACTOR
 from .options import CG
 
@@ -16,13 +18,13 @@ class Sizes:
     M, P; options: of CG; wide: a float32 problem is known to need float64 sums; scaled, penalized: there is a D, a penalty.
     local: rows separate and the kernels make use of it. explicit: dual matrices come from J.
     Operations: sweep, of a product with J or J^T; build, of one Gram matrix beside its sweeps, of which there are `outputs`;
-    jacobian, of J. Bytes: width, of a number; arena, of a sweep; sweeps, of those for J or a matrix; jacobian_bytes, of J;
-    vectors; steps, where there are many dampings; krylov, of CG without options.
+    jacobian, of J. Bytes: block_bytes, of J beside a J^T J at most; width, of a number; arena, of a sweep; sweeps, of those for
+    J or a matrix; jacobian_bytes, of J; vectors; steps, where there are many dampings; krylov, of CG without options.
     """
 
     def __init__(self, problem, options: CG, wide: bool = False, dampings: int = 1):
         lin = problem.linearization
-        self.kernels, self.layout = kernels, rows = lin.kernels(), lin.row_layout()
+        self.layout, self.kernels = rows, kernels = lin.row_layout(), lin.kernels()
         self.M, self.P = M, P = float(lin.num_residuals), float(lin.num_parameters)
         self.options, self.dampings = options, dampings
         self.scaled, self.penalized = problem.scale is not None, problem.penalty is not None
@@ -30,7 +32,10 @@ class Sizes:
         self.local = rows is not None and kernels.fused
         self.explicit = self.scaled or not kernels.fused
         self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, M)
+        if not self.local and kernels.jacobian_flops is not None:
+            self.outputs = kernels.jacobian_flops / self.sweep
         self.jacobian = self.outputs * self.sweep + (2 * M * P if self.local else 0.0)
+        self.block_bytes = math.inf if kernels.block_bytes is None else kernels.block_bytes
         self.small = min(M, P) <= WIDE_FACTOR
         self.width = 8 if wide and self.small else lin.residual.element_size()
         self.arena = self.width * kernels.arena_size

@@ -1,8 +1,9 @@
 """One step: damping rules, attempts and their verdict, corrections, line search, bit-exact undo."""
 
+from ..kernels.errors import out_of_memory
 from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
 from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
-from .evaluate import Evaluator, half_square, out_of_memory
+from .evaluate import Evaluator, half_square
 from .host import HostStep, StepOptions, StepTools
 from .line_search import Armijo, LineSearch, chosen_search
 from .members import checked, each_of, joined, new_memory, share_of

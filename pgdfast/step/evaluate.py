@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.errors import out_of_memory
 from .rng_replay import RandomReplay, code_of
 
 LARGE_TAPE = 4 << 20   # bytes of activations from which a trial without a tape is worth its detour through Python
@@ -60,7 +61,7 @@ class Evaluator:
         code = code_of(closure)
         return code is not None and code not in self._one_by_one
 
-    def batched(self, closure, params, displacements, replay: RandomReplay) -> list[float] | None:
+    def batched(self, closure, params, displacements, replay: RandomReplay, scalar: bool) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where vmap does not serve.
 
         One run of the closure under torch.func.vmap, on K times the numbers. Closures that vmap refuses (.item(), branches on
@@ -74,9 +75,7 @@ class Evaluator:
         def loss(*points):
             with Substituted(params, points), torch.enable_grad():
                 result = closure()
-            if isinstance(result, torch.Tensor) and result.dim() == 0:
-                return result.detach()
-            return half_square(result)
+            return loss_at(result, scalar)
 
         replay.rewind()
         try:
@@ -131,14 +130,14 @@ def restore_modes(before: tuple[bool, int]) -> None:
     torch._C._set_grad_enabled(before[0])
 
 
+def loss_at(result, scalar: bool) -> torch.Tensor:
+    """The loss, 0-dim, detached, of what a closure returned; scalar: a result of one entry is the loss, whatever its shape."""
+    if isinstance(result, torch.Tensor) and (scalar or result.dim() == 0):
+        return result.detach().reshape(())
+    return half_square(result)
+
+
 def half_square(result) -> torch.Tensor:
     """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached."""
     parts = result if isinstance(result, (tuple, list)) else [result]
     return 0.5 * sum(part.detach().double().square().sum() for part in parts)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: PyTorch's allocator for the CPU has no type of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -3,6 +3,6 @@
 from . import members
 from .losses import Form, UnrecognizedLoss
 from .program import Program
-from .trace import Trace, Tracer
+from .trace import CompiledTape, Trace, Tracer
 
-__all__ = ["Form", "Program", "Trace", "Tracer", "UnrecognizedLoss", "members"]
+__all__ = ["CompiledTape", "Form", "Program", "Trace", "Tracer", "UnrecognizedLoss", "members"]

@@ -8,38 +8,43 @@ from __future__ import annotations
 
 import torch
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge
 
-from .walk import Tape
+from .walk import CHECKPOINT, Tape
 
-_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"
-_OPEN = ("pgdfast.", "torch.nn.modules._functions.BackwardHookFunction")   # Functions that hide nothing
+_OPEN = ("pgdfast.", "torch.nn.modules._functions.BackwardHookFunction", CHECKPOINT)   # Functions that hide nothing from rules
 
 
-def refuse_hidden(tape: Tape, results: list[torch.Tensor], params: list[torch.Tensor]) -> None:
-    """Raise ValueError where a node of a fresh tape hides parameters.
+def refuse_accumulation_hooks(number: int, p: torch.Tensor) -> None:
+    """Raise ValueError for a parameter with hooks, where they are not those of the tensor: no others run without .grad."""
+    what = f"pgdfast.LM: parameter {number}, of shape {tuple(p.shape)},"
+    if getattr(p, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"{what} has a post-accumulate-grad hook, which would never run, since no .grad is filled; remove it "
+            "(handle.remove())."
+        )
+    if not p._backward_hooks:
+        raise ValueError(
+            f"{what} has a hook at the node that accumulates its .grad, which would never run, since none is filled. "
+            "DistributedDataParallel and FSDP average gradients over processes by such hooks: without them every process would "
+            "train a network of its own. Call the bare module (model.module) on all data in one process."
+        )
 
-    Cost: nothing without Functions written in Python on the tape; otherwise one backward pass, which tells by the `.grad` of
-    the parameters, left as they were, what the Functions fill by themselves.
+
+def refuse_hidden(nodes: list, kinds: list[str], params: list[torch.Tensor]) -> None:
+    """Raise ValueError where a node of a fresh tape hides parameters. kinds: as walk.kind_of gives them.
+
+    Cost: nothing without Functions written in Python on the tape; otherwise one backward of each, which tells by the `.grad`
+    of the parameters, left as they were, what the Functions fill by themselves.
     """
-    structure = tape.structure
-    reached = set(structure.leaf)
-    for position, kind in enumerate(structure.kinds):
-        if kind == _CHECKPOINT and (structure.active[position] or any(k not in reached for k in range(len(params)))):
-            raise ValueError(
-                "pgdfast.LM: the closure's tape holds CheckpointFunctionBackward: torch.utils.checkpoint with "
-                "use_reentrant=True hides the parameters inside from the tape, and they would never move; pass "
-                "use_reentrant=False."
-            )
     foreign = [
-        position for position, (node, kind) in enumerate(zip(tape.fresh, structure.kinds, strict=True))
+        node for node, kind in zip(nodes, kinds, strict=True)
         if isinstance(node, BackwardCFunction) and not kind.startswith(_OPEN)
     ]
     if not foreign:
         return
-    filled = _filled_by([tape.fresh[position] for position in foreign], results, params)
+    filled = _filled_by(foreign, params)
     if filled:
-        names = ", ".join(dict.fromkeys(structure.names[position] for position in foreign))
+        names = ", ".join(dict.fromkeys(node.name() for node in foreign))
         raise ValueError(
             f"pgdfast.LM: {len(filled)} of the optimizer's parameters get their gradient inside the backward of a "
             f"torch.autograd.Function ({names}), where the tape does not show them, and would never move; pass them to its "
@@ -47,19 +52,33 @@ def refuse_hidden(tape: Tape, results: list[torch.Tensor], params: list[torch.Te
         )
 
 
-def _filled_by(nodes: list, results: list[torch.Tensor], params: list[torch.Tensor]) -> list[int]:
+def refuse_checkpoints(tape: Tape, missing: str, num_parameters: int) -> None:
+    """Raise ValueError for a checkpoint on a tape without a program: autograd's products leave out the parameters inside."""
+    structure = tape.structure
+    hides = any(k == CHECKPOINT and any(edges) for k, edges in zip(structure.kinds, structure.edges, strict=True))
+    if hides or (CHECKPOINT in structure.kinds and not set(range(num_parameters)) <= set(structure.leaf)):
+        raise ValueError(
+            "pgdfast.LM: the closure's tape holds CheckpointFunctionBackward: torch.utils.checkpoint with use_reentrant=True "
+            f"hides the parameters inside from the tape, and there is no tape rule for {missing}; pass use_reentrant=False."
+        )
+
+
+def _filled_by(nodes: list, params: list[torch.Tensor]) -> list[int]:
     """Numbers of the parameters whose `.grad` the backward of these nodes fills; all are put back."""
-    inputs = [GradientEdge(*edge) for node in nodes for edge in node.next_functions if edge[0] is not None]
     before = [p.grad for p in params]
     try:
         for p in params:
             p.grad = None
-        torch.autograd.grad(results, inputs, [torch.ones_like(t) for t in results], retain_graph=True, allow_unused=True)
+        for node in nodes:
+            ones = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in node._input_metadata]
+            try:
+                with torch.no_grad():
+                    node.apply(*ones)
+            except MemoryError:
+                raise
+            except Exception:   # noqa: BLE001 - no backward, so nothing hidden in it; a product that needs it will raise it
+                continue
         return [k for k, p in enumerate(params) if p.grad is not None]
-    except MemoryError:
-        raise
-    except Exception:   # no backward, so nothing hidden in it; where a product needs it, it will be raised there
-        return []
     finally:
         for p, grad in zip(params, before, strict=True):
             p.grad = grad

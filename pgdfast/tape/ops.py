@@ -6,6 +6,8 @@ short function per operation serves both and the two cannot drift apart.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from .program import (
@@ -33,13 +35,37 @@ _MOST_BY_ELEMENT = 1 << 20   # multiplications of a product that is not left to 
 class Refresh:
     """Collects the constants of a tape whose structure is known. All structural verbs do nothing."""
 
-    __slots__ = ("constants", "dtype", "needs", "parts")
+    __slots__ = ("_count", "constants", "dtype", "needs", "parts")
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
+        self._count = 0
         self.parts: tuple = (None, None)   # of complex inputs and outputs, which the verbs mean: "re" or "im"
+
+    def start(self, inputs, shapes) -> None:
+        """Begin a rule inside of another one's: what its inputs depend on the parameters by, or None; its outputs' shapes."""
+        self.needs, self.parts = tuple([x is not None for x in inputs]), (None, None)
+        self._count = len(shapes)
+
+    def outputs(self) -> dict:
+        """By number what the outputs of a rule inside of another one's depend on the parameters by."""
+        return dict.fromkeys(range(self._count), True)
+
+    def parameter(self, number: int):
+        """What a parameter depends on itself by."""
+        return True
+
+    @contextlib.contextmanager
+    def nested(self):
+        """Let other rules run inside of one's: each after a `start`. Gives a function from an input's number to what it is."""
+        needs, parts = self.needs, self.parts
+        yield lambda i: True if needs[i] else None
+        self.needs, self.parts = needs, parts
+
+    def finish(self, out, x) -> None:
+        """Out is what an inner rule's output is, zero for None."""
 
     def _cast(self, c: torch.Tensor) -> torch.Tensor:
         if c.dtype is self.dtype:
@@ -122,8 +148,8 @@ class Refresh:
 class Record:
     """Builds the program of a tape with a new structure; the same verbs as `Refresh`, which explains them."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, leaves: list[Slot] = ()):
+        self.program, self._leaves = program, leaves
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
         self.parts: tuple = (None, None)
@@ -138,6 +164,24 @@ class Record:
         self._inputs = inputs
         self._shapes = shapes
         self._slots = {}
+
+    def parameter(self, number: int) -> Slot:
+        """The slot of a parameter."""
+        return self._leaves[number]
+
+    @contextlib.contextmanager
+    def nested(self):
+        """See Refresh."""
+        outer = self.needs, self._inputs, self._shapes, self._slots, self.parts
+        yield lambda i: outer[1][i]
+        self.needs, self._inputs, self._shapes, self._slots, self.parts = outer
+
+    def finish(self, out, x: Slot | None) -> None:
+        """See Refresh."""
+        if x is None:
+            self.output(out)
+        else:
+            self._slots[out] = x
 
     def bind_output(self, slot: Slot) -> None:
         """Let output 0 be an existing slot instead of a fresh buffer."""

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from . import losses
-from .hidden import refuse_hidden
+from .checkpoint import checkpoint_rule
+from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
 from .rules.complex_numbers import rule_for_complex
-from .rules.table import plain
+from .rules.table import Keyed, plain
 from .simplify import simplify
-from .walk import Fallback, Structure, Tape, Walker, describe, rule_of
+from .walk import CHECKPOINT, OPAQUE, Fallback, Structure, Tape, Walker, describe, rule_of
 
 _STRUCTURES_KEPT = 16
 
@@ -28,11 +29,11 @@ class Trace:
     """A tape read at one point.
 
     loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
-    that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
+    that the loss's gradient is J^T residual (plus penalty). squares_only: it is a sum of squares with constant weights.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
     program and constants: the linearization, or None where `missing` names an operation without a rule;
-    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs. foreign: does code
-    of the user's take part in the backward: hooks, or a torch.autograd.Function?
+    then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
+    structure: of the tape.
     """
 
     loss: torch.Tensor
@@ -43,10 +44,10 @@ class Trace:
     penalties: dict[int, float]
     program: Program | None
     constants: list
+    structure: Structure
     missing: str | None = None
     blocks: list | None = None
     edges: list | None = None
-    foreign: bool = False
 
 
 @dataclass(slots=True)
@@ -63,41 +64,38 @@ class Known:
     replay: Replay | None = None
 
 
-class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
+class CompiledTape(ValueError):
+    """Nodes of torch.compile stand between a closure's result and the parameters."""
 
-    Raises ValueError for complex parameters.
-    """
+
+class Tracer:
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for k, p in enumerate(params):
-            if p.is_complex():
-                raise ValueError(
-                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. "
-                    "Keep it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) "
-                    "in the model."
-                )
+        for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
+        self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
-    def trace(self, result, allow_sync: bool = True) -> Trace:
+    def trace(self, result, allow_sync: bool = True, rules: bool = True) -> Trace:
         """Read what a closure returned.
 
         result: a 0-dim loss, a residual tensor of at least one dimension, or a tuple or list of those. allow_sync: may it wait
-        for a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign.
+        for a device? If not, nothing is read off tensors there: `value` is None, and weights may have any sign. rules: make a
+        program; else the trace is as if an operation had none.
         Raises ValueError for results that cannot be linearized, each with what to do instead.
         """
         try:
-            if self.replays and allow_sync:
+            if self.replays and allow_sync and rules:
                 trace = self._replay(result)
                 if trace is not None:
                     return trace
             with torch.no_grad():
-                return self._trace(result, allow_sync)
+                return self._trace(result, allow_sync, rules)
         except RuntimeError as error:
             if "already been freed" in str(error) or "second time" in str(error):
                 raise ValueError(
@@ -105,6 +103,32 @@ class Tracer:
                     "loss or the residuals without calling backward()."
                 ) from error
             raise
+
+    def as_loss(self, result, allow_sync: bool = True):
+        """A result of one entry with dimensions, (1,) or (1, 1), as 0-dim where its tape ends as a loss does; else itself.
+
+        Raises ValueError where it may as well be one residual: a sum of squares less a constant.
+        """
+        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+            return result
+        with torch.no_grad():
+            tape = self._tape([result])
+            position = tape.structure.roots[0][0]
+            known = tape.structure.one_element
+            if known is None:
+                try:
+                    form = losses.scalar_form(tape, position, allow_sync)
+                    known = losses.one_element(form, tape, float(result) if allow_sync else None, self.params)
+                except losses.UnrecognizedLoss:
+                    known = "residual"
+                tape.structure.one_element = known if allow_sync else None
+        if known == "either":
+            raise ValueError(
+                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
+                f"({tape.name(position)}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
+            )
+        return result.reshape(()) if known == "loss" else result
 
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
@@ -123,10 +147,12 @@ class Tracer:
                     if form is None:
                         return None
                     residual, penalties = self._residual(form, loss), form.penalties
-        tapeless = replay.structure.tapeless
-        return Trace(loss, value, residual, replay.squares_only, tapeless, penalties, replay.program, constants)
+        structure = replay.structure
+        return Trace(
+            loss, value, residual, replay.squares_only, structure.tapeless, penalties, replay.program, constants, structure
+        )
 
-    def _trace(self, result, allow_sync: bool) -> Trace:
+    def _trace(self, result, allow_sync: bool, rules: bool) -> Trace:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         _check_result(result, tensors)
         scalar = not isinstance(result, (tuple, list)) and result.dim() == 0
@@ -144,14 +170,12 @@ class Tracer:
                 form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
             except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
+                last = losses.written(tape.name(positions[0][0]))
                 raise losses.UnrecognizedLoss(
-                    f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
-                    f"{error}. {losses.RECOGNISED}"
+                    f"pgdfast.LM: closure returned a scalar whose last operation is {last}; {error}. {losses.RECOGNISED}"
                 ) from None
             loss = result.detach()
         else:
-            if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0], allow_sync)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -159,18 +183,22 @@ class Tracer:
         if loss is None:
             loss = 0.5 * torch.dot(residual, residual)
         value = loss.item() if allow_sync else None
-        trace = Trace(loss, value, residual, form.squares_only, tape.structure.tapeless, form.penalties, None, [])
+        structure = tape.structure
+        trace = Trace(loss, value, residual, form.squares_only, structure.tapeless, form.penalties, None, [], structure)
+        trace.missing = None if rules else "one of its operations that agrees with autograd"
         try:
-            trace.program, trace.constants = self._program(
-                tape, form, positions[0][0] if scalar and positions[0] else None, allow_sync
-            )
-            return trace
+            if rules:
+                trace.program, trace.constants = self._program(
+                    tape, form, positions[0][0] if scalar and positions[0] else None, allow_sync
+                )
+                return trace
         except Fallback as error:
             self._refuse_opaque(tape)
             trace.missing = error.operation
         except UnsupportedStructure as error:
             trace.missing = str(error)
-        trace.blocks, trace.edges, trace.foreign = form.blocks, self._edges(tape, form), tape.structure.foreign
+        refuse_checkpoints(tape, trace.missing, len(self.params))
+        trace.blocks, trace.edges = form.blocks, self._edges(tape, form)
         return trace
 
     def _tape(self, tensors: list[torch.Tensor]) -> Tape:
@@ -182,31 +210,12 @@ class Tracer:
         tape = self._walker.walk(results)
         for position in tape.structure.hooked:
             leaf = tape.leaf[position]
-            if leaf >= 0 and getattr(self.params[leaf], "_post_accumulate_grad_hooks", None):
-                raise ValueError(
-                    f"pgdfast.LM: parameter {leaf}, of shape {tuple(self.params[leaf].shape)}, has a post-accumulate-grad "
-                    "hook, which would never run, since no .grad is filled; remove it (handle.remove())."
-                )
+            if leaf >= 0:
+                refuse_accumulation_hooks(leaf, self.params[leaf])
         if tape.fresh is not None:
-            refuse_hidden(tape, results, self.params)
+            refuse_hidden(tape.fresh, tape.structure.kinds, self.params)
             self._walker.remember(tape.structure)
         return tape
-
-    @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, allow_sync: bool) -> None:
-        """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
-        if result.numel() != 1 or position is None:
-            return
-        try:
-            form = losses.scalar_form(tape, position[0], allow_sync)
-        except losses.UnrecognizedLoss:
-            return
-        if form.reduces(tape):
-            raise ValueError(
-                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimized."
-            )
 
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""
@@ -216,12 +225,12 @@ class Tracer:
             leaf = tape.leaf[position]
             return tape.nodes[position] if leaf < 0 else leaves[leaf]
 
-        return [[e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
+        return [block.handles or [e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
 
     def _refuse_opaque(self, tape: Tape) -> None:
-        for name in tape.names:
-            if name.startswith("CompiledFunction"):
-                raise ValueError(
+        for name, kind in zip(tape.names, tape.structure.kinds, strict=True):
+            if kind.startswith(OPAQUE):
+                raise CompiledTape(
                     f"pgdfast.LM: the closure's tape holds {name}, an opaque node of torch.compile; call the uncompiled "
                     "model in the closure (model._orig_mod, or the function before torch.compile)."
                 )
@@ -265,27 +274,36 @@ class Tracer:
             rule.apply(op, *values)
         return known.program, op.constants + block_constants(form.blocks, known.block_needs, self.dtype)
 
-    @staticmethod
-    def _rules(tape: Tape, form: losses.Form) -> list:
-        """(position, rule) of every active node below the loss, found once per structure."""
-        consumed = frozenset(form.consumed)
-        rules = tape.structure.rules.get(consumed)
+    def _rules(self, tape: Tape, form: losses.Form) -> list:
+        """(position, rule) of every node that the blocks' outputs are computed by, found once per structure and outputs."""
+        outputs = tuple([block.edges for block in form.blocks])
+        rules = tape.structure.rules.get(outputs)
         if rules is None:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
-            rules = []
-            for position, node in tape.nodes.items():
-                if position in consumed:
-                    continue
-                found = None
-                if structure.complex and any(map(any, structure.numbers(position))):
-                    found = rule_for_complex(structure, position)
-                    if found is None:
-                        raise Fallback(f"complex numbers ({tape.name(position)})")
-                rules.append((position, found or rule_of(node).of(structure, position)))
-            structure.rules[consumed] = rules
+            needed = {edge[0] for edges in outputs for edge in edges if edge is not None}
+            for position in reversed(structure.wanted):
+                if position in needed:
+                    needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
+            if any(block.handles for block in form.blocks):
+                raise Fallback("the modulus of complex numbers")
+            rules = [
+                (position, self._rule_of(tape.nodes[position], structure, position))
+                for position in structure.wanted if position in needed
+            ]
+            structure.rules[outputs] = rules
         return rules
+
+    def _rule_of(self, node, structure: Structure, position: int):
+        if structure.kinds[position] == CHECKPOINT:
+            return self._checkpoint
+        if structure.complex and any(map(any, structure.complex_at(position))):
+            found = rule_for_complex(structure, position)
+            if found is None:
+                raise Fallback(f"complex numbers ({structure.names[position]})")
+            return found
+        return rule_of(node).of(structure, position)
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)
@@ -294,7 +312,7 @@ class Tracer:
         for position, leaf in enumerate(tape.leaf):
             if leaf >= 0:
                 slots[position, 0] = leaves[leaf]
-        op = Record(program)
+        op = Record(program, leaves)
         with_constants, block_needs = [], []
         for k, (position, rule, values) in enumerate(work):
             before = len(op.constants)
@@ -303,7 +321,7 @@ class Tracer:
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
-            if len(op.constants) > before:
+            if len(op.constants) > before or any(isinstance(value, Keyed) for value in values):
                 with_constants.append((k, op.needs, len(op.constants) - before))
         for block in form.blocks:
             shape = block.residual.shape

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch.autograd.function import BackwardCFunction
 
 from ..kernels import native
 from .rules import RULES
+from .rules.functions import FUNCTION
 from .rules.table import Keyed, OwnBackward
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
@@ -20,7 +23,10 @@ _PLAIN = {
     "AccumulateGrad", "MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "LinalgVectorNormBackward0",
 }
+CHECKPOINT = "torch.utils.checkpoint.CheckpointFunctionBackward"   # whose parameters have no edges: it is active in any case
+OPAQUE = "torch._functorch."   # modules of Functions that hold whole compiled graphs
 _RULE_OF_TYPE: dict[type, object] = {}
+_PRODUCT = re.compile("Mm|Mv|Dot|Linear|Convolution|Rnn|Attention|Trilinear")
 
 
 class Fallback(Exception):
@@ -37,10 +43,11 @@ class Structure:
     number: identifies the structure. roots: (position, output) of each result. names: node types. kinds: the same as
     `kind_of` gives them. leaf: number of the parameter that an AccumulateGrad node belongs to, else -1. active: does a
     parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
-    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output)
-    of those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
-    wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
-    bit, without gradients?
+    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output) of
+    those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
+    hides: is there a checkpoint whose parameters have no edges? wanted: positions of the active nodes that are no leaves.
+    tapeless: would the operations compute the same, bit for bit, without gradients? eps: rounding unit of the coarsest type
+    among the active nodes' outputs.
     """
 
     def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int], hooked: list[int]):
@@ -59,19 +66,52 @@ class Structure:
                 position = -1 if child is None else index[child]
                 edges.append((position, output) if position >= 0 and self.active[position] else None)
             self.leaf.append(number)
-            self.active.append(number >= 0 or any(edges))
+            self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
+        self.hides = CHECKPOINT in self.kinds
         self._used: dict[int, set[int]] | None = None
-        self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
+        self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
+        self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
+        self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
+        types = [{m.dtype for m in node._input_metadata} for node in nodes]
         self.complex = {
             (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
         }
+        rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
+        self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
 
-    def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    def num_outputs(self) -> int:
+        """How many numbers the active nodes put out."""
+        return sum(shape.numel() for k in self.wanted for shape in self.shapes[k])
+
+    def product_flops(self) -> float:
+        """About what a backward pass takes in the tape's products of matrices: two of each, of 2 m k n."""
+        total = 0.0
+        for k in self.wanted:
+            if _PRODUCT.search(self.kinds[k]):
+                out = self.shapes[k][0].numel()
+                known = [self.shapes[e[0]][e[1]] for e in self.edges[k] if e is not None and self.shapes[e[0]][e[1]].numel()]
+                if len(known) > 1:   # m k n from the three sizes
+                    sizes = sorted((s.numel() for s in known), reverse=True)
+                    total += 4 * (out * sizes[0] * sizes[1]) ** 0.5
+                elif known:
+                    total += 4 * out * max(known[0][-1:] or (1,))
+        return total
+
+    def suspects(self, wrong: set[int]) -> list[str]:
+        """Names of the operations through which the gradients of these parameters pass, and of no others if there are such."""
+        below = []
+        for leaf, edges in zip(self.leaf, self.edges, strict=True):
+            below.append(set().union(*(below[e[0]] for e in edges if e is not None)) if leaf < 0 else {leaf})
+        passed = [k for k in self.wanted if below[k] & wrong]
+        alone = [k for k in passed if below[k] <= wrong]
+        return list(dict.fromkeys(self.names[k] for k in alone or passed))
+
+    def complex_at(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
         outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
         return tuple(edge in self.complex for edge in self.edges[position]), outputs
@@ -212,7 +252,15 @@ def rule_of(node):
     kind = type(node)
     found = _RULE_OF_TYPE.get(kind)
     if found is None:
-        found = RULES.get(kind_of(node).removesuffix("_copy"))   # the same operation, out of the view's storage
+        name = kind_of(node)
+        found = RULES.get(name.removesuffix("_copy"))   # the same operation, out of the view's storage
+        if found is None and issubclass(kind, BackwardCFunction) and not name.startswith(OPAQUE):
+            found = FUNCTION
+        if found is None and name_of(node).endswith("::DifferentiableGraphBackward"):
+            raise Fallback(
+                "DifferentiableGraphBackward (torch.jit had compiled the module before LM ran it: script or trace it anew, or "
+                "call the original module)"
+            )
         if found is None:
             raise Fallback(name_of(node))
         _RULE_OF_TYPE[kind] = found

@@ -8,6 +8,7 @@ from tape.cases_complex import COMPLEX
 from tape.cases_local import LOCAL, MAPS, MATRICES
 from tape.cases_pointwise import POINTWISE
 from tape.cases_selection import SELECTION, WRITES
+from tape.layers import LAYERS, lstm_layer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgdfast import pde
@@ -523,7 +524,7 @@ TAYLOR = {
 
 TABLES = (
     ELEMENTWISE, STRUCTURAL, PRODUCTS, NESTED, NORMALIZING, GATHERS, TAYLOR, POINTWISE, SELECTION, WRITES, LOCAL, MATRICES,
-    MAPS, COMPLEX,
+    MAPS, LAYERS, COMPLEX,
 )
 CASES = {name: case for table in TABLES for name, case in table.items()}
 
@@ -583,7 +584,8 @@ def test_every_rule_is_exercised():
     assert len(CASES) == sum(map(len, TABLES))   # no two cases of one name
     x = torch.ones(2, requires_grad=True)
     exercised = set().union(
-        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values())
+        *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values()),
+        operations(lstm_layer()),
     )
     known = set(RULES) | complex_numbers.NODES
     assert exercised == known, f"rules without a case: {sorted(known - exercised)}"

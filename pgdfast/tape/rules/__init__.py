@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from . import (
+    bags,
+    convolution,
     distances,
     elementwise,
     gathers,
@@ -13,9 +15,12 @@ from . import (
     matrices,
     normalizing,
     pointwise,
+    pooling,
     probed,
+    recurrent,
     scatters,
     selection,
+    statistics,
     structural,
     writes,
 )
@@ -24,6 +29,8 @@ from .table import RULES, Rule
 __all__ = [
     "RULES",
     "Rule",
+    "bags",
+    "convolution",
     "distances",
     "elementwise",
     "gathers",
@@ -34,9 +41,12 @@ __all__ = [
     "matrices",
     "normalizing",
     "pointwise",
+    "pooling",
     "probed",
+    "recurrent",
     "scatters",
     "selection",
+    "statistics",
     "structural",
     "writes",
 ]

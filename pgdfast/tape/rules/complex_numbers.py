@@ -28,7 +28,7 @@ _SUMS = (
 def rule_for_complex(structure, position: int) -> Rule | None:
     """The rule of a node with complex inputs or outputs; None where there is none."""
     name = structure.kinds[position].removesuffix("_copy")
-    inputs, outputs = structure.numbers(position)
+    inputs, outputs = structure.complex_at(position)
     if name in _OWN:
         apply, saved = _OWN[name]
         return _reading(apply, saved, inputs, outputs)

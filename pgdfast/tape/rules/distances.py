@@ -1,4 +1,4 @@
-"""Distances between points, and products of three tensors: reductions over pairs of rows."""
+"""Distances between points: reductions over pairs of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ..program import UnsupportedStructure
 from .local import MOST_BYTES
 from .selection import kept
-from .table import rule, signed
+from .table import rule
 
 
 def _slope(difference: torch.Tensor, distance: torch.Tensor, p: float) -> torch.Tensor:
@@ -61,29 +61,3 @@ def pdist(op, p, distance, x):
 def _pairs(_, count, device, values) -> tuple[torch.Tensor, torch.Tensor]:
     i, j = torch.triu_indices(count, count, 1, device=device)
     return i, j
-
-
-@rule("TrilinearBackward0", saved="expand1 expand2 expand3 i1 i2 i3 sumdim")
-def trilinear(op, expand1, expand2, expand3, i1, i2, i3, sumdim):
-    """Sum over some dimensions of the product of three tensors, each with dimensions inserted."""
-    inserted = [[signed(d) for d in dims] for dims in (expand1, expand2, expand3)]
-    for i in range(3):
-        if not op.needs[i]:
-            continue
-        a, b = (_inserted(t, inserted[k]) for k, t in enumerate((i1, i2, i3)) if k != i)
-        if math.prod(torch.broadcast_shapes(a.shape, b.shape)) * a.element_size() > MOST_BYTES:
-            raise UnsupportedStructure(f"a product of three tensors of more than {MOST_BYTES >> 20} MB")
-        c = (a * b).contiguous()
-
-        def window(x, dims=inserted[i], shape=c.shape):
-            x = _inserted(x, dims)
-            return x.expand(torch.broadcast_shapes(x.shape, shape))
-
-        op.view(i, window, out=f"factor {i}")
-        op.sum(f"factor {i}", tuple(signed(d) for d in sumdim), False, c=c)
-
-
-def _inserted(t: torch.Tensor, dims) -> torch.Tensor:
-    for d in dims:
-        t = t.unsqueeze(d)
-    return t

@@ -5,6 +5,8 @@ A factor on the left may be sparse: rows of the other one, gathered and weighted
 
 from __future__ import annotations
 
+import torch
+
 from ..program import UnsupportedStructure
 from .table import Keyed, rule
 
@@ -98,3 +100,21 @@ def dot(op, left, right):
         op.sum(0, (0,), False, c=right)
     if op.needs[1]:
         op.sum(1, (0,), False, c=left)
+
+
+@rule("TrilinearBackward0", saved="expand1 expand2 expand3 i1 i2 i3 sumdim", shape=True)
+def bilinear(op, expand1, expand2, expand3, x, weight, y, summed, shape, device):
+    """Sum over i, j of x[b, i] weight[o, i, j] y[b, j]; the tape holds those of the three that others' derivatives need."""
+    if ([*expand1], [*expand2], [*expand3], [*summed]) != ([1, 3], [0], [1, 2], [2, 3]):
+        raise UnsupportedStructure("a trilinear form that is not nn.Bilinear's")
+    op.temporary("result", shape)
+    if op.needs[1]:
+        op.reshape(1, (shape[1], x.shape[1] * y.shape[1]), out="weight")
+        op.view("weight", lambda t: t.mT, out="weight")
+        op.matmul("weight", left=(x[:, :, None] * y[:, None, :]).flatten(1), out="result")
+    for i, matrix, other in ((0, "oij,bj->bio", y), (2, "oij,bi->bjo", x)):
+        if op.needs[i]:
+            op.view(i, lambda t: t[:, None], out="row")
+            op.view("result", lambda t: t[:, None], out="products")
+            op.matmul("row", right=torch.einsum(matrix, weight, other), out="products")
+    op.view("result", lambda t: t)

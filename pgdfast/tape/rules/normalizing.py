@@ -82,26 +82,36 @@ def layer_norm_backward(op, g, x, shape, mean, rstd, weight, backward, used):
 
 @rule("ScaledDotProductFlashAttentionForCpuBackward0", saved="attn_mask dropout_p is_causal key query scale value")
 def attention(op, mask, dropout, causal, key, query, scale, value):
-    """S = scale q k^T + mask, P = softmax S, y = P v, over stacks (batch, heads) of matrices."""
-    if dropout or key.shape[1] != query.shape[1]:
-        raise UnsupportedStructure("attention with dropout or with shared heads in one operation")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = scale * (query @ key.mT)
+    """S = scale q k^T + mask, P = softmax S, y = P v, over stacks (batch, heads) of matrices.
+
+    Query heads that share a key and a value lie below one another in one matrix.
+    """
+    if dropout:
+        raise UnsupportedStructure("attention with dropout in one operation")
+    batch, heads, length, width = query.shape
+    shared, keys = heads // max(key.shape[1], 1), key.shape[2]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    scores = scale * (query @ (key.mT if shared == 1 else key.mT.repeat_interleave(shared, 1)))
     if mask is not None:
         scores = scores + mask
     if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        allowed = torch.ones(length, keys, dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, -math.inf)
-    p = torch._safe_softmax(scores, -1)
+    rows = batch, heads // max(shared, 1), shared * length
+    query, p = query.reshape(*rows, width), torch._safe_softmax(scores, -1).view(*rows, keys)
     if op.needs[0] or op.needs[1]:
         op.temporary("scores", p.shape)
         op.temporary("weights", p.shape)
         if op.needs[0]:
-            op.matmul(0, right=key.mT, alpha=scale, out="scores")
+            op.reshape(0, query.shape, out="queries")
+            op.matmul("queries", right=key.mT, alpha=scale, out="scores")
         if op.needs[1]:
             op.view(1, lambda x: x.mT, out="keys")
             op.matmul("keys", left=query, alpha=scale, out="scores")
         op.project("scores", (-1,), p, ((None, p),), out="weights")
-        op.matmul("weights", right=value)
+    op.temporary("values", (*rows, value.shape[-1]))
+    if op.needs[0] or op.needs[1]:
+        op.matmul("weights", right=value, out="values")
     if op.needs[2]:
-        op.matmul(2, left=p)
+        op.matmul(2, left=p, out="values")
+    op.reshape("values", (batch, heads, length, value.shape[-1]))

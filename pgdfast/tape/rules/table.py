@@ -42,7 +42,7 @@ def rule(*nodes: str, saved: str = "", shape: bool = False, own: bool = False, u
 
     def register(apply: Callable) -> Callable:
         names = tuple("_saved_" + name for name in saved.split())
-        read = _reader(names, sparse)
+        read = reader(names, sparse)
         read = _with_shape(read) if shape else _with_backward(read) if own else read
         for node in nodes:
             RULES[node] = Rule(apply, names, read, _for_used(apply, names, read) if used else None)
@@ -107,7 +107,8 @@ def _with_shape(read: Callable) -> Callable:
     return read_all
 
 
-def _reader(names: tuple[str, ...], sparse: bool = False) -> Callable:
+def reader(names: tuple[str, ...], sparse: bool = False) -> Callable:
+    """A function from a node to its saved fields of these names; sparse: see `rule`."""
     if not sparse:
         return lambda node: tuple([plain(getattr(node, name)) for name in names])
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from ..program import UnsupportedStructure
 from .gathers import in_planes, indexed_rows
 from .pointwise import coefficient
 from .scatters import scatter, table_of
@@ -198,51 +197,6 @@ def _reduction(op, found, shape):
 
 RULES["ScatterReduceBackward0"] = Rule(_reduction, ("_saved_dim", "_saved_index"), _read_scatter_reduce)
 RULES["IndexReduceBackward0"] = Rule(_reduction, ("_saved_dim", "_saved_index"), _read_index_reduce)
-
-
-# Bags of embeddings: rows of a table, weighted, and summed, averaged or the largest of by bags.
-
-
-def _read_bag(node):
-    mode, index = node._saved_mode, node._saved_indices.to(torch.int64)
-    if node._saved_scale_grad_by_freq:
-        raise UnsupportedStructure("embedding bags with scale_grad_by_freq")
-    shape = tuple(node._input_metadata[0].shape)
-    starts = node._saved_offsets.to(torch.int64)[: shape[0]]
-    bag = torch.searchsorted(starts, torch.arange(len(index), device=index.device), right=True) - 1
-    counted = index != signed(node._saved_padding_idx)
-    bag = bag.masked_fill(~counted, -1)
-    count = torch.bincount(bag[counted], minlength=shape[0])
-    if mode == 2:   # the largest entry per column: which rows they are from was saved
-        rows = node._saved_result3.to(torch.int64) * shape[1] + torch.arange(shape[1], device=index.device)
-        return Keyed((rows.masked_fill(count[:, None] == 0, -1), None, None, None), None), shape
-    weights = node._saved_per_sample_weights
-    weights = torch.ones(len(index), dtype=torch.float64, device=index.device) if weights is None else weights
-    if mode == 1:
-        weights = weights / count.clamp_min(1)[bag]
-    table = table_of(bag, shape[0])
-    learned = node._saved_weight if node.next_functions[-1][0] is not None and len(node.next_functions) > 1 else None
-    entries = None if learned is None else learned[index]
-    return Keyed((index, table, weights, entries), (tuple(table.shape), entries is None)), shape
-
-
-def _bag(op, found, shape):
-    index, table, weights, entries = found.value
-    if table is None:
-        op.gather(0, index, None)
-        return
-    op.temporary("weighted", (len(index), shape[1]))
-    if op.needs[0]:
-        op.temporary("taken", (len(index), shape[1]))
-        op.gather(0, index, 1, out="taken")
-        op.scale("taken", weights[:, None], out="weighted")
-    if len(op.needs) > 1 and op.needs[-1]:
-        op.view(len(op.needs) - 1, lambda x: x[:, None], out="weights")
-        op.scale("weights", entries, out="weighted")
-    scatter(op, "weighted", table, shape, 1)
-
-
-RULES["EmbeddingBagBackward0"] = Rule(_bag, (), _read_bag)
 
 
 # Windows and numbers written over the first input.

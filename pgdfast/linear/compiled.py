@@ -1,0 +1,46 @@
+"""Closures with compiled parts, run operation by operation: torch.compile and torch.jit leave one opaque node for many."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+
+from ..tape import CompiledTape
+from .announce import depth_of_caller
+
+_met = False   # has there been a closure with a part of torch.compile's?
+
+
+def as_operations(run):
+    """run(), which runs a closure and reads its tape, with what is compiled running as the operations it was made of.
+
+    torch.jit is told so in any case, which serves what it has not yet compiled; torch.compile, at whose first node `run` runs
+    once more, from then on.
+    """
+    global _met
+    try:
+        with _operations():
+            return run()
+    except CompiledTape:
+        if _met:
+            raise
+        _met = True
+    warnings.warn(
+        "pgdfast: a part of the closure is compiled by torch.compile, whose tape is opaque; from now on LM runs the original "
+        "(torch.compiler.set_stance('force_eager')), and it ran this closure once more.",
+        stacklevel=depth_of_caller(),
+    )
+    with _operations():
+        return run()
+
+
+@contextlib.contextmanager
+def _operations():
+    with torch.jit.optimized_execution(False):
+        if not _met:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
