@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from ..kernels import native
 from .rules import RULES
 from .rules.functions import FUNCTION
+from .rules.table import Keyed, OwnBackward
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
@@ -68,6 +69,7 @@ class Structure:
             self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
         self.hides = CHECKPOINT in self.kinds
+        self._used: dict[int, set[int]] | None = None
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
         self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
         self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
@@ -81,11 +83,6 @@ class Structure:
         }
         rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
         self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
-
-    def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
-        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
-        return tuple(edge in self.complex for edge in self.edges[position]), outputs
 
     def num_outputs(self) -> int:
         """How many numbers the active nodes put out."""
@@ -121,8 +118,13 @@ class Structure:
 
     def used(self, position: int) -> tuple[int, ...]:
         """Numbers of a node's outputs that active nodes or the closure's results read."""
-        readers = [self.edges[k] for k in self.wanted]
-        return tuple(sorted({e[1] for edges in (*readers, self.roots) for e in edges if e is not None and e[0] == position}))
+        if self._used is None:
+            self._used = {}
+            for edges in (*(self.edges[k] for k in self.wanted), self.roots):
+                for edge in edges:
+                    if edge is not None:
+                        self._used.setdefault(edge[0], set()).add(edge[1])
+        return tuple(sorted(self._used.get(position, ())))
 
 
 class Tape:
@@ -271,4 +273,6 @@ def describe(value):
         return value.shape, value.stride()
     if type(value) in (tuple, list) and any(type(v) is not int for v in value):
         return tuple([describe(v) for v in value])
-    return value
+    if type(value) is Keyed:
+        return value.key
+    return OwnBackward if type(value) is OwnBackward else value   # nothing may hold on to a tape
