@@ -104,7 +104,8 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
     cotangents = [None] * len(results)
     if w is not None:
         parts = w.split([t.numel() for t in results])
-        cotangents = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, results, strict=True)]
+        # In memory of their own: views of pairs as complex numbers ask for even offsets.
+        cotangents = [part.view(t.shape).to(t.dtype, copy=True) for part, t in zip(parts, results, strict=True)]
     pairs = [(t, c) for t, c in zip(results, cotangents, strict=True) if t.requires_grad and t.numel()]
     asked = [p for p in params if p.requires_grad]
     if not pairs or not asked:

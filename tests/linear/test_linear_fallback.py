@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SOLVERS, TIGHT, damping_of, jacobian_agreement, mlp, perturb, rand, relative, spectrum
+from helpers import SOLVERS, TIGHT, damping_of, jacobian_agreement, mlp, perturb, rand, relative, spectrum, without_rules
 
 import pgdfast
 from pgdfast import reference
@@ -15,6 +15,12 @@ from pgdfast.linear.announce import called
 
 X, Y = rand(6, 3, seed=1), rand(6, 4, seed=2)
 pytestmark = pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+
+
+@pytest.fixture(autouse=True)
+def no_rules(monkeypatch):
+    """Operations that these tests take may have rules."""
+    without_rules(monkeypatch)
 
 
 class ByNumpy(torch.autograd.Function):
@@ -264,7 +270,8 @@ def test_complex_parameters_are_told_what_to_do(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_model_is_not_called_converged(dtype):
+def test_a_half_precision_model_is_not_called_converged(dtype, monkeypatch):
+    monkeypatch.undo()   # by rules
     model, x = mlp(1, 10, 1, dtype=dtype), torch.linspace(-1, 1, 20)[:, None].to(dtype)
     optimizer = pgdfast.LM(model.parameters())
     for _ in range(12):
@@ -289,7 +296,7 @@ def test_operations_are_called_as_users_call_them(node, name):
 
 def test_the_announcement_says_cost_and_cure(monkeypatch):
     monkeypatch.setattr("pgdfast.linear.linearization._announced", set())
-    linear = torch.nn.Bilinear(3, 3, 2, dtype=torch.float64)
+    linear = torch.nn.Bilinear(3, 3, 2, bias=False, dtype=torch.float64)
     with pytest.warns(UserWarning) as caught:
         pgdfast.linearize(lambda: linear(X, X), linear.parameters())
     assert len(caught) == 1
