@@ -7,6 +7,7 @@ Cost: one product with J, at most two with J^T, one backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +49,16 @@ def tolerance_of(trace) -> float:
     a term or sign that is missing, are of the order of one. The root leaves room for conditions up to 1e10 in float64 and 4e4
     in float32, and for PyTorch's own constants, which are float32 in some backward passes of float64 tensors.
     """
-    return max(torch.finfo(trace.residual.dtype).eps, trace.structure.eps) ** (1 / 3)
+    eps = max(torch.finfo(trace.residual.dtype).eps, trace.structure.eps)
+    return (eps if eps < 1e-8 else max(eps, _eps_of_products())) ** (1 / 3)
+
+
+def _eps_of_products() -> float:
+    """Rounding unit of matrix products in float32, which PyTorch may be told to make in less."""
+    try:
+        return {"highest": 0.0, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
+    except RuntimeError:   # told in a newer way, of each device and operation
+        return 2.0**-7
 
 
 def disagreement(products, trace, params, result, adjoint: bool = True) -> Disagreement | None:
@@ -61,7 +71,8 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     r, count, tolerance = trace.residual, products.count, tolerance_of(trace)
     generator = torch.Generator().manual_seed(0)
     scalar = isinstance(result, torch.Tensor) and result.dim() == 0
-    w = _cotangent(r, scalar, generator)
+    size = float(torch.linalg.vector_norm(r, dtype=torch.float64))
+    w = _cotangent(r, scalar and 0 < size < math.inf, generator)
     pulled = products.vjp(w) if r.numel() else r.new_zeros(sum(p.numel() for p in params))
     found = pulled
     if _HIDING in trace.structure.kinds:
@@ -71,8 +82,10 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
         found = products.vjp(r) if r.numel() else pulled
     else:
         expected = _gradient(result if isinstance(result, (tuple, list)) else [result], w, params)
-    norm = max(sum(float(p.detach().double().square().sum()) for p in params), float(pulled.numel())) ** 0.5
-    natural = float(w.double().square().sum()) / norm   # of a gradient: the loss over the parameters
+    squares = sum(float(p.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum()) for p in params)
+    norm = max(squares, float(pulled.numel()), 1.0) ** 0.5
+    length = float(torch.linalg.vector_norm(w, dtype=torch.float64))
+    natural = length * (size if 0 < size < math.inf else length) / norm   # of J^T w, where J is about r over the parameters
     wrong = [] if expected is None else _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
     if not adjoint or not r.numel():
         return Disagreement(wrong, False) if wrong else None
@@ -90,11 +103,10 @@ def _apart(rows: torch.Tensor, columns: torch.Tensor, tolerance: float, natural:
     return bool(~(gap <= tolerance * (size + tolerance * natural)) & columns.isfinite().all())
 
 
-def _cotangent(r: torch.Tensor, scalar: bool, generator) -> torch.Tensor:
-    """A w without order in its signs, so that J^T w is as large as its terms; as large as r, but where that is zero."""
-    size = r.norm() / max(r.numel(), 1) ** 0.5
-    if not scalar or not bool(size > 0):
-        return torch.randn(r.numel(), generator=generator).to(r) * (size if bool(size > 0) else 1.0)
+def _cotangent(r: torch.Tensor, as_residuals: bool, generator) -> torch.Tensor:
+    """A w without order in its signs, so that J^T w is as large as its terms; as_residuals: with the entries' size of r."""
+    if not as_residuals:
+        return torch.randn(r.numel(), generator=generator).to(r)
     # Of residuals whose square roots of curvatures vanish, only the products with these are of ordinary size.
     return r * (2 * torch.randint(0, 2, (r.numel(),), generator=generator) - 1).to(r)
 
@@ -136,7 +148,7 @@ def _wrong(trace, params, count: int, limits, found, pulled, expected) -> list[i
         judged = finite if judged is None else judged & finite
         gaps.append((ours + penalty - theirs).norm(dim=1))
         scales.append(torch.stack([ours.norm(dim=1), free.norm(dim=1), penalty.norm(dim=1)]).nan_to_num(0.0, 0.0).sum(0))
-    total = torch.stack(scales).sum(0) + (natural if natural < float("inf") else 0.0)
+    total = torch.stack(scales).sum(0) + natural
     # What is zero but for rounding, such as the gradient of a bias before a batch norm, is so beside all the others, or beside
     # what is natural, as that of the one logit of a softmax.
     return [

@@ -361,7 +361,7 @@ def _each(function, block, t: torch.Tensor, lead: int) -> torch.Tensor:
 
 def _check_linear(operator: DoubleBackward, trace) -> None:
     """Raise ValueError unless u -> J^T u is linear, where it is finite."""
-    u, tolerance = trace.residual, torch.finfo(operator._dtype).eps ** 0.5
+    u, tolerance = trace.residual, tolerance_of(trace)
     w = torch.randn(u.numel(), generator=torch.Generator().manual_seed(0)).to(u) * u.norm() / u.numel() ** 0.5
     pulled, other, both = operator.vjp(u), operator.vjp(w), operator.vjp(2 * u + w)
     finite = pulled.isfinite() & other.isfinite()

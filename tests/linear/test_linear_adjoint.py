@@ -9,7 +9,7 @@ from helpers import BACKENDS, TIGHT, flat, gradient, mlp, perturb, rand, relativ
 
 import pgdfast
 from pgdfast.linear import EnsembleLinearizer, Linearizer, linearization
-from pgdfast.linear.adjoint import Flat, disagreement
+from pgdfast.linear.adjoint import Flat, disagreement, tolerance_of
 from pgdfast.tape import losses, walk
 from pgdfast.tape.rules import RULES
 from pgdfast.tape.rules.table import Rule
@@ -254,6 +254,12 @@ def half(dtype):
     return model, closure
 
 
+def tiny(dtype):
+    """Residuals and their derivatives of 1e-25."""
+    model, x = mlp(3, 5, 4, dtype=dtype), X.to(dtype)
+    return model, lambda: 1e-25 * (model(x) - Y.to(dtype))
+
+
 def fitted(dtype):
     """At a minimum the gradient is rounding."""
     model, x = mlp(3, 5, 4, dtype=dtype), X.to(dtype)
@@ -271,7 +277,7 @@ def exact(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("problem", [biharmonic, cancelling, one_logit, half, fitted, exact])
+@pytest.mark.parametrize("problem", [biharmonic, cancelling, one_logit, half, tiny, fitted, exact])
 def test_no_false_alarms(problem, dtype):
     model, closure = problem(dtype)
     with warnings.catch_warnings():
@@ -282,6 +288,14 @@ def test_no_false_alarms(problem, dtype):
             with torch.no_grad():
                 model[0].weight.mul_(k)
             pgdfast.linearize(closure, model.parameters(), check="every")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_in_less_than_float32_are_allowed_for(precision, monkeypatch):
+    model = mlp(3, 5, 4, dtype=torch.float32)
+    trace = Linearizer(model.parameters())._tracer.trace(model(X.float()))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert {"highest": 4e-3, "high": 0.09, "medium": 0.19}[precision] < tolerance_of(trace) < 0.2
 
 
 def test_a_small_part_that_is_wrong_is_seen_beside_a_large_one():
