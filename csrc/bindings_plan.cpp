@@ -178,11 +178,33 @@ class Plan {
     const Running running = alone();
     pgdfast::dense(solver_.program, solver_.layout, solver_.work, to);
   }
-  void gram(py::handle K) {
+  void gram(py::handle weights, py::handle K) {
     require_rows("gram");
+    const T* w = pointer<T>(weights, solver_.structure.num_parameter_buffers, "weights");
     T* to = pointer<T>(K, M() * M(), "K");
     const Running running = alone();
-    solver_.gram_matrix(to);
+    solver_.gram_matrix(w, to);
+  }
+  void columns(const std::vector<int>& parameters, py::handle J) {
+    require_rows("columns");
+    std::vector<char> met(std::size_t(solver_.structure.num_parameter_buffers), 0);
+    index width = 0;
+    for (int l : parameters) {
+      if (l < 0 || l >= solver_.structure.num_parameter_buffers || met[std::size_t(l)]++)
+        throw py::index_error("no such parameter, or named twice");
+      width += solver_.structure.buffers[std::size_t(l)].size;
+    }
+    T* to = pointer<T>(J, M() * width, "J");
+    const Running running = alone();
+    solver_.columns(parameters, to);
+  }
+  void squared(py::handle A, index rows, index columns, bool transposed, py::handle K) {
+    const T* from = pointer<T>(A, rows * columns, "A");
+    const index n = transposed ? columns : rows;
+    T* to = pointer<T>(K, n * n, "K");
+    const Running running = alone();
+    if (transposed) solver_.squared(from, n, rows, 1, columns, to);
+    else solver_.squared(from, n, columns, columns, 1, to);
   }
   void diagonal(py::handle d) {
     T* to = pointer<T>(d, P(), "d");
@@ -429,6 +451,8 @@ void bind_plan(py::module_& m, const char* name, const char* factor_name) {
       .def("vjps", &P::vjps)
       .def("dense", &P::dense)
       .def("gram", &P::gram)
+      .def("columns", &P::columns)
+      .def("squared", &P::squared)
       .def("diagonal", &P::diagonal)
       .def("dual", &P::dual)
       .def("primal", &P::primal)

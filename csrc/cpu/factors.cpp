@@ -13,7 +13,7 @@ namespace {
 const MatMul& product(const Structure& s, const Use& use) { return s.instructions[std::size_t(use.instruction)].matmul; }
 
 bool touches(const Structure& s, const Use& use, const Block& block) {
-  return use.form == Form::factored && use.row0 < block.r0 + block.rows && block.r0 < use.row0 + product(s, use).n;
+  return use.form == Form::factored && block.before(use.row0) < block.before(use.row0 + product(s, use).n);
 }
 
 // A matrix with a narrow contiguous dimension is folded where all its uses are products.
@@ -198,9 +198,9 @@ class Packing {
     return pass_.factored[std::size_t(use.parameter)] && touches(s_, use, block);
   }
 
-  // Does the use reach all rows of the block?
+  // Does the use reach all rows of the block, one after the other?
   bool whole(const Use& use, const Block& block) const {
-    return use.row0 <= block.r0 && block.r0 + block.rows <= use.row0 + product(s_, use).n;
+    return block.list.empty() && use.row0 <= block.r0 && block.r0 + block.rows <= use.row0 + product(s_, use).n;
   }
 
   Panels<T> pack(index count, index depth, const T* x, index row, index column) {
@@ -216,34 +216,35 @@ class Packing {
   Factors<T> factors(const Use& use, const Block& block) {
     const Instruction& op = s_.instructions[std::size_t(use.instruction)];
     const MatMul& g = op.matmul;
-    const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
-    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
-    const T* y = cotangent(s_, op, work_.arenas.data()) + (begin - use.row0) * g.yn;
+    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset;   // of the use's first row
+    const T* y = cotangent(s_, op, work_.arenas.data() + block.first_output * s_.arena_size);
+    const index skipped = block.r0 - use.row0;   // where the block is whole
     Factors<T> result{use.parameter, use.fused_bias, use.m_is_high, {}, {}};
     const index times = repeats(passes_, use.parameter, block) ? block.outputs : 1;
     if (whole(use, block) && times == 1) {
-      result.constants = pack(block.rows, g.k, c, g.cn, g.ck);
+      result.constants = pack(block.rows, g.k, c + skipped * g.cn, g.cn, g.ck);
     } else {
-      result.constants = pack(block.rows * times, g.k, copy(block, begin, end, times, g.k, c, 0, g.cn, g.ck), g.k, 1);
+      result.constants = pack(block.rows * times, g.k, copy(use, block, times, g.k, c, 0, g.cn, g.ck), g.k, 1);
     }
     if (whole(use, block) && block.outputs == 1) {
-      result.cotangents = pack(block.rows, g.m, y, g.yn, g.ym);
+      result.cotangents = pack(block.rows, g.m, y + skipped * g.yn, g.yn, g.ym);
     } else {
-      const T* ordered = copy(block, begin, end, block.outputs, g.m, y, s_.arena_size, g.yn, g.ym);
+      const T* ordered = copy(use, block, block.outputs, g.m, y, s_.arena_size, g.yn, g.ym);
       result.cotangents = pack(block.rows * block.outputs, g.m, ordered, g.m, 1);
     }
     return result;
   }
 
   // The rows of a block in K's order, output by output.
-  const T* copy(const Block& block, index begin, index end, index outputs, index depth, const T* x, index output, index row,
+  const T* copy(const Use& use, const Block& block, index outputs, index depth, const T* x, index output, index row,
                 index column) {
     T *const start = copy_, *out = copy_;
     copy_ += outputs * block.rows * depth;
     for (index o = 0; o < outputs; ++o)
-      for (index i = block.r0; i < block.r0 + block.rows; ++i, out += depth) {
-        if (i < begin || i >= end) std::memset(out, 0, sizeof(T) * std::size_t(depth));
-        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * output + (i - begin) * row, column, out, 1, true);
+      for (index i = 0; i < block.rows; ++i, out += depth) {
+        const index at = block.row(i) - use.row0;
+        if (at < 0 || at >= product(s_, use).n) std::memset(out, 0, sizeof(T) * std::size_t(depth));
+        else simd<T>().muladd(depth, T(1), nullptr, 0, x + o * output + at * row, column, out, 1, true);
       }
     return start;
   }

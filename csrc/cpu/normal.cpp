@@ -62,7 +62,7 @@ class Outers {
 
   bool touches(const Use& use, const Block& block) const {
     if (use.form != Form::factored) return true;
-    return use.row0 < block.r0 + block.rows && block.r0 < use.row0 + instruction(use).matmul.n;
+    return block.before(use.row0) < block.before(use.row0 + instruction(use).matmul.n);
   }
 
   // Explicit rows hold all uses of a parameter, so they are taken with the first.
@@ -90,13 +90,19 @@ class Outers {
     return out;
   }
 
-  // Packs rows begin .. end - 1 of a block, with zeros before and after.
-  const T* pack_rows(index count, const Block& block, index begin, index end, const T* x, index row, index column) {
-    const index width = tiles<T>().width, before = begin - block.r0, depth = end - begin;
+  // Packs the rows of a block that a use reaches, with zeros for the others; x is that of the use's first row.
+  const T* pack_rows(index count, const Use& use, const Block& block, const T* x, index row, index column) {
+    const index width = tiles<T>().width, n = instruction(use).matmul.n;
+    const index begin = block.before(use.row0), end = block.before(use.row0 + n);
     T* out = next_;
     next_ += panels_of(count) * block.rows * width;
-    if (depth < block.rows) std::memset(out, 0, sizeof(T) * std::size_t(next_ - out));
-    tiles<T>().pack(count, depth, x, row, column, out + before * width, block.rows * width);
+    if (end - begin < block.rows) std::memset(out, 0, sizeof(T) * std::size_t(next_ - out));
+    for (index i = begin; i < end;) {   // rows one after the other at once
+      index stop = i + 1;
+      while (stop < end && block.row(stop) == block.row(stop - 1) + 1) ++stop;
+      tiles<T>().pack(count, stop - i, x + (block.row(i) - use.row0) * column, row, column, out + i * width, block.rows * width);
+      i = stop;
+    }
     return out;
   }
 
@@ -113,13 +119,10 @@ class Outers {
     }
     const Instruction& op = instruction(use);
     const MatMul& g = op.matmul;
-    const index begin = std::max(use.row0, block.r0), end = std::min(use.row0 + g.n, block.r0 + block.rows);
     Outer<T> result{&block, use.parameter, parameter + op.x_offset, m, k, g.xm, g.xk, next_, nullptr};
-    for (index o = 0; o < block.outputs; ++o)
-      pack_rows(m, block, begin, end, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size) + (begin - use.row0) * g.yn,
-                g.ym, g.yn);
-    const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset + (begin - use.row0) * g.cn;
-    result.c = pack_rows(k, block, begin, end, c, g.ck, g.cn);
+    for (index o = block.first_output; o < block.first_output + block.outputs; ++o)
+      pack_rows(m, use, block, cotangent(s_, op, work_.arenas.data() + o * s_.arena_size), g.ym, g.yn);
+    result.c = pack_rows(k, use, block, program_.constants[std::size_t(op.constant)].data + op.c_offset, g.ck, g.cn);
     return result;
   }
 
@@ -214,26 +217,27 @@ void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work
 }
 
 template <class T>
-void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, index ld) {
+void symmetric_product(const T* A, index n, index count, index row, index column, Workspace<T>& work, T* H, index ld) {
   const Tiles<T>& t = tiles<T>();
-  const index panels = (P + t.width - 1) / t.width, stride = kDepth * t.width, group = kTilePanels * t.width;
-  const int threads = threads_for(double(M) * double(P) * double(P));
+  const index panels = (n + t.width - 1) / t.width, stride = kDepth * t.width, group = kTilePanels * t.width;
+  const int threads = threads_for(double(count) * double(n) * double(n));
   ensure(work.packed, panels * stride);
   T* packed = work.packed.data();
-  for (index begin = 0; begin < M; begin += kDepth) {
-    const index depth = std::min(kDepth, M - begin);
-    each_item(threads, (P + group - 1) / group, [&](index g, int) {
+  for (index begin = 0; begin < count; begin += kDepth) {
+    const index depth = std::min(kDepth, count - begin);
+    each_item(threads, (n + group - 1) / group, [&](index g, int) {
       const index first = g * group;
-      t.pack(std::min(group, P - first), depth, J + begin * P + first, 1, P, packed + first / t.width * stride, stride);
+      t.pack(std::min(group, n - first), depth, A + begin * column + first * row, row, column, packed + first / t.width * stride,
+             stride);
     });
-    each_item(threads, (P + group - 1) / group, [&](index g, int) {
-      const index first = g * group, rows = std::min(group, P - first);
+    each_item(threads, (n + group - 1) / group, [&](index g, int) {
+      const index first = g * group, rows = std::min(group, n - first);
       for (index p = first / t.width; p < panels; p += kTilePanels) {
-        const int count = int(std::min<index>(kTilePanels, panels - p));
+        const int width = int(std::min<index>(kTilePanels, panels - p));
         const T* right[kTilePanels];
-        for (int v = 0; v < count; ++v) right[v] = packed + (p + v) * stride;
+        for (int v = 0; v < width; ++v) right[v] = packed + (p + v) * stride;
         for (index i = 0; i < rows; i += t.rows)
-          t.product(count, std::min(t.rows, rows - i), depth, packed + (first + i) / t.width * stride + i % t.width, right,
+          t.product(width, std::min(t.rows, rows - i), depth, packed + (first + i) / t.width * stride + i % t.width, right,
                     H + (first + i) * ld + p * t.width, ld, begin > 0);
       }
     });
@@ -242,7 +246,7 @@ void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, inde
 
 #define PGDFAST_INSTANTIATE(T)                                                                \
   template void normal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*, index);       \
-  template void normal_of_rows<T>(const T*, index, index, Workspace<T>&, T*, index);
+  template void symmetric_product<T>(const T*, index, index, index, index, Workspace<T>&, T*, index);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

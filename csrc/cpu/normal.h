@@ -12,8 +12,9 @@ namespace pgdfast {
 template <class T>
 void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* H, index ld);
 
-// H = J^T J of an explicit J, M x P: the upper triangle, as above; H need not be cleared.
+// H = A A^T of an explicit A, n x depth, element (i, l) at i * row + l * column: the upper triangle, as above, with columns up
+// to ld; H need not be cleared.
 template <class T>
-void normal_of_rows(const T* J, index M, index P, Workspace<T>& work, T* H, index ld);
+void symmetric_product(const T* A, index n, index depth, index row, index column, Workspace<T>& work, T* H, index ld);
 
 }  // namespace pgdfast

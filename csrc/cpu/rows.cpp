@@ -2,24 +2,29 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "../plan/blas.h"
+#include "../plan/limits.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace pgdfast {
+namespace {
+
+constexpr index kLongRow = 8;   // elements next to each other from which on a loop along them is the faster one
+
+}  // namespace
 
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work) {
   const Structure& s = *program.structure;
-  const bool valid = std::exchange(work.unit_cotangents_valid, false);   // not where memory runs out on the way
+  if (work.unit_cotangents_valid) return;
   ensure(work.arenas, s.arena_size * layout.max_outputs);
   ensure(work.unit, s.num_residuals);
   for (index o = 0; o < layout.max_outputs; ++o) {
     for (index e = 0; e < s.num_residuals; ++e) work.unit[std::size_t(e)] = layout.output_of[std::size_t(e)] == o;
     adjoint_to_uses(program, work.unit.data(), work.arenas.data() + o * s.arena_size);
   }
-  work.unit_cotangents_valid = valid;   // the same as before
 }
 
 template <class T>
@@ -50,6 +55,11 @@ void add_rows(const Bound<T>& program, const RowLayout& layout, const Use& use, 
       for (index n = 0; n < g.n; ++n) {
         const T* cn = c + b * g.cb + n * g.cn;
         const T* yn = y + b * g.yb + n * g.yn;
+        if (use.row_per_n && xk == 1 && g.ck == 1 && g.k >= kLongRow) {
+          if (T* row = row_of(b * g.yb + n * g.yn))
+            body.small_gemm(g.m, g.k, 1, alpha, yn, g.ym, 1, cn, 1, 1, row + b * xb, xm, 1, false);
+          continue;
+        }
         if (use.row_per_n && g.m > g.k) {
           T* row = row_of(b * g.yb + n * g.yn);
           for (index k = 0; row && k < g.k; ++k)
@@ -132,27 +142,53 @@ bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Work
   return true;
 }
 
+namespace {
+
+// J by M products with J^T, or by P with J where those are fewer; several at a time where threads are to be had.
+template <class T>
+void dense_by_products(const Bound<T>& program, Workspace<T>& work, T* J) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters, count = std::min(M, P);
+  const bool forward = P < M, large = s.arena_size * index(sizeof(T)) > limits::kOneArenaBytes / 8;
+  const int threads = large ? 1 : int(std::min<index>(count, threads_for(0.5 * double(count) * s.flops)));
+  const index own = s.arena_size + count + (forward ? M : 0);   // of one thread: an arena, a unit vector, a column
+  ensure(work.arenas, threads * own);
+  for (int t = 0; t < threads; ++t) std::fill_n(work.arenas.data() + t * own + s.arena_size, count, T(0));
+  each_item(threads, count, [&](index i, int thread) {
+    T *arena = work.arenas.data() + thread * own, *unit = arena + s.arena_size;
+    unit[i] = 1;
+    if (forward) {
+      T* column = unit + count;
+      jvp(program, unit, column, arena);
+      for (index e = 0; e < M; ++e) J[e * P + i] = column[e];
+    } else {
+      vjp(program, unit, J + i * P, arena);
+    }
+    unit[i] = 0;
+  });
+}
+
+}  // namespace
+
 template <class T>
 void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J) {
   const Structure& s = *program.structure;
-  const index M = s.num_residuals, P = s.num_parameters;
-  if (!layout.local) {
-    ensure(work.arenas, s.arena_size);
-    ensure(work.unit, M);
-    std::fill(work.unit.begin(), work.unit.begin() + M, T(0));
-    for (index i = 0; i < M; ++i) {
-      work.unit[std::size_t(i)] = 1;
-      vjp(program, work.unit.data(), J + i * P, work.arenas.data());
-      work.unit[std::size_t(i)] = 0;
-    }
-    return;
-  }
+  if (!layout.local) return dense_by_products(program, work, J);
+  std::vector<index> start;
+  for (int l = 0; l < s.num_parameter_buffers; ++l) start.push_back(s.buffers[std::size_t(l)].offset);
+  dense_columns(program, layout, work, start, s.num_parameters, J);
+}
+
+template <class T>
+void dense_columns(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, const std::vector<index>& start,
+                   index width, T* J) {
+  const Structure& s = *program.structure;
   unit_sweeps(program, layout, work);
-  std::memset(J, 0, sizeof(T) * std::size_t(M * P));
+  std::memset(J, 0, sizeof(T) * std::size_t(s.num_residuals * width));
   for (const Use& use : layout.uses)
-    for (index o = 0; o < layout.max_outputs; ++o)
+    for (index o = 0; o < layout.max_outputs && start[std::size_t(use.parameter)] >= 0; ++o)
       add_rows(program, layout, use, s.instructions[std::size_t(use.instruction)], work.arenas.data() + o * s.arena_size,
-               layout.element, o, J + s.buffers[std::size_t(use.parameter)].offset, P);
+               layout.element, o, J + start[std::size_t(use.parameter)], width);
 }
 
 template <class T>
@@ -211,6 +247,7 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
   template void add_rows<T>(const Bound<T>&, const RowLayout&, const Use&, const Instruction&,   \
                             const T*, const std::vector<index>&, index, T*, index, Folding);     \
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
+  template void dense_columns<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, const std::vector<index>&, index, T*); \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
   template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);
 PGDFAST_INSTANTIATE(float)

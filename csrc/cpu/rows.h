@@ -19,7 +19,7 @@ struct Workspace {
   std::vector<std::vector<T>> scratch;  // one per thread
 };
 
-// Fills one arena per output with the cotangents that unit residuals produce.
+// Fills one arena per output with the cotangents that unit residuals produce, unless they are there.
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work);
 
@@ -52,6 +52,12 @@ bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Work
 // J, row-major M x P, rows in residual order.
 template <class T>
 void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* J);
+
+// The columns of J of some parameters, M x width: those of parameter buffer l from start[l] on, none where that is negative.
+// Needs a row layout.
+template <class T>
+void dense_columns(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, const std::vector<index>& start,
+                   index width, T* J);
 
 // diag(J^T J), P entries.
 template <class T>

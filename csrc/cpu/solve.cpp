@@ -114,7 +114,7 @@ Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
       ensure(J, M * P);
       dense(program, layout, work, J.data());
       explicit_J = M * P <= structure.arena_size;
-      normal_of_rows(J.data(), M, P, work, matrix.data(), ld);
+      symmetric_product(J.data(), P, M, index(1), P, work, matrix.data(), ld);
     }
     held = Held::normal;
   }
@@ -193,17 +193,42 @@ void Solver<T>::adjoint_products(const T* U, index K, T* V) {
 }
 
 template <class T>
-void Solver<T>::gram_matrix(T* K) {
+void Solver<T>::gram_matrix(const T* weights, T* K) {
   const index M = structure.num_residuals, ld = gram_stride<T>(M);
-  std::vector<T> ones(std::size_t(structure.num_parameter_buffers), T(1));
   std::vector<T> ordered(std::size_t(M * ld));
-  gram(program, layout, ones.data(), work, ordered.data());
+  gram(program, layout, weights, work, ordered.data());
   work.unit_cotangents_valid = true;
   for (index i = 0; i < M; ++i)
     for (index j = 0; j < M; ++j) {
       const index a = layout.k_of[std::size_t(i)], b = layout.k_of[std::size_t(j)];
       K[i * M + j] = ordered[std::size_t(std::min(a, b) * ld + std::max(a, b))];
     }
+}
+
+template <class T>
+void Solver<T>::columns(const std::vector<int>& parameters, T* J) {
+  std::vector<index> start(std::size_t(structure.num_parameter_buffers), -1);
+  index width = 0;
+  for (int l : parameters) {
+    start[std::size_t(l)] = width;
+    width += structure.buffers[std::size_t(l)].size;
+  }
+  dense_columns(program, layout, work, start, width, J);
+  work.unit_cotangents_valid = true;   // further columns are likely to follow
+}
+
+template <class T>
+void Solver<T>::squared(const T* A, index n, index depth, index row, index column, T* K) {
+  const index ld = gram_stride<T>(n);
+  held = Held::nothing;
+  ensure(matrix, (n + 1) * ld);
+  symmetric_product(A, n, depth, row, column, work, matrix.data(), ld);
+  constexpr index kTile = 32;   // rows and columns of a piece whose transpose stays in the cache
+  for (index a = 0; a < n; a += kTile)
+    for (index b = a; b < n; b += kTile)
+      for (index i = a; i < std::min(a + kTile, n); ++i)
+        for (index j = std::max(b, i); j < std::min(b + kTile, n); ++j)
+          K[i * n + j] = K[j * n + i] = matrix[std::size_t(i * ld + j)];
 }
 
 template struct Solver<float>;

@@ -77,7 +77,11 @@ struct Solver {
   // of Fong and Saunders (2011) are a hundredth of the rounding unit.
   Outcome lsmr(const T* r, const T* d, const T* root, double damp, const T* q, int max_iterations, double tolerance, T* delta);
 
-  void gram_matrix(T* K);   // full symmetric, residual order
+  void gram_matrix(const T* weights, T* K);   // J W J^T, full symmetric, residual order; W by parameter buffer
+  // The columns of J of these parameter buffers, one after the other, M x their elements. Needs a row layout.
+  void columns(const std::vector<int>& parameters, T* J);
+  // K = A A^T, full symmetric, n x n, of any matrix: element (i, l) at i * row + l * column. What is held is lost.
+  void squared(const T* A, index n, index depth, index row, index column, T* K);
   // Does J^T J come cheaper from factors summed over outputs (normal.h) than from J?
   bool normal_pays() const;
 

@@ -252,7 +252,7 @@ void gram(const Bound<T>& program, const RowLayout& layout, const GramPlan& plan
       args.x = program.constants[std::size_t(op.constant)].data + op.c_offset + p.first * g.cn;
       args.row = g.cn, args.column = g.ck;
     } else {
-      args.x = arenas + s.buffers[std::size_t(op.y)].offset + op.y_offset + p.first * g.yn;
+      args.x = arenas + p.first_output * s.arena_size + s.buffers[std::size_t(op.y)].offset + op.y_offset + p.first * g.yn;
       args.row = g.yn, args.column = g.ym, args.output = s.arena_size;
     }
     launch(pack<T>, std::min(blocks_for(p.padded * p.ld, kThreads), 1u << 16), kThreads, 0, stream, args);

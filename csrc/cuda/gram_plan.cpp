@@ -66,6 +66,25 @@ RowUse row_use(const Structure& s, const RowLayout& layout, int number, index of
 
 namespace {
 
+// Blocks whose rows follow each other: those with a list of rows are cut, each having one output and thus its rows of K in order.
+std::vector<Block> runs_of(const std::vector<Block>& blocks) {
+  std::vector<Block> runs;
+  for (const Block& block : blocks) {
+    if (block.list.empty()) {
+      runs.push_back(block);
+      continue;
+    }
+    if (block.outputs != 1) throw std::runtime_error("a block of listed rows with several outputs");
+    for (index i = 0; i < block.rows;) {
+      index stop = i + 1;
+      while (stop < block.rows && block.list[std::size_t(stop)] == block.list[std::size_t(stop - 1)] + 1) ++stop;
+      runs.push_back({block.row(i), stop - i, 1, block.base + i, block.first_output, {}});
+      i = stop;
+    }
+  }
+  return runs;
+}
+
 bool touches(const Structure& s, const Use& use, const Block& block) {
   const MatMul& g = s.instructions[std::size_t(use.instruction)].matmul;
   return use.form == Form::factored && use.row0 < block.r0 + block.rows && block.r0 < use.row0 + g.n;
@@ -81,18 +100,19 @@ struct Factors {
 GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thread) {
   GramPlan plan;
   plan.tile = 16 * rows_per_thread;
+  const std::vector<Block> blocks = runs_of(layout.blocks);
   const auto packed = [&](const Block& block, int use, bool constants, index depth) {
     const MatMul& g = s.instructions[std::size_t(layout.uses[std::size_t(use)].instruction)].matmul;
     const index row0 = layout.uses[std::size_t(use)].row0;
     Pack pack{use, constants, std::max<index>(block.r0 - row0, 0), std::max<index>(row0 - block.r0, 0), std::min(row0 + g.n - block.r0, block.rows), block.rows,
-              block.outputs, depth, rounded(depth, kGramDepth), plan.packed,
+              block.outputs, block.first_output, depth, rounded(depth, kGramDepth), plan.packed,
               rounded(block.rows * block.outputs, plan.tile)};
     plan.packed += pack.padded * pack.ld;
     plan.packs.push_back(pack);
     return pack;
   };
   std::vector<std::vector<Factors>> sides;
-  for (const Block& block : layout.blocks) {
+  for (const Block& block : blocks) {
     sides.emplace_back();
     for (std::size_t u = 0; u < layout.uses.size(); ++u) {
       const Use& use = layout.uses[u];
@@ -112,17 +132,17 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
     }
   plan.explicit_begin = plan.packed;
   std::vector<index> explicit_at, lds;
-  for (const Block& block : layout.blocks) {
+  for (const Block& block : blocks) {
     lds.push_back(rounded(block.rows * block.outputs, plan.tile));
     explicit_at.push_back(plan.packed);
     plan.packed += rounded(columns, kGramDepth) * lds.back();
   }
   std::vector<index> row_at(std::size_t(layout.num_rows * layout.max_outputs), -1), row_step(row_at.size(), 0);
-  for (std::size_t b = 0; b < layout.blocks.size(); ++b) {
-    const Block& block = layout.blocks[b];
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
+    const Block& block = blocks[b];
     for (index o = 0; o < block.outputs; ++o)
       for (index i = 0; i < block.rows; ++i) {
-        const std::size_t at = std::size_t((block.r0 + i) * layout.max_outputs + o);
+        const std::size_t at = std::size_t((block.r0 + i) * layout.max_outputs + block.first_output + o);
         row_at[at] = explicit_at[b] + o * block.rows + i;
         row_step[at] = lds[b];
       }
@@ -130,8 +150,8 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
   // Tiles of the upper triangle, and the products of each pair of blocks.
   std::vector<GramPair> pairs;
   std::vector<GramTile> tiles;
-  for (std::size_t a = 0; a < layout.blocks.size(); ++a)
-    for (std::size_t b = a; b < layout.blocks.size(); ++b) {
+  for (std::size_t a = 0; a < blocks.size(); ++a)
+    for (std::size_t b = a; b < blocks.size(); ++b) {
       const index first = index(pairs.size());
       for (const Factors& p : sides[a])
         for (const Factors& q : sides[b]) {
@@ -144,7 +164,7 @@ GramPlan plan_gram(const Structure& s, const RowLayout& layout, int rows_per_thr
         }
       if (columns > 0)
         pairs.push_back({explicit_at[a], explicit_at[b], rounded(columns, kGramDepth), 0, 0, 0, -1, -1});
-      const Block &left = layout.blocks[a], &right = layout.blocks[b];
+      const Block &left = blocks[a], &right = blocks[b];
       const index m = left.rows * left.outputs, n = right.rows * right.outputs;
       for (index i = 0; i < m; i += plan.tile)
         for (index j = a == b ? i : 0; j < n; j += plan.tile)

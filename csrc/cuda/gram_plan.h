@@ -27,7 +27,7 @@ struct Pack {
   int use;
   bool constants;          // else cotangents, from the arena of each output
   index first;             // row of the use that stands at `begin`
-  index begin, end, rows, outputs, depth, padded, out, ld;
+  index begin, end, rows, outputs, first_output, depth, padded, out, ld;
 };
 
 // Contributions of one use to rows of J: for entry e of a row, J[x + k xk] += alpha y[e.y] c[e.c + k ck], k < lanes.

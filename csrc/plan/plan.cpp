@@ -110,7 +110,7 @@ void RowLayout::finalize() {
   for (const Block& block : blocks)
     for (index o = 0; o < block.outputs; ++o)
       for (index i = 0; i < block.rows; ++i) {
-        const std::size_t at = std::size_t((block.r0 + i) * max_outputs + o);
+        const std::size_t at = std::size_t(block.row(i) * max_outputs + block.first_output + o);
         k_index[at] = block.base + o * block.rows + i;
         element[at] = element_of[std::size_t(k_index[at])];
       }

@@ -4,6 +4,7 @@
 // P = parameters, (b, m, n, k) = batch and matrix extents of one product.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -95,9 +96,18 @@ struct Use {
   bool row_per_n;    // rows: the row of y depends on n alone (matmul), or not on the innermost index (muladd, gather)
 };
 
-// Rows r0 .. r0 + rows - 1 all have `outputs` residuals each; K orders residuals block, output, row.
+// Residuals of `rows` rows, ascending: r0 and those that follow, or those listed. Outputs first_output .. first_output + outputs
+// - 1 of each; K orders residuals block, output, row.
 struct Block {
-  index r0, rows, outputs, base;
+  index r0, rows, outputs, base, first_output = 0;
+  std::vector<index> list;
+
+  index row(index i) const { return list.empty() ? r0 + i : list[std::size_t(i)]; }
+  // How many of its rows come before this one.
+  index before(index row) const {
+    if (list.empty()) return std::clamp<index>(row - r0, 0, rows);
+    return std::lower_bound(list.begin(), list.end(), row) - list.begin();
+  }
 };
 
 // How residuals group into rows: filled once per structure, needed for Gram and dense forms only.

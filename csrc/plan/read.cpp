@@ -1,5 +1,7 @@
 #include "read.h"
 
+#include <utility>
+
 namespace pgdfast {
 namespace {
 
@@ -103,8 +105,10 @@ RowLayout read_rows(const index* numbers, index count, const Structure& s) {
   layout.output_of = words.list();
   layout.k_of = words.list();
   for (index i = words.next(); i > 0; --i) {
-    const index r0 = words.next(), rows = words.next(), outputs = words.next();
-    layout.blocks.push_back({r0, rows, outputs, words.next()});
+    Block block{};
+    for (index* number : {&block.r0, &block.rows, &block.outputs, &block.base, &block.first_output}) *number = words.next();
+    block.list = words.list();
+    layout.blocks.push_back(std::move(block));
   }
   for (index i = words.next(); i > 0; --i) {
     Use use{};

@@ -10,7 +10,7 @@ namespace pgdfast {
 // they end too early or too late, or name a buffer that there is not.
 Structure read_program(const index* words, index count, const double* alphas, index num_alphas);
 
-// words: rows, outputs; output_of (count; numbers); k_of; blocks (count; four numbers); uses (count; seven); labels (count;
+// words: rows, outputs; output_of (count; numbers); k_of; blocks (count; five numbers, and a list of rows); uses (count; seven); labels (count;
 // buffer, length; numbers). Raises as above.
 RowLayout read_rows(const index* words, index count, const Structure& s);
 

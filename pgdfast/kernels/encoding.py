@@ -28,10 +28,12 @@ def encoded_rows(rows) -> torch.Tensor:
     numbers = [rows.num_rows, rows.max_outputs]
     for values in (rows.output_of, rows.k_of):
         numbers += [len(values), *values]
-    for group in (rows.blocks, rows.uses):
-        numbers.append(len(group))
-        for item in group:
-            numbers += item
+    numbers.append(len(rows.blocks))
+    for *five, listed in rows.blocks:
+        numbers += [*five, len(listed), *listed]
+    numbers.append(len(rows.uses))
+    for use in rows.uses:
+        numbers += use
     numbers.append(len(rows.labels))
     parts = [words(numbers)]
     for buffer, label in rows.labels.items():

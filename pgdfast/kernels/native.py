@@ -145,7 +145,7 @@ class Kernels(Traits):
     """
 
     name = "native"
-    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = True
+    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = has_columns = True
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -155,7 +155,8 @@ class Kernels(Traits):
         self.num_parameters = self._plan.num_parameters
         self.flops, self.arena_size = self._plan.flops, self._plan.arena_size
         self._constants = None
-        self._unit_weights = torch.ones(sum(role == 0 for role, _ in program.buffers), dtype=self.dtype)
+        self._sizes = [size for role, size in program.buffers if role == 0]
+        self._unit_weights = torch.ones(len(self._sizes), dtype=self.dtype)
 
     def bind(self, constants: list) -> None:
         """Point the plan at these constants, which it keeps alive."""
@@ -217,10 +218,23 @@ class Kernels(Traits):
         self._plan.dense(J)
         return J
 
-    def gram(self) -> torch.Tensor:
-        """J J^T, (M, M); needs rows."""
+    def gram(self, weights: list[float] | None = None) -> torch.Tensor:
+        """J W J^T, (M, M), W one number per parameter or None; needs rows."""
         K = self._new(self.num_residuals, self.num_residuals)
-        self._plan.gram(K)
+        self._plan.gram(self._unit_weights if weights is None else torch.tensor(weights, dtype=self.dtype), K)
+        return K
+
+    def columns(self, parameters: list[int]) -> torch.Tensor:
+        """The columns of J of these parameter tensors, (M, their elements); needs rows."""
+        J = self._new(self.num_residuals, sum(self._sizes[p] for p in parameters))
+        self._plan.columns(parameters, J)
+        return J
+
+    def squared(self, A: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """A A^T, or A^T A, of any matrix."""
+        n = A.shape[1 if transposed else 0]
+        K = self._new(n, n)
+        self._plan.squared(A.contiguous(), *A.shape, transposed, K)
         return K
 
     def diagonal(self) -> torch.Tensor:

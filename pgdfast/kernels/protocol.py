@@ -85,6 +85,7 @@ class Traits:
     has_multishift: bool = False
     solves_members: bool = False   # has set_members, select and members_solve
     sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
+    has_columns: bool = False      # has columns, squared and gram(weights): what a chain (linear/chained.py) asks of its parts
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
     matrix_free: bool = True       # products J v do not take J itself
     jacobian_flops: float | None = None   # operations of J, where they are not a sweep for each row
@@ -107,6 +108,7 @@ class Kernels(Protocol):
     has_multishift: bool
     solves_members: bool
     sums_outputs: bool
+    has_columns: bool
     rows_per_sweep: int
 
     dtype: torch.dtype
@@ -135,6 +137,12 @@ class Kernels(Protocol):
 
     def gram(self) -> torch.Tensor:
         """The matrix J J^T, (M, M); needs rows. Without `has_direct` also J W J^T, by a list of one weight per parameter."""
+
+    def columns(self, parameters: list[int]) -> torch.Tensor:
+        """The columns of J of these parameter tensors, (M, their elements); with `has_columns`, needs rows."""
+
+    def squared(self, A: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """A A^T, or A^T A, of any matrix; with `has_columns`."""
 
     def normal(self) -> torch.Tensor:
         """J^T J, (P, P); of kernels that are fused without `has_direct`."""

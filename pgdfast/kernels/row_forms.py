@@ -17,7 +17,7 @@ from .row_tables import FACTORED, ROWS, Tables
 
 @dataclass(slots=True)
 class Factors:
-    """The rows of J in one use as outer products, for residuals first .. last - 1.
+    """The rows of J in one use as outer products, for residuals first .. last - 1 in the order of rows.
 
     cotangents (last - first, m); constants (n, k), one per row; outputs: how many residuals each of those rows has, or owner:
     the row of each, where their number varies.
@@ -45,6 +45,7 @@ class RowForms(Traits):
     for every buffer the cotangents (O, size) that the unit residuals `units` (O, M) produce.
     """
 
+    has_columns = True
     _tables: Tables | None = None
     _held = None
 
@@ -91,7 +92,7 @@ class RowForms(Traits):
     def _gram(self, weights) -> torch.Tensor:
         tables, M = self._tables, self.num_residuals
         buffers = self.unit_sweeps(tables.units(self.dtype, self.device))
-        K = torch.zeros(M, M, dtype=self.dtype, device=self.device)
+        K = torch.zeros(M, M, dtype=self.dtype, device=self.device)   # row by row; the residuals' order comes last
         for parameter, uses in tables.uses.items():
             form, weight = uses[0].form, 1.0 if weights is None else weights[parameter]
             if form == FACTORED:
@@ -99,9 +100,14 @@ class RowForms(Traits):
                 shift = 0.0 if bias < 0 else 1.0 if weights is None else weights[bias]
                 self.add_factored(K, [self._factors(use, buffers) for use in uses], weight, shift)
             elif form == ROWS:
-                J = self._rows_of(parameter, buffers)
+                J = tables.row_by_row(self._rows_of(parameter, buffers))
                 K.addmm_(J, J.T, alpha=weight)
-        return self.completed(K)
+        K = self.completed(K)
+        return K if tables.layout.in_order else tables.row_by_row(tables.row_by_row(K, back=True).T, back=True)
+
+    def squared(self, A: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """A A^T, or A^T A, of any matrix."""
+        return A.T @ A if transposed else A @ A.T
 
     def add_factored(self, K: torch.Tensor, factors: list[Factors], weight: float, shift: float) -> None:
         """K += (weight C C'^T + shift) * (Y Y'^T) over all pairs of uses, elementwise.
@@ -138,11 +144,19 @@ class RowForms(Traits):
             Y = Y[self._tables.on_device(use, "output", self.device), :, owner]
         return Factors(use.first, use.last, use.m_is_high, Y, use.constants(self.constant_of).T, use.outputs, owner)
 
+    @torch.no_grad()
+    def columns(self, parameters: list[int]) -> torch.Tensor:
+        """The columns of J of these parameter tensors, (M, their elements); needs rows."""
+        tables = self._tables
+        buffers = self.unit_sweeps(tables.units(self.dtype, self.device))
+        parts = [self._rows_of(p, buffers) for p in parameters]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
     def _rows_of(self, parameter: int, buffers) -> torch.Tensor:
         """The columns of J that belong to one parameter, (M, size)."""
         size = self._tables.columns[parameter][1]
         J = torch.zeros(self.num_residuals, size, dtype=self.dtype, device=self.device)
-        for use in self._tables.uses[parameter]:
+        for use in self._tables.uses.get(parameter, ()):
             self._tables.add_rows(J, use, buffers, self.constant_of)
         return J
 

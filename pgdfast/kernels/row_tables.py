@@ -39,7 +39,7 @@ class Use:
         self.outputs, self.owner = int(ours[0]), None
         if (ours != ours[0]).any():
             self.owner = self.tables["owner"] = np.repeat(np.arange(n), ours)
-            self.tables["output"] = layout.output_of[self.first : self.last]
+            self.tables["output"] = layout.output_of[layout.order[self.first : self.last]]
 
     def _group(self, rows: np.ndarray, layout) -> None:
         """Positions along n by row, (R, T), filled up with -1; and the residuals (R, O) of those rows, or -1."""
@@ -82,16 +82,23 @@ class Use:
 
 
 class _Layout:
-    """Residuals of every row: counts, first residual, and element[row, output] or -1."""
+    """Residuals of every row: counts, and element[row, output] or -1; order: of the residuals, row by row.
+
+    starts: where each row begins in that order. in_order: it is that of the residual vector.
+    """
 
     def __init__(self, rows):
-        self.counts = np.zeros(rows.num_rows, np.int64)
-        for r0, count, outputs, _ in rows.blocks:
-            self.counts[r0 : r0 + count] = outputs
+        at = np.full((rows.num_rows, rows.max_outputs), -1)
+        for r0, count, outputs, base, first_output, listed in rows.blocks:
+            ours = np.asarray(listed) if listed else np.arange(r0, r0 + count)
+            at[ours, first_output : first_output + outputs] = base + np.arange(outputs * count).reshape(outputs, count).T
+        residual = np.argsort(np.asarray(rows.k_of))
+        self.element = np.where(at < 0, -1, residual[at]) if len(residual) else at
+        self.counts = (at >= 0).sum(1)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.order = self.element[self.element >= 0]
+        self.in_order = bool((np.diff(self.order) == 1).all())
         self.output_of = np.asarray(rows.output_of)
-        outputs = np.arange(rows.max_outputs)
-        self.element = np.where(outputs < self.counts[:, None], self.starts[:-1, None] + outputs, -1)
 
 
 class Tables:
@@ -118,6 +125,16 @@ class Tables:
             ours = torch.from_numpy(self.layout.output_of == np.arange(self.outputs)[:, None])
             self._units[key] = ours.to(device, dtype)
         return self._units[key]
+
+    def row_by_row(self, J: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """What has one row per residual, in the order of rows; `back`: from there to the order of the residuals."""
+        if self.layout.in_order:
+            return J
+        key = "order", back, J.device
+        if key not in self._units:
+            order = self.layout.order
+            self._units[key] = torch.from_numpy(np.argsort(order) if back else order).to(J.device)
+        return J.index_select(0, self._units[key])
 
     def on_device(self, use: Use, name: str, device) -> torch.Tensor:
         """A table of a use as int64 positions."""

@@ -124,6 +124,7 @@ class _EnsemblePlan(Plan):
     """Kernels of one member's program where the program separates, else of all members together."""
 
     __slots__ = ("members", "order")
+    chains = False
 
     def __init__(self, program, cut, device, backend, dtype=None, base=None):
         self.members = cut
@@ -190,6 +191,11 @@ class EnsembleLinearization(Bound):
     def row_layout(self):
         """The row layout of one member's residuals, None where they or the members do not separate."""
         return self._plan.row_layout(self._constants) if self.separates else None
+
+    @property
+    def coupling(self) -> str:
+        """Why one member's residuals do not separate into rows; "" where they do, or where nobody has asked."""
+        return self._plan.coupling(self._constants) if self.separates else ""
 
     def residual_at(self, run) -> tuple[list[float], torch.Tensor]:
         """(losses, residual (B, M)) at the parameters' present values; see Linearization.residual_at."""
@@ -273,6 +279,11 @@ class Member(Products):
     def row_layout(self):
         """The row layout of the residuals, or None; all members have the same."""
         return self._ensemble.row_layout()
+
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows."""
+        return self._ensemble.coupling
 
     def widened(self) -> Member:
         """The same with products in float64, or itself where that is not to be had."""

@@ -12,11 +12,13 @@ from .. import kernels
 from ..tape import Tracer
 from .adjoint import Flat, checked
 from .announce import depth_of_caller, no_rule
+from .chained import Chained
 from .compiled import as_operations
 from .double_backward import Widened
 from .fallback import Arbiter
 from .live import CHANGED, Live
 from .rows import RowLayout, row_layout
+from .separation import Separation, separation
 
 _announced: set[str] = set()
 
@@ -28,18 +30,21 @@ _version = attrgetter("_version")
 class Plan:
     """Kernels of one program with its row structure, shared by all linearizations of that structure.
 
-    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN. choices: see
-    SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where that was not looked at.
+    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
+    others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
+    that was not looked at.
     """
 
     __slots__ = (
-        "_asked", "_backend", "_base", "_device", "_member", "_wide", "agrees", "bound", "choices", "kernels", "layout", "live",
-        "mixing", "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
+        "kernels", "layout", "live", "mixing", "program",
     )
+    chains = True   # may the kernels be those of a chain?
 
     def __init__(self, program, device, backend, dtype=None, base=None):
         self.program, self._device, self._backend, self._base = program, device, backend, base
-        self.kernels = kernels.kernels_for(program, device, backend, dtype)
+        self.kernels = self._whole = kernels.kernels_for(program, device, backend, dtype)
+        self._separation: Separation | None = None
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
         self.layout, self.choices, self.live, self.agrees = UNKNOWN, {}, None, None
@@ -65,13 +70,44 @@ class Plan:
             return self.layout
         asked = [constants[k] for k in self.mixing]
         if self.layout is UNKNOWN or any(not torch.equal(a, b) for a, b in zip(asked, self._asked, strict=True)):
-            layout = self._base.row_layout(constants) if self._base else row_layout(self.program, constants)
+            found = self._separated(constants)
             self.layout = UNKNOWN   # until the kernels have it
-            self.kernels.set_rows(layout)
+            self._take(found)
             self._asked = [a.clone() for a in asked]
-            self.layout = layout
+            self.layout, self._separation = found.layout, found
             self.choices.clear()
         return self.layout
+
+    def coupling(self, constants) -> str:
+        """Why the residuals do not separate into rows, and what to do; "" where they do."""
+        self.row_layout(constants)
+        return self._separation.reason if self.layout is None else ""
+
+    def _separated(self, constants) -> Separation:
+        if self._base is None:
+            before = self._separation
+            if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
+                return Separation(row_layout(self.program, constants), None, before.reason)
+            # Chains make tensors from numbers as they go, which a captured step on a GPU cannot.
+            chains = self.chains and self._whole.has_columns and self._device.type == "cpu"
+            return separation(self.program, constants, chains)
+        self._base.row_layout(constants)
+        return self._base._separation
+
+    def _take(self, found: Separation) -> None:
+        """Let the kernels be those of these rows."""
+        chained = None
+        if found.chain is not None:
+            dtype = self._whole.dtype
+            chained = Chained(
+                self._whole, found.chain,
+                lambda program: kernels.kernels_for(program, self._device, self._backend, dtype),
+            )
+            if self.bound is not None:
+                chained.adopt(self.bound)
+        else:
+            self._whole.set_rows(found.layout)
+        self.kernels = chained or self._whole
 
     def release(self, constants=None, wide: bool = True) -> None:
         """Let go of the constants that are bound, of these alone where given; `wide`: the plan in float64, too."""
@@ -343,22 +379,27 @@ class Products:
         gradient = self.vjp(self.residual)
         return gradient if self.penalty is None else gradient + self.penalty_gradient
 
+    def _formed(self):
+        """The kernels, which may depend on the rows, and those."""
+        self.kernels()   # raises where there is nothing left to ask
+        rows = self.row_layout()
+        return self.kernels(), rows
+
     def dense(self) -> torch.Tensor:
         """J, (M, P). As many backward sweeps as a row has outputs, or M where rows do not separate."""
-        kernels, _ = self.kernels(), self.row_layout()
-        return kernels.dense()
+        return self._formed()[0].dense()
 
     def gram(self) -> torch.Tensor:
         """J J^T, (M, M), without J where rows separate."""
-        kernels = self.kernels()
-        if kernels.fused and self.row_layout() is not None:
+        kernels, rows = self._formed()
+        if kernels.fused and rows is not None:
             return kernels.gram() if kernels.has_direct else kernels.gram().clone()   # those keep theirs
         J = self.dense()
         return J @ J.T
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J + penalty), (P,)."""
-        kernels, _ = self.kernels(), self.row_layout()
+        kernels, _ = self._formed()
         d = kernels.diagonal() if kernels.fused or kernels.block_bytes is not None else self.dense().square().sum(0)
         return d if self.penalty is None else d + self.penalty
 
@@ -384,7 +425,18 @@ class Linearization(Bound, Products):
         plan = self._plan
         if plan is None:
             return None
-        return plan.row_layout(self._constants) if plan.mixing or plan.layout is UNKNOWN else plan.layout
+        if not plan.mixing and plan.layout is not UNKNOWN:
+            return plan.layout
+        self.kernels()   # raises where the constants are gone
+        return plan.row_layout(self._constants)
+
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows, so that J takes a product for each, and what to do; "" where they do."""
+        if self._plan is None:
+            return ""
+        self.kernels()
+        return self._plan.coupling(self._constants)
 
     def residual_at(self, run) -> tuple[float, torch.Tensor]:
         """(loss, residual (M,)) at the parameters' present values; what the quadratic penalties add is in the loss alone.

@@ -96,6 +96,10 @@ class SolvableLinearization(Linearization, Protocol):
     def penalty_gradient(self) -> torch.Tensor | None:
         """C theta, (P,)."""
 
+    @property
+    def coupling(self) -> str:
+        """Why the residuals do not separate into rows, and what to do; "" where they do."""
+
     def kernels(self) -> Kernels:
         """The kernels, after binding them to this linearization's constants where another's were bound.
 

@@ -30,7 +30,7 @@ class RowLayout:
     max_outputs: int
     output_of: list[int]
     k_of: list[int]
-    blocks: list[tuple[int, int, int, int]]
+    blocks: list[tuple]
     uses: list[tuple[int, ...]]
     labels: dict[int, np.ndarray]
     flops: float
@@ -88,21 +88,7 @@ def _propagate(program: Program, splits, constants) -> dict[int, np.ndarray] | N
             if not _scatter(op, labels, constants[op.constant]):
                 return None
             continue
-        if op.kind == MATMUL:
-            b, m, n, k, yb, ym, yn, xb, xm, xk, _, _, _, a, ya, xa, _ = op.extents[0]
-            seen = windows(labels[op.y], (a, b, m, n), (ya, yb, ym, yn), op.y_offset)
-            target = windows(labels[op.x], (a, b, m, k), (xa, xb, xm, xk), op.x_offset)
-            merged = tuple(d for d, (size, s) in enumerate(((a, xa), (b, xb))) if s == 0 and size > 1)
-            target = target[tuple(slice(0, 1) if d in merged else slice(None) for d in range(4))]
-            merged += (3,)
-        else:
-            shape, ys, xs = op.extents[:3]
-            seen = windows(labels[op.y], shape, ys, op.y_offset)
-            target = windows(labels[op.x], shape, xs, op.x_offset)
-            merged = tuple(d for d, s in enumerate(xs) if s == 0)
-            target = target[(..., *(slice(0, 1) if d in merged else slice(None) for d in range(target.ndim)))]
-            if op.kind == PROJECT:
-                merged = (*merged, len(shape) - 1)
+        seen, target, merged = operands(op, labels)
         highest = seen.max(axis=merged, keepdims=True) if merged else seen
         lowest = np.where(seen < 0, np.iinfo(np.int32).max, seen)
         lowest = lowest.min(axis=merged, keepdims=True) if merged else lowest
@@ -113,6 +99,28 @@ def _propagate(program: Program, splits, constants) -> dict[int, np.ndarray] | N
             return None
         np.copyto(target, np.broadcast_to(highest, target.shape), where=np.broadcast_to(known, target.shape))
     return labels
+
+
+def operands(op, labels):
+    """Of a muladd, matmul or project: the labels of what it writes, those of what it reads, and the dimensions it sums over.
+
+    The second is a window that may be written; of a dimension that is summed over it has one index, but of a matmul's last.
+    """
+    if op.kind == MATMUL:
+        b, m, n, k, yb, ym, yn, xb, xm, xk, _, _, _, a, ya, xa, _ = op.extents[0]
+        seen = windows(labels[op.y], (a, b, m, n), (ya, yb, ym, yn), op.y_offset)
+        target = windows(labels[op.x], (a, b, m, k), (xa, xb, xm, xk), op.x_offset)
+        merged = tuple(d for d, (size, s) in enumerate(((a, xa), (b, xb), (m, xm))) if s == 0 and size > 1)
+        target = target[tuple(slice(0, 1) if d in merged else slice(None) for d in range(4))]
+        if xk == 0 and k > 1:
+            target = target[..., :1]
+        return seen, target, (*merged, 3)
+    shape, ys, xs = op.extents[:3]
+    seen = windows(labels[op.y], shape, ys, op.y_offset)
+    target = windows(labels[op.x], shape, xs, op.x_offset)
+    merged = tuple(d for d, s in enumerate(xs) if s == 0)
+    target = target[(..., *(slice(0, 1) if d in merged else slice(None) for d in range(target.ndim)))]
+    return seen, target, (*merged, len(shape) - 1) if op.kind == PROJECT else merged
 
 
 def _scatter(op, labels, positions) -> bool:
@@ -141,7 +149,7 @@ def _layout(program: Program, splits, labels: dict[int, np.ndarray]) -> RowLayou
             continue
         k_of.append(base + np.arange(rows * outputs).reshape(outputs, rows).T.reshape(-1))
         output_of.append(np.tile(np.arange(outputs), rows))
-        blocks.append((r0, rows, outputs, base))
+        blocks.append((r0, rows, outputs, base, 0, ()))
         base += rows * outputs
     output_of, k_of = np.concatenate(output_of).tolist(), np.concatenate(k_of).tolist()
     residuals, outputs = len(k_of), max((s for _, s in splits), default=1)
@@ -152,10 +160,11 @@ def _layout(program: Program, splits, labels: dict[int, np.ndarray]) -> RowLayou
     )
 
 
-def _uses(program: Program, labels, residuals: int, outputs: int):
+def _uses(program: Program, labels, residuals: int, outputs: int, counts=None):
     """Each use as csrc/plan/plan.h's Use; operations, packed elements, explicit columns and `largest` of one Gram matrix.
 
-    Per weight the cheaper of two forms: factored, (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
+    counts: residuals of every row where their number varies. Per weight the cheaper of two forms: factored,
+    (C C'^T) * (Y Y'^T) over pairs of uses, or explicit rows and one product.
     """
     by_parameter: dict[int, list[int]] = {}
     for i, op in enumerate(program.instructions):
@@ -179,13 +188,14 @@ def _uses(program: Program, labels, residuals: int, outputs: int):
             continue
         bias = fused_biases.get(parameter, -1)
         rows = sum(c.rows for c in group)
+        reached = rows * outputs if counts is None else sum(int(counts[c.row0 : c.row0 + c.rows].sum()) for c in group)
         # The elementwise product weighs like some 4 multiply-adds per element of K.
-        cost = rows**2 * (outputs**2 * (group[0].m + 4.0) + group[0].k)
+        cost = reached**2 * (group[0].m + 4.0) + rows**2 * group[0].k
         if cost < explicit_cost(parameter) + (explicit_cost(bias) if bias >= 0 else 0):
             joined |= {parameter, bias}
             flops += cost
-            packed += rows * (group[0].k + outputs * group[0].m) + (rows**2 if outputs > 1 else 0)
-            largest = max(largest, rows * outputs * (group[0].k + group[0].m))
+            packed += rows * group[0].k + reached * group[0].m + (rows**2 if outputs > 1 else 0)
+            largest = max(largest, reached * (group[0].k + group[0].m))
             uses += [
                 (i, parameter, _FACTORED, c.row0, int(c.m_is_high), bias, 0) for i, c in zip(instructions, group, strict=True)
             ]

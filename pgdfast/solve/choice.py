@@ -70,6 +70,8 @@ def _choice(problem: Problem, solver: str, costs, dampings: int, limit: float | 
     dropped = [k for k in ("dual", "primal") if k not in fitting]
     many = f", {dampings} dampings" if dampings > 1 else ""
     why = f"predicted {fitting[name]:.2g} operations for M = {M}, P = {P}{many} ({others})"
+    if lin.coupling:
+        why += f"; {lin.coupling}"
     if dropped:
         sizes = " and ".join(f"{k} ({costs[k][1] / 1e9:.1f} GB)" for k in dropped)
         why += f"; {sizes} left out for memory, of which {limit / 1e9:.1f} GB may be used"

@@ -71,7 +71,7 @@ class Cholesky:
     def factored(self, problem: Problem) -> tuple[Outcome, Callable | None]:
         """(outcome, again) in the precision of the problem."""
         lin = problem.linearization
-        kernels, rows = lin.kernels(), lin.row_layout()   # Jacobian rows are cheaper once the row structure is known
+        rows, kernels = lin.row_layout(), lin.kernels()   # in this order: they may depend on the rows
         if not kernels.has_direct or (self.name == "dual" and (rows is None or problem.scale is not None)):
             outcome = solved(system(self.name, problem))
         elif self.name == "primal":
@@ -129,7 +129,7 @@ class System(NamedTuple):
 def system(name: str, problem: Problem) -> System:
     """The dual or primal matrix and right-hand side in PyTorch."""
     lin, r, q = problem.linearization, problem.r, problem.q
-    kernels, rows = lin.kernels(), lin.row_layout()
+    rows, kernels = lin.row_layout(), lin.kernels()
     keeps = kernels.fused and not kernels.has_direct   # the matrix, for further dampings
     if name == "primal":
         g = problem.gradient()

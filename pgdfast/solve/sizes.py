@@ -24,7 +24,7 @@ class Sizes:
 
     def __init__(self, problem, options: CG, wide: bool = False, dampings: int = 1):
         lin = problem.linearization
-        self.kernels, self.layout = kernels, rows = lin.kernels(), lin.row_layout()
+        self.layout, self.kernels = rows, kernels = lin.row_layout(), lin.kernels()
         self.M, self.P = M, P = float(lin.num_residuals), float(lin.num_parameters)
         self.options, self.dampings = options, dampings
         self.scaled, self.penalized = problem.scale is not None, problem.penalty is not None

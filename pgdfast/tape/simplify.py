@@ -31,7 +31,7 @@ def simplify(program: Program) -> None:
     """Rewrite a recorded program in place; its constants keep their numbers."""
     _read_parameters(program)
     _merge_sums(program)
-    _trim(program)
+    trim(program)
 
 
 def windows(array: np.ndarray, shape, strides, offset: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def _renames(program: Program, op) -> bool:
     )
 
 
-def _trim(program: Program) -> None:
+def trim(program: Program) -> None:
     """Cut every instruction's index space down to elements of y that reach a residual."""
     live = [
         None if role == PARAMETER else np.full(size, role == RESIDUAL, bool) for role, size in program.buffers
@@ -112,7 +112,7 @@ def _trim(program: Program) -> None:
     kept = []
 
     def mask_of(op):
-        return windows(live[op.y], *_index_space(op), op.y_offset)
+        return windows(live[op.y], *index_space(op), op.y_offset)
 
     for whole in reversed(program.instructions):
         for op in _split(whole, mask_of(whole)):
@@ -136,7 +136,7 @@ def _trim(program: Program) -> None:
             program.buffers[k] = (role, 0)
 
 
-def _index_space(op):
+def index_space(op):
     """Shape and strides of the elements of y that an instruction writes."""
     if op.kind == MATMUL:
         b, m, n, _, yb, ym, yn = op.extents[0][:7]
@@ -287,4 +287,4 @@ def _cut_matmul(op, ranges):
     return dataclasses.replace(op, y_offset=y_offset, x_offset=x_offset, c_offset=c_offset, extents=extents)
 
 
-__all__ = ["simplify", "windows"]
+__all__ = ["index_space", "simplify", "trim", "windows"]

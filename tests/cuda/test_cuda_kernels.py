@@ -125,12 +125,23 @@ def shared_by_the_batch():
     return model, normed
 
 
+def shared_rows():
+    """Residual tensors over the same points, one of them over some of those, in another order."""
+    model, x, some = mlp(2, 40, 40, 2), rand(9, 2, seed=1), torch.tensor([7, 5, 6, 1])
+
+    def residuals():
+        u = model(x)
+        return u[some, 1] * u[some, 0], u[:, 0] - x[:, 1], u[:, 1] - x[:, 0]
+
+    return model, residuals
+
+
 def penalized():
     model, x = mlp(2, 4, 1), rand(11, 2, seed=1)
     return model, lambda: F.mse_loss(model(x), x[:, :1]) + 1e-2 * sum(p.square().sum() for p in model.parameters())
 
 
-CLOSURES = {f.__name__: f for f in (convolution, attention, pinn, wide_pinn, shared_by_the_batch, penalized)}
+CLOSURES = {f.__name__: f for f in (convolution, attention, pinn, wide_pinn, shared_by_the_batch, shared_rows, penalized)}
 
 
 def made(name):
