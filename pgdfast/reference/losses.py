@@ -6,6 +6,8 @@ It ends where the loss is curved, at one of
 
     square            L = sum G z^2              r = sqrt(2 G) z            S = diag(sqrt(2 G))
     mse_loss          the same with z = input - target
+    norm, dist, std   the same with G = weight / (2 norm), as is |z| of complex numbers
+    huber, smooth_l1  L' and h = L' / z of z = input - target      r = L' / sqrt(h)    S = diag(sqrt(h))
     log_softmax       L = -sum_c q_c log p_c     r = (Q p - q) / (sqrt(Q) sqrt(p)),  Q = sum_c q_c
                                                  S = sqrt(Q) (diag(sqrt(p)) - p sqrt(p)^T)
     binary cross-entropy with logits             r = L' / sqrt(h),  h = L''  S = diag(sqrt(h))
