@@ -180,7 +180,7 @@ def test_float32_is_widened(solver, shape):
 
 @pytest.mark.parametrize("form", [
     ByNumpy.apply, Once.apply, lambda z: F.embedding_bag(torch.arange(1400).view(-1, 2) % 700, z),
-    lambda z: torch.cdist(z, z[:4].detach() + 1),
+    lambda z: torch.cdist(z, z[:2].detach() + 1),
 ], ids=["numpy", "once", "embedding_bag", "cdist"])
 def test_auto_leaves_cg_where_it_has_no_product(form):
     """At some 1,400 rows it took CG with products that lacked what a backward pass cannot be differentiated for."""
