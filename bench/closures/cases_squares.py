@@ -55,7 +55,6 @@ SUMS = {
     "linalg-vecdot": (lambda z, y: (lambda r: torch.linalg.vecdot(r, r).mean())(z - y), lambda k: 2 / k),
     "float-power": (lambda z, y: torch.float_power(z - y, 2).mean(), lambda k: 1 / k),
     "in-place": (lambda z, y: (1.0 * (z - y)).pow_(2).mean(), lambda k: 1 / k),
-    "relu-of-square": (lambda z, y: F.relu((z - y) ** 2).mean(), lambda k: 1 / k),
     "cosine-free-frobenius": (lambda z, y: torch.norm(z - y, p="fro") ** 2, lambda k: 1.0),
 }
 
