@@ -99,13 +99,13 @@ binary("logistic-regression", lambda z, d: torch.log1p(torch.exp(-(2 * d.t - 1) 
 binary("bernoulli", lambda z, d: -torch.distributions.Bernoulli(logits=z).log_prob(d.t).mean(), _bce)
 
 
-def _curvature(rho, weights):
-    """rho'' where it is positive, else the weights."""
+def _curvature(rho, weights, least=0.0):
+    """rho'' where it is positive, and not less than this fraction of the weights; else the weights."""
     def second(r):
         r = r.detach().requires_grad_()
         (first,) = torch.autograd.grad(rho(r).sum(), r, create_graph=True)
         h = torch.autograd.grad(first.sum(), r)[0] if first.requires_grad else torch.zeros_like(r)
-        return torch.where(h > 0, h, weights(r.detach()))
+        return torch.where(h > least * weights(r.detach()), h, weights(r.detach()))
 
     return second
 
@@ -123,8 +123,8 @@ def robust(name, loss, rho, **more):
             (slope,) = torch.autograd.grad(rho(r).sum(), r)
             return (slope / r).detach()
 
-        second = _curvature(rho, weights)
-        candidates = tuple(lambda z, h=h: (h(z - d.y) / z.numel()).reshape(-1) for h in (second, weights))
+        second, clearly = _curvature(rho, weights), _curvature(rho, weights, 1e-3)
+        candidates = tuple(lambda z, h=h: (h(z - d.y) / z.numel()).reshape(-1) for h in (second, clearly, weights))
         return g.problem(net, lambda: loss(z(), d.y), z, lambda z: rho(z - d.y).mean(), curvatures=candidates, exact=False)
 
 
