@@ -61,7 +61,7 @@ def _compare(closure, rounds):
             found = truth(closure)
             if not bool(found.J.isfinite().all()) or not bool(found.gradient.isfinite().all()):
                 raise Unfit("derivatives are not finite")
-            if float(found.J.norm()) < LEAST_SLOPE:
+            if 0 < float(found.J.norm()) < LEAST_SLOPE:
                 raise Unfit("no slope but rounding")
         except Unfit as reason:
             return SKIPPED, str(reason)

@@ -153,7 +153,8 @@ def look(case: Case, outcome: Outcome, n: int = ROWS) -> None:
         problem = made(case, case.dtype, n)
         lin = pgdfast.linearize(problem.closure, problem.params)
         if lin.kernels().name in pgdfast.backends():
-            outcome.path = COUPLED if lin.row_layout() is None else SEPARATED
+            layout = lin.row_layout()
+            outcome.path = COUPLED if layout is None or layout.num_rows == 1 < lin.num_residuals else SEPARATED
         else:
             outcome.path, outcome.note = FALLBACK, lin.sync_reason
 
