@@ -9,7 +9,6 @@ from .chain import Chain, chain, shared_layout
 from .rows import RowLayout
 from .shared_rows import Obstacle, patterns
 
-
 _SMALL = 16   # products for J up to which there is nothing to say
 
 
