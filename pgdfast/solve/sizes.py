@@ -29,7 +29,8 @@ class Sizes:
         self.sweep = max(kernels.flops, 2 * P, 2 * M)
         self.local = rows is not None and kernels.fused
         self.explicit = self.scaled or not kernels.fused
-        self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, M)
+        products = min(M, P) if kernels.fused else M   # for J, where rows do not separate
+        self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, products)
         self.jacobian = self.outputs * self.sweep + (2 * M * P if self.local else 0.0)
         self.small = min(M, P) <= WIDE_FACTOR
         self.width = 8 if wide and self.small else lin.residual.element_size()
