@@ -211,6 +211,9 @@ class Kernels(Traits):
 
     def dense(self) -> torch.Tensor:
         """J, (M, P)."""
+        if self._rows is None and self.num_parameters < self.num_residuals:
+            units = torch.eye(self.num_parameters, dtype=self.dtype, device=self.device)
+            return torch.stack([self.jvp(unit) for unit in units], 1) if len(units) else units.new_empty(self.num_residuals, 0)
         J = self._new(self.num_residuals, self.num_parameters)
         with self.here():
             if self._rows is None:

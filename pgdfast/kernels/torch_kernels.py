@@ -82,13 +82,15 @@ class Kernels(RowForms):
         return buffers
 
     def dense_by_batches(self) -> torch.Tensor:
-        """J, (M, P), a batch of its rows per sweep."""
+        """J, (M, P), a batch of its rows per sweep, or of its columns where those are fewer."""
         J = torch.empty(self.num_residuals, self.num_parameters, dtype=self.dtype, device=self.device)
-        for first in range(0, self.num_residuals, _CHUNK):
-            rows = J[first : first + _CHUNK]
-            units = torch.zeros(len(rows), self.num_residuals, dtype=self.dtype, device=self.device)
+        forward = self.num_parameters < self.num_residuals
+        lines, product = (J.T, self.jvp) if forward else (J, self.vjp)
+        for first in range(0, len(lines), _CHUNK):
+            part = lines[first : first + _CHUNK]
+            units = torch.zeros(len(part), len(lines), dtype=self.dtype, device=self.device)
             units.diagonal(first).fill_(1)
-            rows.copy_(self.vjp(units))
+            part.copy_(product(units))
         return J
 
     def _memory(self, given: torch.Tensor, role: int, clear: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:

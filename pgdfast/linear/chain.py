@@ -103,9 +103,6 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     scaled = _scaled(program, windows, set(pattern.cuts), constants)
     rest = {k: window for k, window in windows.items() if k not in scaled}
     sub, owned = _sub(program, rest) if rest else (None, [])
-    if any(s.parameter in owned for s in scaled.values()):   # that parameter takes another way, too
-        scaled, rest = {}, windows
-        sub, owned = _sub(program, rest)
     main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
     cost = pattern.outputs * main.cost + len(border) * _cost(program) + 2.0 * len(kept) * P
     sub_layout = None
@@ -118,7 +115,8 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
         matrix = sweeps * sub.cost + 2.0 * shared * taken + 0.5 * len(kept) * shared * taken   # a product is fast
         elementwise = _elementwise(program, rest)
         cost, by_rows = cost + min(rows, matrix) + 2.0 * len(kept) * shared, rows < matrix
-        pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
+        read = {op.x for op in main.program.instructions} | {s.parameter for s in scaled.values()}
+        pushed = 0.0 if read.isdisjoint(owned) else main.cost
         few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
     if cost > _WORTH * min(M, P) * _cost(program):
         return None

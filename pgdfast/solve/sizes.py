@@ -31,7 +31,8 @@ class Sizes:
         self.sweep = max(kernels.flops, 2 * P, 2 * M)
         self.local = rows is not None and kernels.fused
         self.explicit = self.scaled or not kernels.fused
-        self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, M)
+        products = min(M, P) if kernels.fused else M   # for J, where rows do not separate
+        self.build, self.outputs = (rows.flops, rows.max_outputs) if self.local else (M * M * P, products)
         if not self.local and kernels.jacobian_flops is not None:
             self.outputs = kernels.jacobian_flops / self.sweep
         self.jacobian = self.outputs * self.sweep + (2 * M * P if self.local else 0.0)

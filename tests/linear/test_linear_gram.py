@@ -44,7 +44,32 @@ def mixed():
     return [wide, stack, table, number, twice], closure
 
 
+def shared_points(*hidden):
+    """Tensors over the same points, some of them in another order: rows of one to three outputs."""
+    model, x, some = mlp(2, *hidden, 2), rand(9, 2, seed=1).requires_grad_(), torch.tensor([7, 5, 6, 1])
+
+    def closure():
+        u = model(x)
+        return u[some, 0] * u[some, 1], laplacian(u[:, 0], x), u[:6, 1]
+
+    return list(model.parameters()), closure
+
+
+def shared_outputs():
+    """Outputs of a network as tensors, two of them at some points only: J^T J comes from factors summed over outputs."""
+    model, x, some = mlp(3, 40, 40, 5), rand(40, 3, seed=1), torch.arange(38, 0, -3)
+
+    def closure():
+        u = model(x)
+        return u[:, 0], u[some, 1], u[:, 2], u[:, 3], torch.tanh(u[2:30, 4])
+
+    return list(model.parameters()), closure
+
+
 CASES = {
+    "shared outputs": shared_outputs,
+    "shared points": lambda: shared_points(40, 40),
+    "shared points, narrow": lambda: shared_points(5, 5),
     "poisson 24": lambda: poisson(1, 24, 24),
     "poisson 24-16": lambda: poisson(1, 24, 16, 16),
     "two equations": lambda: poisson(2, 24, 24),
@@ -65,9 +90,11 @@ def test_gram_is_that_of_the_jacobian(name, limit, monkeypatch):
     J = reference.linearize(closure, params).dense()
     lin = pgdfast.linearize(closure, params, backend="native")
     assert relative(lin.gram(), J @ J.T) < 1e-13
-    step = pgdfast.solve(lin, 0.1, solver="dual").step
     g = J.T @ lin.residual
-    assert relative(step, torch.linalg.solve(J.T @ J + 0.1 * torch.eye(len(g), dtype=g.dtype), g)) < 1e-9
+    right = torch.linalg.solve(J.T @ J + 0.1 * torch.eye(len(g), dtype=g.dtype), g)
+    for solver in ("dual", "primal"):
+        assert relative(pgdfast.solve(lin, 0.1, solver=solver).step, right) < 1e-9
+    assert relative(lin.diagonal(), J.square().sum(0)) < 1e-13
 
 
 def test_weights_of_a_penalty_reach_every_slice(monkeypatch):

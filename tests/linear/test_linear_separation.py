@@ -9,7 +9,7 @@ import pgdfast
 from pgdfast import reference
 from pgdfast.linear import EnsembleLinearizer, Linearizer
 
-N = 30
+N = 36
 MASK = (rand(9, 9, seed=5) > 0).double()
 MIXING = rand(N, N, seed=6) / 6
 
@@ -58,7 +58,7 @@ def flow(u, x, data):
 
 
 def normalized(step, weights, factor):
-    h = rand(N, 2, seed=10 + step)
+    h = rand(N, 7, seed=10 + step)
     for w in weights[:-1]:
         h = h @ (factor * w).T
         h = h - h.mean(0)
@@ -67,7 +67,7 @@ def normalized(step, weights, factor):
 
 
 def batch_statistics(factor):
-    weights = parameters((3, 2), (1, 3))
+    weights = parameters((3, 7), (1, 3))
     return weights, lambda step: normalized(step, weights, factor)
 
 
