@@ -102,12 +102,12 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
     windows = _windows(program, pattern.cuts)
     scaled = _scaled(program, windows, set(pattern.cuts), constants)
     rest = {k: window for k, window in windows.items() if k not in scaled}
+    sub, owned = _sub(program, rest) if rest else (None, [])
     main = _main(program, set(pattern.cuts), {k: windows[k] for k in (*scaled, *rest)}, border)
     cost = pattern.outputs * main.cost + len(border) * _cost(program) + 2.0 * len(kept) * P
-    sub, sub_layout, owned = None, None, []
+    sub_layout = None
     shared, by_rows, few, elementwise = sum(high - low + 1 for low, high in rest.values()), False, True, None
-    if rest:
-        sub, owned = _sub(program, rest)
+    if sub is not None:
         sub_layout = row_layout(sub.program, [constants[k] for k in sub.constants])
         taken = sum(sub.program.sizes(PARAMETER))
         sweeps = min(shared, taken) if sub_layout is None else sub_layout.max_outputs
@@ -115,7 +115,8 @@ def chain(program: Program, pattern: Pattern, constants) -> Chain | None:
         matrix = sweeps * sub.cost + 2.0 * shared * taken + 0.5 * len(kept) * shared * taken   # a product is fast
         elementwise = _elementwise(program, rest)
         cost, by_rows = cost + min(rows, matrix) + 2.0 * len(kept) * shared, rows < matrix
-        pushed = main.cost if any(op.x in owned for op in main.program.instructions) else 0.0
+        read = {op.x for op in main.program.instructions} | {s.parameter for s in scaled.values()}
+        pushed = 0.0 if read.isdisjoint(owned) else main.cost
         few = shared * (pushed + 4.0 * len(kept) ** 2) < float(len(kept)) ** 2 * taken
     if cost > _WORTH * min(M, P) * _cost(program):
         return None

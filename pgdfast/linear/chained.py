@@ -37,7 +37,8 @@ class Chained(Traits):
         self._sizes = [size for role, size in chain.main.program.buffers if role == 0]
         self._own = len(self._sizes) - chain.quantities - len(chain.scaled)   # parameters; shared quantities follow
         self._rest = list(range(len(self._sizes) - chain.quantities, len(self._sizes)))
-        self._read = {op.x for op in chain.main.program.instructions}
+        # Parameters on which the residuals depend beside sub: read by main, or as multiples.
+        self._read = {op.x for op in chain.main.program.instructions} | {s.parameter for s in chain.scaled}
         self._kept, self._border = (torch.from_numpy(a).to(self.device) for a in (chain.kept, chain.border))
 
     def bind(self, constants: list) -> None:
@@ -98,12 +99,9 @@ class Chained(Traits):
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
         """J, (M, P)."""
-        main, theta = self._part("main"), range(self._own)
-        J = main.columns(list(theta))
+        main = self._part("main")
+        J = self._direct(main, list(range(self._own)))
         starts = [0, *itertools.accumulate(self._sizes)]
-        for number, (scaled, factor) in enumerate(zip(self._chain.scaled, self._factors(), strict=True)):
-            p = scaled.parameter
-            J[:, starts[p] : starts[p + 1]] = main.columns([self._own + number]).mul_(factor)
         if self._sub is not None:
             pulled, start = self._chained(main), 0
             for p in self._chain.owned:
@@ -114,6 +112,16 @@ class Chained(Traits):
         rows, kept = self._border_rows(), J
         J = kept.new_empty(self.num_residuals, self.num_parameters)
         J[self._kept], J[self._border] = kept, rows
+        return J
+
+    def _direct(self, main, parameters: list[int]) -> torch.Tensor:
+        """The columns of these parameters without what comes through sub."""
+        J, start = main.columns(parameters), 0
+        for p in parameters:
+            for number, (scaled, factor) in enumerate(zip(self._chain.scaled, self._factors(), strict=True)):
+                if scaled.parameter == p:
+                    J[:, start : start + self._sizes[p]] += main.columns([self._own + number]).mul_(factor)
+            start += self._sizes[p]
         return J
 
     def _chained(self, main) -> torch.Tensor:
@@ -179,20 +187,22 @@ class Chained(Traits):
         1/2 J_q Q W Q^T, by a product with main's J for each. With many the columns of sub's parameters come apart.
         """
         main, owned = self._part("main"), self._chain.owned
-        scaled = [w[s.parameter] * f * f for s, f in zip(self._chain.scaled, self._factors(), strict=True)]
-        shared = scaled + [0.0] * len(self._rest)
+        def gram(w):
+            scaled = [w[s.parameter] * f * f for s, f in zip(self._chain.scaled, self._factors(), strict=True)]
+            return main.gram(w + scaled + [0.0] * len(self._rest))
+
         if self._sub is None or self._chain.few:
-            K = main.gram(w + shared)
+            K = gram(w)
             K = K if main.has_direct else K.clone()   # those keep theirs
             if self._sub is not None:
                 T, J_q = self._few(main, w)
                 change = T @ J_q.T
                 K += change + change.T
             return K
-        K = main.gram([0.0 if p in owned else x for p, x in enumerate(w)] + shared)
+        K = gram([0.0 if p in owned else x for p, x in enumerate(w)])
         J = self._chained(main)
-        if any(p in self._read for p in owned):
-            J += main.columns(owned)
+        if not self._read.isdisjoint(owned):
+            J += self._direct(main, owned)
         if any(w[p] != 1 for p in owned):
             J *= self._spread(w, owned).sqrt()
         return main.squared(J).add_(K)
@@ -200,7 +210,7 @@ class Chained(Traits):
     def _few(self, main, w: list[float]):
         """T and J_q."""
         J_q, sub, owned = main.columns(self._rest), self._part("sub"), self._chain.owned
-        apart = not any(p in self._read for p in owned)
+        apart = self._read.isdisjoint(owned)
         if apart and self._chain.sub_layout is not None:
             return 0.5 * (J_q @ sub.gram([w[p] for p in owned])), J_q
         Q = sub.dense()
@@ -213,7 +223,11 @@ class Chained(Traits):
         for p in owned:
             spread[:, starts[p] : starts[p + 1]] = weighed[:, start : start + self._sizes[p]]
             start += self._sizes[p]
-        return _pushed(main, torch.cat([spread, inner], 1)), J_q
+        scaled = [
+            f * spread[:, starts[s.parameter] : starts[s.parameter + 1]]
+            for s, f in zip(self._chain.scaled, self._factors(), strict=True)
+        ]
+        return _pushed(main, torch.cat([spread, *scaled, inner], 1)), J_q
 
     def _spread(self, weights, parameters) -> torch.Tensor:
         """One number per parameter tensor as one for each element of these."""

@@ -9,6 +9,8 @@ from .chain import Chain, chain, shared_layout
 from .rows import RowLayout
 from .shared_rows import Obstacle, patterns
 
+_SMALL = 16   # products for J up to which there is nothing to say
+
 
 @dataclass(slots=True)
 class Separation:
@@ -45,6 +47,8 @@ def separation(program: Program, constants, chains: bool = True) -> Separation:
 
 def _reason(program: Program, obstacles: list[Obstacle]) -> str:
     M, P = sum(program.sizes(RESIDUAL)), sum(program.sizes(PARAMETER))
+    if min(M, P) <= _SMALL:
+        return ""
     cost = f"the Jacobian takes {min(M, P)} products"
     if obstacles:
         o = max(obstacles, key=lambda o: o.mixes)

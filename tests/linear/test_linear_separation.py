@@ -57,18 +57,18 @@ def flow(u, x, data):
     return (*momenta, slopes[0][:, 0] + slopes[1][:, 1] - data[:, 0])
 
 
-def normalized(step, weights):
-    h = rand(N, 2, seed=10 + step)
+def normalized(step, weights, factor):
+    h = rand(N, 7, seed=10 + step)
     for w in weights[:-1]:
-        h = h @ w.T
+        h = h @ (factor * w).T
         h = h - h.mean(0)
         h = torch.tanh(h / (1e-3 + (h * h).mean(0)).sqrt())
-    return h @ weights[-1].T
+    return h @ (factor * weights[-1]).T
 
 
-def batch_statistics():
-    weights = parameters((3, 2), (1, 3))
-    return weights, lambda step: normalized(step, weights)
+def batch_statistics(factor):
+    weights = parameters((3, 7), (1, 3))
+    return weights, lambda step: normalized(step, weights, factor)
 
 
 def column(parts):
@@ -93,7 +93,7 @@ CASES = {   # by what makes them separate
         "data and a mean": lambda: network(lambda u, x, y: (u - y, 10 * u.mean().view(1))),
         "joined with two means": lambda: network(
             lambda u, x, y: torch.cat([(u - y)[:, 0], u.mean().view(1), (u * u).mean().view(1)])),
-        "an integral in the middle": lambda: network(lambda u, x, y: torch.cat([u[:9] - y[:9], (y.T @ u), u[9:] - y[9:]])),
+        "an integral in the middle": lambda: network(lambda u, x, y: torch.cat([u[:9] - y[:9], y.T @ u, u[9:] - y[9:]])),
         "a mean of several outputs": lambda: network(lambda u, x, y: (u - y, u.mean(0)), 3),
         "a mean beside shared rows": lambda: network(lambda u, x, y: (*flow(u, x, y), u[:, 2].sum().view(1)), 3),
     },
@@ -120,7 +120,8 @@ CASES = {   # by what makes them separate
         "a hard boundary value": lambda: network(lambda u, x, y: u - u[0] - y),
         "used twice": lambda: network(
             lambda u, x, y, k: (torch.exp(k) * laplacian(u, x), (k - k.exp()) * u - y, k - 1), extra=[(1,)]),
-        "batch statistics": batch_statistics,
+        "batch statistics": lambda: batch_statistics(1),
+        "batch statistics of multiples": lambda: batch_statistics(0.7),
         "a mixture": lambda: network(lambda u, x, y: MIXING @ u - y),
         "differences": lambda: network(lambda u, x, y: u[2:] - 2 * u[1:-1] + u[:-2] - y[1:-1] * u[1:-1] ** 2),
         "a coefficient and a mean": lambda: network(lambda u, x, y, k: (k.exp() * u - y, u.mean().view(1) - k), extra=[(1,)]),
@@ -250,16 +251,9 @@ def test_rows_of_several_tensors_cost_what_joined_ones_do():
 
 
 def attention():
-    weight, = parameters((2, 2))
-    x = rand(N, 2)
+    weight, = parameters((5, 5))
+    x = rand(N, 5)
     return [weight], lambda: torch.softmax(x @ weight @ x.T, 0) @ x
-
-
-def tall():
-    """Three parameters, and residuals that all depend on all points."""
-    params = parameters((3,))
-    A, B = rand(50, 200, seed=1), rand(200, 3, seed=2)
-    return params, lambda: (A @ torch.tanh(B @ params[0])).cumsum(0) * torch.tanh(B @ params[0]).norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
