@@ -1,5 +1,7 @@
 """`python -m bench [--quick] [--rounds N] [--output DIR] [PROBLEM ...]`: what `pgdfast bench` runs.
 
+`python -m bench closures [--only KIND/NAME] [--no-time] [--random N]` runs the corpus of closures instead.
+
 Times steps, products with J and their parts in turn, checks their results, judges the bounds, prints tables, and writes
 results.json and pictures. Exit codes: 0 done; 1 a bound is missed, a result is wrong, or something could not be measured or
 written; 2 a value on the command line is wrong, or something that the benchmarks need is missing; 130 interrupted, with
@@ -17,6 +19,11 @@ def main(argv=None):
     from pgdfast_experiments.errors import UsageError, WriteError
     from pgdfast_experiments.options import OneLineParser
 
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["closures"]:
+        from .closures.command import main as closures
+
+        return closures(argv[1:])
     parser = OneLineParser(prog="python -m bench", description=bench.SUMMARY)
     bench.add_options(parser)
     try:

@@ -114,7 +114,7 @@ class Hybrid(torch.optim.Optimizer):
     def _first_order_step(self, closure) -> torch.Tensor:
         start = perf_counter()
         with torch.enable_grad():
-            loss, empty = _half_square(closure())
+            loss, empty = _half_square(closure(), self.lm.returned_loss)
         value = loss.item()
         report = Report(value, parameters=sum(p.numel() for p in _parameters(self.first_order) if p.requires_grad))
         report.solver, report.reason = type(self.first_order).__name__, self.why
@@ -183,10 +183,10 @@ class Hybrid(torch.optim.Optimizer):
         return f"Hybrid (\n    phase {self.phase}, step {self.steps}, {when}\n    {inner}\n)"
 
 
-def _half_square(result) -> tuple[torch.Tensor, bool]:
-    """The loss that LM would minimize, and whether it has no residuals."""
-    if isinstance(result, torch.Tensor) and result.dim() == 0:
-        return result, False
+def _half_square(result, scalar: bool) -> tuple[torch.Tensor, bool]:
+    """The loss that LM would minimize, and whether it has no residuals; scalar: did LM take such a result for the loss."""
+    if isinstance(result, torch.Tensor) and (result.dim() == 0 or scalar and result.numel() == 1):
+        return result.reshape(()), False
     parts = list(result) if isinstance(result, (tuple, list)) else [result]
     if not parts or not all(isinstance(part, torch.Tensor) for part in parts):
         raise ValueError(

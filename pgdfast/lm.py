@@ -77,7 +77,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
     """Damped Gauss-Newton steps, (mu D + J^T J) delta = J^T r, theta <- theta - lr delta.
 
     A scalar loss is minimized as written: for F.mse_loss (mean), J^T J carries the factor 2 / (N O), and mu is relative
-    to that. Residual tensors give L = 1/2 ||r||^2 un-normalized. Cross-entropy takes the generalized Gauss-Newton matrix.
+    to that. Residual tensors give L = 1/2 ||r||^2 un-normalized. Cross-entropies, robust losses and any other sum of convex
+    functions of the model's outputs take the generalized Gauss-Newton matrix.
 
     Args:
         params: tensors or parameter groups; groups may have their own lr and weight_decay.
@@ -115,6 +116,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     Source: Levenberg (1944), Marquardt (1963); the constant rule is arXiv 2601.03162, section 2; momentum 2401.10190.
     """
 
+    returned_loss = False   # did the closure of the last step return the loss, in one number?
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
     report: R
 
@@ -173,6 +175,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         step = self._begin(closure)
         try:
             step.linearize()
+            self.returned_loss = step.scalar
             while step.pending:
                 step.solve()
                 step.attempt()

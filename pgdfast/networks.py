@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from .linear import losses_of
 from .solve import solve, solve_members
-from .step.evaluate import half_square
+from .step.evaluate import loss_at
 
 
 class OneNetwork:
@@ -36,7 +34,7 @@ class OneNetwork:
 
     def losses_at(self, result) -> tuple[float, ...]:
         """The loss, as a list of one number, of what the closure returned at a trial point."""
-        return (result.item() if isinstance(result, torch.Tensor) and result.dim() == 0 else float(half_square(result)),)
+        return (float(loss_at(result, self.lin.scalar)),)
 
     def residuals_at(self, run) -> tuple:
         """((loss, residual (M,)),) of what `run` returns, comparable with those of the linearization."""

@@ -80,7 +80,7 @@ class ReferenceNetworks:
         self.has_squares_only = known is None or known.has_squares_only
 
     penalties: dict = {}
-    tapeless, tape_bytes, residuals_need_tape = False, 0, True
+    tapeless, tape_bytes, residuals_need_tape, scalar = False, 0, True, False
 
     def _columns_of_members(self, sizes: list[int]) -> list[torch.Tensor]:
         numbers = torch.arange(self.count * self.num_parameters).split([self.count * size for size in sizes])
@@ -187,8 +187,13 @@ class _ReferenceLinearization:
         return self.reference.residual
 
     @property
+    def scalar(self) -> bool:
+        """Whether the closure returned the loss itself, in one number."""
+        return self.reference.scalar
+
+    @property
     def has_squares_only(self) -> bool:
-        """True without cross-entropies."""
+        """True for sums of squares with constant weights."""
         return self.reference.squares_only
 
     def residual_at(self, run) -> tuple[float, torch.Tensor]:

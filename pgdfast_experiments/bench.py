@@ -33,6 +33,8 @@ problems:
   sweeps     width, depth, rows
   memory     peak memory of exact steps
 
+`pgdfast bench closures` runs the corpus of closures instead; `pgdfast bench closures --help` says how.
+
 bench/README.md says more."""
 
 
@@ -61,11 +63,15 @@ def prepare(arguments):
 
 def run(arguments):
     """Run the benchmarks in a process of their own; returns their exit code."""
-    folder = find(Path.cwd())
+    find(Path.cwd())
     output = prepare(arguments)
-    command = [sys.executable, "-m", "bench", "--output", str(output), "--rounds", str(arguments.rounds),
-               *(["--quick"] if arguments.quick else []), *arguments.problems]
-    with subprocess.Popen(command, cwd=folder) as process:
+    return in_tree(["--output", str(output), "--rounds", str(arguments.rounds),
+                    *(["--quick"] if arguments.quick else []), *arguments.problems])
+
+
+def in_tree(argv):
+    """Run `python -m bench` with these words in the source tree; returns its exit code."""
+    with subprocess.Popen([sys.executable, "-m", "bench", *argv], cwd=find(Path.cwd())) as process:
         code = None
         while code is None:
             try:
@@ -74,8 +80,8 @@ def run(arguments):
                 continue
     if code < 0:
         raise WriteError(
-            f"signal {-code} ended the benchmarks before they wrote their results (9 is often a lack of memory); results of an "
-            f"earlier run in {str(output)!r} are as they were"
+            f"signal {-code} ended the benchmarks before they wrote their results (9 is often a lack of memory); results of "
+            "earlier runs are as they were"
         )
     return code
 

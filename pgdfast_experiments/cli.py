@@ -72,9 +72,11 @@ def _verify(argv):
 
 
 def _bench(argv):
-    """`pgdfast bench [PROBLEM ...]`."""
+    """`pgdfast bench [PROBLEM ...]`, or `pgdfast bench closures`, whose options are its own."""
     from pgdfast_experiments import bench
 
+    if argv[:1] == ["closures"]:
+        return bench.in_tree(argv)
     return _with_own_options("pgdfast bench", bench, argv)
 
 

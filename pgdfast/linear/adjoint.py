@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-_HIDING = "torch.utils.checkpoint.CheckpointFunctionBackward"   # autograd.grad does not reach the parameters inside
 CHECKS = ("first", "every", "never")
 
 
@@ -65,7 +64,8 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     """What disagrees, or None.
 
     products: with a J v of None if that does not exist. result: what the closure returned; of an ensemble the sum of its
-    losses. adjoint: is J v to be compared? What is not finite for autograd is not judged, of an ensemble member by member.
+    losses. adjoint: is J v to be compared? What is not finite for autograd is not judged, of an ensemble member by member; nor
+    is a gradient through a checkpoint with use_reentrant=True, which autograd has for all parameters at once alone.
     Raises ValueError where the tape is gone.
     """
     r, count, tolerance = trace.residual, products.count, tolerance_of(trace)
@@ -75,13 +75,11 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     w = _cotangent(r, scalar and 0 < size < math.inf, generator)
     pulled = products.vjp(w) if r.numel() else r.new_zeros(sum(p.numel() for p in params))
     found = pulled
-    if _HIDING in trace.structure.kinds:
-        expected = None
-    elif scalar:
-        expected = _gradient([result], None, params)
+    if scalar:
         found = products.vjp(r) if r.numel() else pulled
-    else:
-        expected = _gradient(result if isinstance(result, (tuple, list)) else [result], w, params)
+    expected = None
+    if not trace.structure.hides:
+        expected = _gradient(result if isinstance(result, (tuple, list)) else [result], None if scalar else w, params)
     squares = sum(float(p.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum()) for p in params)
     norm = max(squares, float(pulled.numel()), 1.0) ** 0.5
     length = float(torch.linalg.vector_norm(w, dtype=torch.float64))
@@ -116,7 +114,7 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
     cotangents = [None] * len(results)
     if w is not None:
         parts = w.split([t.numel() for t in results])
-        # In memory of their own: views of pairs as complex numbers ask for even offsets.
+        # Copies: as complex numbers a part can be read only from an even place in memory.
         cotangents = [part.view(t.shape).to(t.dtype, copy=True) for part, t in zip(parts, results, strict=True)]
     pairs = [(t, c) for t, c in zip(results, cotangents, strict=True) if t.requires_grad and t.numel()]
     asked = [p for p in params if p.requires_grad]

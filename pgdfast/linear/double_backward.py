@@ -392,14 +392,9 @@ def _misread(wrong: list[int], params) -> str:
 
 def _scale(block, t: torch.Tensor) -> torch.Tensor:
     """S^T t for one block."""
-    if block.kind == "softmax":
-        return block.root * (t - (block.p * t).sum(block.dim, keepdim=True))
-    return block.scale * t
+    return block.scale(t)
 
 
 def _scale_transposed(block, u: torch.Tensor) -> torch.Tensor:
     """S u for one block."""
-    if block.kind == "softmax":
-        weighted = block.root * u
-        return weighted - block.p * weighted.sum(block.dim, keepdim=True)
-    return block.scale * u
+    return block.scale_transposed(u)

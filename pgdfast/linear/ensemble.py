@@ -148,7 +148,7 @@ class EnsembleLinearization(Bound):
     """
 
     def __init__(self, linearizer, trace, losses, operator, plan, order):
-        self.separates = plan is not None and plan.members is not None
+        self.scalar, self.separates = False, plan is not None and plan.members is not None
         constants = [trace.constants[k] for k in plan.members.sources] if self.separates else trace.constants
         super().__init__(trace, linearizer.params, operator, plan, linearizer._tracer, constants)
         self.count, self._order, self.residuals_need_tape = linearizer.count, order, losses is not None
@@ -269,7 +269,7 @@ class Member(Products):
         self.num_residuals, self.num_parameters = ensemble.num_residuals, ensemble.num_parameters
         self.has_squares_only, self.tapeless = ensemble.has_squares_only, ensemble.tapeless
         self.residuals_need_tape, self.sync_reason = ensemble.residuals_need_tape, ensemble.sync_reason
-        self.tape_bytes = ensemble.tape_bytes
+        self.tape_bytes, self.scalar = ensemble.tape_bytes, False
         self._alone = None if ensemble.separates else _OneOfAll(ensemble, b)
 
     def kernels(self):

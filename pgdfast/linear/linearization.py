@@ -156,6 +156,7 @@ class Linearizer:
         allow_sync: may this wait for a device? If not, nothing there is looked at, the loss included. Raises ValueError for
         results that cannot be linearized and for a loss that is not finite.
         """
+        result = self._tracer.as_loss(result, allow_sync)
         scalar = isinstance(result, torch.Tensor) and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
             self._check_device(result)
@@ -418,6 +419,7 @@ class Linearization(Bound, Products):
         super().__init__(trace, params, operator, plan, tracer, trace.constants)
         self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
         self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
+        self.scalar = scalar
 
     def row_layout(self) -> RowLayout | None:
         """The row layout of the residuals, or None where they do not separate."""
@@ -457,7 +459,7 @@ class Linearization(Bound, Products):
 def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
     """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
     if scalar:
-        trace = tracer.trace(result)
+        trace = tracer.trace(result.reshape(()) if result.dim() else result)
         return trace.value, trace.residual
     residual = flat_residuals(result)
     return 0.5 * float(residual.double().square().sum()), residual

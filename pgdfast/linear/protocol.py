@@ -28,7 +28,8 @@ class Linearization(Protocol):
     num_parameters: int       # P
     penalties: dict           # {parameter number: c}
     dtype: torch.dtype
-    has_squares_only: bool    # no part of the loss is a cross-entropy
+    scalar: bool              # the closure returned the loss itself, in one number
+    has_squares_only: bool    # the loss is a sum of squares with constant weights
     tapeless: bool            # the closure computes the same without gradients, bit for bit
     residuals_need_tape: bool   # `residual_at` reads a scalar loss, whose residual stands on its tape
     tape_bytes: int           # about what the closure's activations take; 0 where it is not known

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .losses import Block, depends_on, residual_block, scalar_blocks
+from .losses import Block, depends_on, residual_block
 from .precision import Float64, float64_parameters
+from .tails import ends_in_loss, scalar_blocks
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Linearization:
         loss: 0-dim float64, the loss at the present parameters.
         residual: r, (M,) float64, scaled as above.
         jacobian: J, (M, P) float64, scaled as above.
-        squares_only: no part of the loss is a cross-entropy.
+        squares_only: the loss is a sum of squares with constant weights.
+        scalar: the closure returned the loss itself, in one number.
 
     """
 
@@ -26,6 +28,7 @@ class Linearization:
     residual: Tensor
     jacobian: Tensor
     squares_only: bool = True
+    scalar: bool = True
 
     @property
     def num_residuals(self) -> int:
@@ -67,8 +70,8 @@ def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
 
     Args:
         closure: takes nothing and returns a residual tensor of at least one dimension, or a tuple
-            or list of tensors (the loss is then 1/2 ||r||^2), or a 0-dim loss whose tape ends in
-            weighted squares, cross_entropy or binary_cross_entropy_with_logits.
+            or list of tensors (the loss is then 1/2 ||r||^2), or a 0-dim loss: weighted squares,
+            cross-entropies, any sum of convex functions of what a model computes; see tails.py.
         params: leaf tensors that require gradients; their order defines the flat vector of P
             numbers, each laid out by ``p.reshape(-1)``. Their data, dtype and ``.grad`` are the
             same tensors afterwards. A parameter that the loss does not reach has zero columns.
@@ -90,7 +93,7 @@ def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
         with Float64():
             result = closure()
         try:
-            loss, blocks = _read(result, params)
+            loss, blocks, scalar = _read(result, params)
             residual, jacobian = _assemble(blocks, params)
         except RuntimeError as error:
             if "already been freed" not in str(error):
@@ -105,7 +108,7 @@ def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
                 f"pgdfast.reference: the {name} is not finite at the present parameters; "
                 "start from parameters and data that give finite values"
             )
-    return Linearization(loss, residual, jacobian, all(block.squares for block in blocks))
+    return Linearization(loss, residual, jacobian, all(block.squares for block in blocks), scalar)
 
 
 def residual(closure: Callable, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def residual(closure: Callable, params: Sequence[Tensor]) -> tuple[Tensor, Tenso
     with float64_parameters(params), torch.enable_grad():
         with Float64():
             result = closure()
-        loss, blocks = _read(result, params)
+        loss, blocks, _ = _read(result, params)
     return loss.detach(), torch.cat([params[0].new_zeros(0).double(), *(b.residual.detach().reshape(-1) for b in blocks)])
 
 
@@ -135,8 +138,8 @@ def _check_parameters(params: list[Tensor]) -> None:
             )
 
 
-def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block]]:
-    """Return the loss and the rows of what the closure returned."""
+def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block], bool]:
+    """Return the loss and the rows of what the closure returned, and whether that was the loss itself."""
     tensors = list(result) if isinstance(result, (tuple, list)) else [result]
     for t in tensors:
         if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -151,24 +154,36 @@ def _read(result, params: list[Tensor]) -> tuple[Tensor, list[Block]]:
             "from them with autograd on (no detach(), no torch.no_grad())"
         )
     if isinstance(result, Tensor) and result.dim() == 0:
-        return result.detach().double(), scalar_blocks(result, params)
-    if isinstance(result, Tensor) and result.numel() == 1 and _sums_squares(result, params):
-        raise ValueError(
-            f"pgdfast.reference: the closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does; "
-            "return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) if it is a residual"
-        )
+        return result.detach().double(), scalar_blocks(result, params), True
+    if isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad:
+        blocks = _as_loss(result, params)
+        if blocks is not None:
+            return result.detach().double().reshape(()), blocks, True
     blocks = [residual_block(t) for t in tensors]
     loss = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    return loss + sum(0.5 * b.residual.square().sum() for b in blocks), blocks
+    return loss + sum(0.5 * b.residual.square().sum() for b in blocks), blocks, False
 
 
-def _sums_squares(result: Tensor, params: list[Tensor]) -> bool:
-    """Whether a tensor of one entry is a loss that sums over several numbers."""
+def _as_loss(result: Tensor, params: list[Tensor]) -> list[Block] | None:
+    """Return the blocks of a one-entry result with dimensions that is a loss; None where it is one residual.
+
+    Raises ValueError where it may be either: squares with a constant beside them.
+    """
+    loss = result.reshape(())
     try:
-        blocks = scalar_blocks(result, params)
+        blocks = scalar_blocks(loss, params)
     except ValueError:
-        return False
-    return any(block.residual.numel() > 1 for block in blocks)
+        return None
+    named, several = ends_in_loss(loss), any(block.residual.numel() > 1 for block in blocks)
+    if not all(block.squares for block in blocks) or not (several or named):
+        return blocks if named else None
+    half, value = 0.5 * sum(block.residual.square().sum() for block in blocks), loss.detach()
+    if (half - value).abs() <= 1e-6 * value.abs():
+        return blocks
+    raise ValueError(
+        f"pgdfast.reference: the closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does; "
+        "return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) if it is a residual"
+    )
 
 
 def _assemble(blocks: list[Block], params: list[Tensor]) -> tuple[Tensor, Tensor]:

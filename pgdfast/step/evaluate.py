@@ -61,7 +61,7 @@ class Evaluator:
         code = code_of(closure)
         return code is not None and code not in self._one_by_one
 
-    def batched(self, closure, params, displacements, replay: RandomReplay) -> list[float] | None:
+    def batched(self, closure, params, displacements, replay: RandomReplay, scalar: bool) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where vmap does not serve.
 
         One run of the closure under torch.func.vmap, on K times the numbers. Closures that vmap refuses (.item(), branches on
@@ -75,9 +75,7 @@ class Evaluator:
         def loss(*points):
             with Substituted(params, points), torch.enable_grad():
                 result = closure()
-            if isinstance(result, torch.Tensor) and result.dim() == 0:
-                return result.detach()
-            return half_square(result)
+            return loss_at(result, scalar)
 
         replay.rewind()
         try:
@@ -130,6 +128,13 @@ def restore_modes(before: tuple[bool, int]) -> None:
     while torch._C._len_torch_function_stack() > before[1]:
         torch._C._pop_torch_function_stack()
     torch._C._set_grad_enabled(before[0])
+
+
+def loss_at(result, scalar: bool) -> torch.Tensor:
+    """The loss, 0-dim, detached, of what a closure returned; scalar: a result of one entry is the loss, whatever its shape."""
+    if isinstance(result, torch.Tensor) and (scalar or result.dim() == 0):
+        return result.detach().reshape(())
+    return half_square(result)
 
 
 def half_square(result) -> torch.Tensor:

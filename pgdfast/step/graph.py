@@ -13,7 +13,7 @@ import torch
 from ..report import Report, advice, stall
 from ..solve import ADVICE, Direct, solve_direct
 from .attempt import STATUS, State, Trial, advance, judge
-from .evaluate import half_square
+from .evaluate import loss_at
 from .rules import LARGEST, DampingRule
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
@@ -75,7 +75,7 @@ class GraphStep:
             predicted = self._predicted(lin, found)
             before = [p.detach().clone() for p in self._params]
             self._move(found.step)
-            after = self._loss_here(before) if tries else torch.full_like(loss, math.nan)
+            after = self._loss_here(before, lin.scalar) if tries else torch.full_like(loss, math.nan)
             trial = Trial(loss, after, predicted, found.usable & alive, mu)
             verdict = judge(trial, state.mu == state.start, tries, torch.finfo(lin.loss.dtype).eps)
             self._keep_or_undo(verdict.kept, before)
@@ -110,7 +110,7 @@ class GraphStep:
             new = p - (self.decays[k] * old).to(p.dtype) if self.decaying else p
             p.copy_(torch.where(kept, new, old))
 
-    def _loss_here(self, before: list[torch.Tensor]) -> torch.Tensor:
+    def _loss_here(self, before: list[torch.Tensor], scalar: bool) -> torch.Tensor:
         """The loss where the parameters were moved to, 0-dim, float64; they return where the closure raises."""
         try:
             with torch.enable_grad():
@@ -120,9 +120,7 @@ class GraphStep:
                 for p, old in zip(self._params, before, strict=True):
                     p.copy_(old)
             raise
-        if isinstance(result, torch.Tensor) and result.dim() == 0:
-            return result.detach().double()
-        return half_square(result)
+        return loss_at(result, scalar).double()
 
     def report(self, numbers: torch.Tensor) -> Report:
         """The Report of the step that left these numbers; one transfer."""

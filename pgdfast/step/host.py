@@ -26,8 +26,8 @@ from .rng_replay import MovedGenerators, RandomReplay
 from .rules import LARGEST, DampingRule
 
 _NO_SQUARES = (
-    "pgdfast.LM: acceleration corrects residuals, and the closure's loss has a cross-entropy, which is none; nothing was "
-    "changed. Use acceleration=None for it."
+    "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
+    "cross-entropy, a robust loss or a norm is not); nothing was changed. Use acceleration=None for it."
 )
 
 
@@ -86,6 +86,7 @@ class HostStep:
         self.pending: list[Member] = []
         self.members: list[Member] = []
         self._networks = self._replay = self._scale = self.loss = self.report = None
+        self.scalar = False
         self._step, self._decaying = memory["step"], any(map(any, decays))
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
@@ -120,6 +121,7 @@ class HostStep:
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
         self._networks = networks = self.tools.backend.networks(self.closure, parameters)
+        self.scalar = networks.lin.scalar
         if options.acceleration is not None and not networks.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
         if again:
@@ -333,7 +335,9 @@ class HostStep:
         if not evaluator.batches(self.closure):
             return None
         report.trials += 1
-        return evaluator.batched(self.closure, self.parameters.params, displacements, self._replay)
+        return evaluator.batched(
+            self.closure, self.parameters.params, displacements, self._replay, self._networks.lin.scalar
+        )
 
     def agrees(self, batched: float, alone: float) -> bool:
         """Whether a batched loss is the closure's own."""

@@ -29,6 +29,8 @@ from .program import (
     whole,
 )
 
+_MOST_BY_ELEMENT = 1 << 20   # multiplications of a product that is not left to the BLAS
+
 
 class Refresh:
     """Collects the constants of a tape whose structure is known. All structural verbs do nothing."""
@@ -39,8 +41,8 @@ class Refresh:
         self.dtype = dtype
         self.constants: list[torch.Tensor | float] = []
         self.needs: tuple[bool, ...] = ()
-        self.parts: tuple = (None, None)   # of complex inputs and outputs, which the verbs mean: "re" or "im"
         self._count = 0
+        self.parts: tuple = (None, None)   # of complex inputs and outputs, which the verbs mean: "re" or "im"
 
     def start(self, inputs, shapes) -> None:
         """Begin a rule inside of another one's: what its inputs depend on the parameters by, or None; its outputs' shapes."""
@@ -267,8 +269,14 @@ class Record:
     def matmul(self, i, left=None, right=None, alpha=1.0, out=0):
         constant = self._constant(self._collect.matmul, i, left, right)
         c = self.constants[constant]
-        x, y = self._in_blas_layout(self._input(i)).view, self.output(out).view
-        buffer = self._last_input
+        x = self._input(i)
+        # A parameter that no BLAS reads in place is read element by element: rows separate, those of a copy do not.
+        elementwise = (
+            self.program.buffers[x.buffer][0] == PARAMETER and not _suits_blas(x.view, 3)
+            and x.view.numel() * c.shape[-1 if left is None else -2] <= _MOST_BY_ELEMENT
+        )
+        x = x if elementwise else self._in_blas_layout(x)
+        buffer, x, y = x.buffer, x.view, self.output(out).view
         if x.dim() == 1:
             x, y = x.unsqueeze(-1), y.unsqueeze(-1)
         if left is not None:
@@ -281,6 +289,17 @@ class Record:
         outer, b, m, k = x.shape
         n = c.shape[3]
         if 0 in (outer, b, m, k, n):
+            return
+        if elementwise:
+            ys, xs, cs = y.stride(), x.stride(), c.stride()
+            extents = coalesce(
+                (outer, b, m, n, k), (*ys, 0), (*xs[:3], 0, xs[3]), (*cs[:2], 0, cs[3], cs[2]))
+            self.program.instructions.append(
+                Instruction(
+                    MULADD, self.output(out).buffer, y.storage_offset(), buffer, x.storage_offset(), constant, float(alpha),
+                    extents,
+                )
+            )
             return
         inner, outers = [t.stride()[1:] for t in (y, x, c)], [t.stride(0) for t in (y, x, c)]
         if b == 1 or all(o == b * s[0] for o, s in zip(outers, inner, strict=True)):   # one batch dimension will do
@@ -358,18 +377,9 @@ class Record:
         )
 
     def _in_blas_layout(self, x: Slot) -> Slot:
-        if x.view.dim() == 1:
-            self._last_input = x.buffer
-            return x
-        # A window with zero strides, or none of unit length, is copied first: its adjoint must be writable.
-        view = x.view
-        if view.dim() > 3:
+        if x.view.dim() > 3:
             x = self.off_parameters(x)
-        broadcast = any(s == 0 and n > 1 for n, s in zip(view.shape[-2:], view.stride()[-2:], strict=True))
-        if broadcast or not fits_blas(view.shape, view.stride()):
-            x = self._copy(x)
-        self._last_input = x.buffer
-        return x
+        return x if _suits_blas(x.view) else self._copy(x)
 
     def _copy(self, x: Slot) -> Slot:
         target = whole(self.program.add_buffer(WORKSPACE, x.view.numel()), x.view.shape)
@@ -445,6 +455,14 @@ class Record:
         if behind is not None:
             shape = (*shape, *self._input(behind[0]).view.shape[behind[1] :])
         self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
+
+
+def _suits_blas(view: torch.Tensor, most_dims: int = 4) -> bool:
+    """Say whether a BLAS may read a window in place, and add to it in the adjoint sweep: there are no zero strides, then."""
+    if view.dim() == 1:
+        return True
+    broadcast = any(s == 0 and n > 1 for n, s in zip(view.shape[-2:], view.stride()[-2:], strict=True))
+    return view.dim() <= most_dims and not broadcast and fits_blas(view.shape, view.stride())
 
 
 __all__ = ["Record", "Refresh", "UnsupportedStructure"]

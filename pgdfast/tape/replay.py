@@ -32,6 +32,17 @@ class _ByHand:
     start: int
 
 
+class _Missing(Exception):
+    """A node that was not read the last time."""
+
+
+class _Handed(dict):
+    """Nodes that the core hands over."""
+
+    def __missing__(self, position: int):
+        raise _Missing
+
+
 @dataclass(slots=True)
 class Replay:
     """What belongs to the core's reader of one program.
@@ -55,7 +66,7 @@ class Replay:
 
     def tape(self, nodes: list) -> Tape:
         """The nodes that the core hands over for Python to read."""
-        return Tape(self.structure, dict(zip(self.positions, nodes, strict=True)))
+        return Tape(self.structure, _Handed(zip(self.positions, nodes, strict=True)))
 
     def fill(self, tape: Tape, constants: list, dtype: torch.dtype) -> bool:
         """Compute the constants that the core left open; False if a node is not as it was."""
@@ -78,7 +89,7 @@ class Replay:
         """The loss as Python reads it, its constants filled in; None if it is not of the known form."""
         try:
             form = losses.scalar_form(tape, self.root)
-        except losses.UnrecognizedLoss:   # for the long way to explain
+        except (losses.UnrecognizedLoss, _Missing):   # for the long way to explain, or to find another form
             return None
         if form.consumed != self.consumed or [block.signature() for block in form.blocks] != self.signatures:
             return None
@@ -142,7 +153,7 @@ def attach(walker: Walker, known, tape: Tape, work: list, form: losses.Form, roo
                 core.add_field(places[position], nodes[position], name, same, value)
                 read[number - fields] = position, name
             at = {field: fields + k for k, field in enumerate(read)}
-            core.scalar_loss([(at[b.parts[0]], at[b.parts[1]] if len(b.parts) > 1 else -1, b.scale) for b in form.blocks])
+            core.scalar_loss([(at[b.parts[0]], at[b.parts[1]] if len(b.parts) > 1 else -1, b.factor) for b in form.blocks])
             root = None
     for number in numbers:
         core.add_gap() if number is None else core.add_number(number)
@@ -215,9 +226,9 @@ class _Logged:
 def _fields_of_loss(tape: Tape, form: losses.Form, root: int) -> list | None:
     """(position, field, what must be the same, value) of all that a loss was read from, in order of position.
 
-    None where the core cannot repeat the reading: cross-entropies, and weights that are tensors of several entries.
+    None where the core cannot repeat the reading: all but squares, and weights that are tensors of several entries.
     """
-    if not all(block.kind == "squares" and type(block.scale) is float for block in form.blocks):
+    if not form.replays or tape.structure.losses:
         return None
     log: list = []
     logged = Tape(tape.structure, {k: _Logged(node, k, log) for k, node in tape.nodes.items()})

@@ -29,7 +29,7 @@ class Trace:
     """A tape read at one point.
 
     loss: 0-dim, detached; value: the same as a number, None where that was not to be waited for. residual: (M,), scaled so
-    that the loss's gradient is J^T residual (plus penalty). squares_only: no part of the loss is a cross-entropy.
+    that the loss's gradient is J^T residual (plus penalty). squares_only: it is a sum of squares with constant weights.
     tapeless: would the closure compute the same without gradients? penalties: {parameter number: c} for c/2 ||theta||^2.
     program and constants: the linearization, or None where `missing` names an operation without a rule;
     then blocks are the loss's convex parts, and edges holds, per block, the autograd edges of its outputs.
@@ -69,22 +69,13 @@ class CompiledTape(ValueError):
 
 
 class Tracer:
-    """Reads closure results for a fixed list of parameters and remembers the structures it has seen.
-
-    Raises ValueError for complex parameters.
-    """
+    """Reads closure results for a fixed list of parameters and remembers the structures it has seen."""
 
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
         self.dtype = params[0].dtype
-        for k, p in enumerate(params):
-            if p.is_complex():
-                raise ValueError(
-                    f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is complex ({p.dtype}); parameters must be real. "
-                    "Keep it as two real numbers, torch.nn.Parameter(torch.view_as_real(z)), and use torch.view_as_complex(p) "
-                    "in the model."
-                )
+        for p in params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._known: dict[tuple, Known] = {}
         self._checkpoint = checkpoint_rule(self.params, self._rule_of)
@@ -112,6 +103,32 @@ class Tracer:
                     "loss or the residuals without calling backward()."
                 ) from error
             raise
+
+    def as_loss(self, result, allow_sync: bool = True):
+        """A result of one entry with dimensions, (1,) or (1, 1), as 0-dim where its tape ends as a loss does; else itself.
+
+        Raises ValueError where it may as well be one residual: a sum of squares less a constant.
+        """
+        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+            return result
+        with torch.no_grad():
+            tape = self._tape([result])
+            position = tape.structure.roots[0][0]
+            known = tape.structure.one_element
+            if known is None:
+                try:
+                    form = losses.scalar_form(tape, position, allow_sync)
+                    known = losses.one_element(form, tape, float(result) if allow_sync else None, self.params)
+                except losses.UnrecognizedLoss:
+                    known = "residual"
+                tape.structure.one_element = known if allow_sync else None
+        if known == "either":
+            raise ValueError(
+                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
+                f"({tape.name(position)}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
+                "if it is a residual whose square is to be minimized."
+            )
+        return result.reshape(()) if known == "loss" else result
 
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
@@ -153,14 +170,12 @@ class Tracer:
                 form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
             except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
+                last = losses.written(tape.name(positions[0][0]))
                 raise losses.UnrecognizedLoss(
-                    f"pgdfast.LM: closure returned a scalar whose last operation is {tape.name(positions[0][0])}; "
-                    f"{error}. {losses.RECOGNISED}"
+                    f"pgdfast.LM: closure returned a scalar whose last operation is {last}; {error}. {losses.RECOGNISED}"
                 ) from None
             loss = result.detach()
         else:
-            if result is tensors[0]:
-                self._refuse_loss_with_dimensions(tape, result, positions[0], allow_sync)
             kept = [p if p is not None and tape.active[p[0]] else None for p in positions]
             form = losses.residual_form(tensors, kept)
             loss = None
@@ -170,6 +185,7 @@ class Tracer:
         value = loss.item() if allow_sync else None
         structure = tape.structure
         trace = Trace(loss, value, residual, form.squares_only, structure.tapeless, form.penalties, None, [], structure)
+        trace.missing = None if rules else "one of its operations that agrees with autograd"
         try:
             if rules:
                 trace.program, trace.constants = self._program(
@@ -201,22 +217,6 @@ class Tracer:
             self._walker.remember(tape.structure)
         return tape
 
-    @staticmethod
-    def _refuse_loss_with_dimensions(tape: Tape, result: torch.Tensor, position, allow_sync: bool) -> None:
-        """Raise ValueError for a loss of shape (1,) or (1, 1), which would be squared as a residual is."""
-        if result.numel() != 1 or position is None:
-            return
-        try:
-            form = losses.scalar_form(tape, position[0], allow_sync)
-        except losses.UnrecognizedLoss:
-            return
-        if form.reduces(tape):
-            raise ValueError(
-                f"pgdfast.LM: closure returned a tensor of shape {tuple(result.shape)} whose tape ends as a loss does "
-                f"({tape.name(position[0])}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
-                "if it is a residual whose square is to be minimized."
-            )
-
     def _edges(self, tape: Tape, form: losses.Form) -> list:
         """The autograd edges of each block's outputs."""
         leaves = {k: torch.autograd.graph.get_gradient_edge(p).node for k, p in enumerate(self.params)}
@@ -225,7 +225,7 @@ class Tracer:
             leaf = tape.leaf[position]
             return tape.nodes[position] if leaf < 0 else leaves[leaf]
 
-        return [[e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
+        return [block.handles or [e and (node(e[0]), e[1]) for e in block.edges] for block in form.blocks]
 
     def _refuse_opaque(self, tape: Tape) -> None:
         for name, kind in zip(tape.names, tape.structure.kinds, strict=True):
@@ -275,24 +275,30 @@ class Tracer:
         return known.program, op.constants + block_constants(form.blocks, known.block_needs, self.dtype)
 
     def _rules(self, tape: Tape, form: losses.Form) -> list:
-        """(position, rule) of every active node below the loss, found once per structure."""
-        consumed = frozenset(form.consumed)
-        rules = tape.structure.rules.get(consumed)
+        """(position, rule) of every node that the blocks' outputs are computed by, found once per structure and outputs."""
+        outputs = tuple([block.edges for block in form.blocks])
+        rules = tape.structure.rules.get(outputs)
         if rules is None:
             structure = tape.structure
             if structure.hooked:
                 raise Fallback(f"the gradient hook on {tape.name(structure.hooked[0])}")
+            needed = {edge[0] for edges in outputs for edge in edges if edge is not None}
+            for position in reversed(structure.wanted):
+                if position in needed:
+                    needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
+            if any(block.handles for block in form.blocks):
+                raise Fallback("the modulus of complex numbers")
             rules = [
-                (position, self._rule_of(node, structure, position))
-                for position, node in tape.nodes.items() if position not in consumed
+                (position, self._rule_of(tape.nodes[position], structure, position))
+                for position in structure.wanted if position in needed
             ]
-            structure.rules[consumed] = rules
+            structure.rules[outputs] = rules
         return rules
 
     def _rule_of(self, node, structure: Structure, position: int):
         if structure.kinds[position] == CHECKPOINT:
             return self._checkpoint
-        if structure.complex and any(map(any, structure.numbers(position))):
+        if structure.complex and any(map(any, structure.complex_at(position))):
             found = rule_for_complex(structure, position)
             if found is None:
                 raise Fallback(f"complex numbers ({structure.names[position]})")

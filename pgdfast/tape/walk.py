@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from ..kernels import native
 from .rules import RULES
 from .rules.functions import FUNCTION
+from .rules.table import Keyed, OwnBackward
 
 # Signs of operations that pick another kernel where nothing requires a gradient: matmul, which folds a stack of matrices into
 # one or not, attention, and the modules around it with fast paths for inference. Any other operation without a rule may, too,
@@ -42,10 +43,11 @@ class Structure:
     number: identifies the structure. roots: (position, output) of each result. names: node types. kinds: the same as
     `kind_of` gives them. leaf: number of the parameter that an AccumulateGrad node belongs to, else -1. active: does a
     parameter reach the node. edges: per node, (position, output) of each input that is active, else None. shapes: per node, of
-    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output)
-    of those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
-    wanted: positions of the active nodes that are no leaves. tapeless: would the operations compute the same, bit for
-    bit, without gradients? eps: rounding unit of the coarsest type among the active nodes' outputs.
+    its outputs. hooked: positions of the active nodes with hooks that may change a gradient. complex: (position, output) of
+    those that are complex. foreign: does an active node run code of the user's, by a hook or as a torch.autograd.Function?
+    hides: is there a checkpoint whose parameters have no edges? wanted: positions of the active nodes that are no leaves.
+    tapeless: would the operations compute the same, bit for bit, without gradients? eps: rounding unit of the coarsest type
+    among the active nodes' outputs.
     """
 
     def __init__(self, number: int, nodes: list, roots: list, parameter_number: dict[int, int], hooked: list[int]):
@@ -66,27 +68,21 @@ class Structure:
             self.leaf.append(number)
             self.active.append(number >= 0 or any(edges) or self.kinds[len(self.active)] == CHECKPOINT)
             self.edges.append(tuple(edges))
-        self.rules: dict = {}   # filled by Tracer: which rules apply, by the nodes that the loss took
+        self.hides = CHECKPOINT in self.kinds
+        self._used: dict[int, set[int]] | None = None
+        self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
+        self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
+        self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)
         self.wanted = [k for k in range(len(nodes)) if self.active[k] and self.leaf[k] < 0]
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
+        types = [{m.dtype for m in node._input_metadata} for node in nodes]
         self.complex = {
             (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
         }
-        types = [{m.dtype for m in node._input_metadata} for node in nodes]
         rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
         self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)
-
-    def numbers(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
-        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
-        return tuple(edge in self.complex for edge in self.edges[position]), outputs
-
-    def used(self, position: int) -> tuple[int, ...]:
-        """Numbers of a node's outputs that active nodes or the closure's results read."""
-        readers = [self.edges[k] for k in self.wanted]
-        return tuple(sorted({e[1] for edges in (*readers, self.roots) for e in edges if e is not None and e[0] == position}))
 
     def num_outputs(self) -> int:
         """How many numbers the active nodes put out."""
@@ -114,6 +110,21 @@ class Structure:
         passed = [k for k in self.wanted if below[k] & wrong]
         alone = [k for k in passed if below[k] <= wrong]
         return list(dict.fromkeys(self.names[k] for k in alone or passed))
+
+    def complex_at(self, position: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which of a node's inputs, as far as they are active, and which of its outputs are complex."""
+        outputs = tuple((position, out) in self.complex for out in range(len(self.shapes[position])))
+        return tuple(edge in self.complex for edge in self.edges[position]), outputs
+
+    def used(self, position: int) -> tuple[int, ...]:
+        """Numbers of a node's outputs that active nodes or the closure's results read."""
+        if self._used is None:
+            self._used = {}
+            for edges in (*(self.edges[k] for k in self.wanted), self.roots):
+                for edge in edges:
+                    if edge is not None:
+                        self._used.setdefault(edge[0], set()).add(edge[1])
+        return tuple(sorted(self._used.get(position, ())))
 
 
 class Tape:
@@ -262,4 +273,6 @@ def describe(value):
         return value.shape, value.stride()
     if type(value) in (tuple, list) and any(type(v) is not int for v in value):
         return tuple([describe(v) for v in value])
-    return value
+    if type(value) is Keyed:
+        return value.key
+    return OwnBackward if type(value) is OwnBackward else value   # nothing may hold on to a tape

@@ -101,3 +101,9 @@ def test_it_runs_the_bench_folder_of_the_tree(tree, calls, given, rounds):
     assert folder == tree and (tree / "deep" / "er" / "out").is_dir()
     assert command == [sys.executable, "-m", "bench", "--output", str(tree / "deep" / "er" / "out"), "--rounds", rounds,
                        *given[:"--quick" in given], "A", "sweeps"]
+
+
+def test_the_corpus_of_closures_has_options_of_its_own(tree, calls):
+    assert main(["bench", "closures", "--only", "pinn", "--no-time"]) == 0
+    ((command, folder),) = calls
+    assert folder == tree and command == [sys.executable, "-m", "bench", "closures", "--only", "pinn", "--no-time"]

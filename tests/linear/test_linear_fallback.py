@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SOLVERS, TIGHT, damping_of, jacobian_agreement, mlp, perturb, rand, relative, spectrum, without_rules
+from helpers import SOLVERS, TIGHT, damping_of, forget_rules, jacobian_agreement, mlp, perturb, rand, relative, spectrum
 
 import pgdfast
 from pgdfast import reference
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 
 @pytest.fixture(autouse=True)
 def no_rules(monkeypatch):
-    """Operations that these tests take may have rules."""
-    without_rules(monkeypatch)
+    forget_rules(monkeypatch, "CumsumBackward0", "RollBackward0", "TrilinearBackward0")
 
 
 class ByNumpy(torch.autograd.Function):
@@ -270,8 +269,7 @@ def test_complex_parameters_are_told_what_to_do(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_model_is_not_called_converged(dtype, monkeypatch):
-    monkeypatch.undo()   # by rules
+def test_a_half_precision_model_is_not_called_converged(dtype):
     model, x = mlp(1, 10, 1, dtype=dtype), torch.linspace(-1, 1, 20)[:, None].to(dtype)
     optimizer = pgdfast.LM(model.parameters())
     for _ in range(12):
@@ -296,14 +294,14 @@ def test_operations_are_called_as_users_call_them(node, name):
 
 def test_the_announcement_says_cost_and_cure(monkeypatch):
     monkeypatch.setattr("pgdfast.linear.linearization._announced", set())
-    linear = torch.nn.Linear(3, 2, dtype=torch.float64)
+    linear = torch.nn.Bilinear(3, 3, 2, dtype=torch.float64)
     with pytest.warns(UserWarning) as caught:
-        pgdfast.linearize(lambda: linear(X).cumsum(0), linear.parameters())
+        pgdfast.linearize(lambda: linear(X, X), linear.parameters())
     assert len(caught) == 1
     text = str(caught[0].message)
-    assert "torch.cumsum (CumsumBackward0)" in text
+    assert "nn.Bilinear / torch._trilinear (TrilinearBackward0)" in text
     assert "about 12 backward passes a step (one for each residual" in text
-    assert "Write torch.cumsum with matrix products" in text
+    assert "Write nn.Bilinear / torch._trilinear with matrix products" in text
 
 
 def test_what_is_learnt_is_the_linearizers():

@@ -63,6 +63,7 @@ COMPLEX = {
     "complex writes": lambda a, b, c, m: reals(
         written(number(a, b), 0, number(c, c)), written(number(a, b), (slice(None), 1), number(b, a)[:, 0]),
         written(W, (1, slice(2)), number(a, b)[0, :2]),
+        torch.block_diag(number(a, b), number(c, c)), number(a, b).cumsum(1), written(number(a, b), 0, number(a, b)[0, 1]),
         written(number(a, b), MASK, 0), written(number(a, b), IDS[0], number(b, a)[:1])),
     "complex products": lambda a, b, c, m: reals(
         number(a, b) @ W.T, W @ number(m, 2 * m), number(a, b) @ number(m, m), torch.einsum("ij,kj->ik", number(a, b), W),

@@ -96,7 +96,15 @@ MATRICES = {
         torch.linalg.solve(stack(a, b), a.T[:2]),
         torch.linalg.solve(stack(a, b)[0], b[:, 0]), torch.linalg.solve(stack(a, b)[0], b), torch.linalg.solve(stack(a, b), b),
         torch.linalg.solve(stack(a, b), STACK[0], left=False)),
+    "least squares": lambda a, b, c, m: (
+        torch.linalg.lstsq(a.T, b.T)[0], torch.linalg.lstsq(torch.stack([a.T, b.T]), C.T[:, :2].expand(2, 4, 2))[0]),
+    "larger matrices": lambda a, b, c, m: (
+        torch.linalg.inv(stack(a, b)[:, None]), torch.linalg.solve(stack(a, b)[:, None], rand(3, 3, 2, seed=2)),
+        torch.linalg.cholesky(definite(a, b), upper=True), torch.linalg.solve(stack(a, b)[0], STACK)),
     "triangular solutions": lambda a, b, c, m: (
+        torch.linalg.solve_triangular(stack(a, b), STACK, upper=True, unitriangular=True),
+        torch.linalg.solve_triangular(stack(a, b).tril(), b, upper=False),
+        torch.linalg.solve_triangular(stack(a, b), STACK, upper=False, left=False),
         torch.linalg.solve_triangular(stack(a, b).triu(), STACK, upper=True),
         torch.linalg.solve_triangular(STACK.tril(), stack(a, b), upper=False)),
     "Cholesky": lambda a, b, c, m: (
@@ -138,7 +146,9 @@ MATRICES = {
         torch.tensor([0, 3]), mode="sum"),
         F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), 2 * b, torch.tensor([0, 3, 3]), mode="sum",
         per_sample_weights=rand(5, seed=2)),
-        F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), a, padding_idx=1)),
+        F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), a, padding_idx=1),
+        F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), a, torch.tensor([0, 3]), mode="sum", per_sample_weights=m.view(-1)[:5]),
+        F.embedding_bag(torch.tensor([0, 1, 2, 2, 1]), a * b, torch.tensor([0, 3, 3]), mode="max")),
 }
 MAPS = {
     "interpolation": lambda a, b, c, m: (

@@ -33,20 +33,30 @@ BAD = {  # name: (function of the outputs, parts of the message in order)
     ),
     "plain mean": (
         lambda z: z.mean(),
-        "returned a scalar whose last operation is MeanBackward0; .*Return the residual tensor",
+        r"last operation is torch.mean \(MeanBackward0\); a linear layer .*no curvature to step by.*Return the residual tensor",
     ),
     "logarithm": (
-        lambda z: z.square().mean().log(),
-        "last operation is LogBackward0; .*LogBackward0 leads to no sum of squares",
+        lambda z: -z.square().mean().log(),
+        r"last operation is a minus sign \(NegBackward0\); torch.log \(LogBackward0\) leads to no sum of squares",
     ),
-    "root": (
-        lambda z: F.mse_loss(z, Y).sqrt(),
-        "SqrtBackward0 leads to no sum of squares and no cross-entropy.*F.mse_loss",
+    "sine": (
+        lambda z: torch.sin(z).sum(),
+        r"last operation is torch.sum .*torch.sin \(SinBackward0\) leads to no sum of squares, no cross-entropy and no other",
     ),
-    "huber": (lambda z: F.huber_loss(z, Y), "HuberLossBackward0"),
+    "quantile without its error": (
+        lambda z: (lambda e: torch.where(e > 0, 0.3 * e, -0.7 * e).mean())(z - Y),
+        r"write torch.maximum\(q \* e, \(q - 1\) \* e\)",
+    ),
+    "negative root": (lambda z: -F.mse_loss(z, Y).sqrt(), r"torch.sqrt \(SqrtBackward0\) leads to no"),
+    "negative huber": (lambda z: -F.huber_loss(z, Y), "huber or smooth_l1 loss has a negative weight"),
+    "negative norm": (lambda z: -(z - Y).norm(), "negative weight"),
+    "indefinite weights": (
+        lambda z: z[:, 0] @ (rand(6, 6) + rand(6, 6).T) @ z[:, 0],
+        "as a quadratic form r.T W r it has a W that is not positive semidefinite",
+    ),
     "cube": (
         lambda z: z.pow(3).sum(),
-        "last operation is SumBackward0; it raises a quantity to the power 3, not 2",
+        r"last operation is torch.sum \(SumBackward0\); it raises a quantity to the power 3, not 2",
     ),
     "two factors": (
         lambda z: (z[:, 0] * z[:, 1]).sum(),

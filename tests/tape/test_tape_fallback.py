@@ -10,6 +10,7 @@ from helpers import (
     TIGHT,
     agreement,
     damping_of,
+    forget_rules,
     jacobian_agreement,
     mlp,
     perturb,
@@ -20,8 +21,6 @@ from helpers import (
 import pgdfast
 from pgdfast import reference
 from pgdfast.linear import Linearizer, linearization
-from pgdfast.tape import walk
-from pgdfast.tape.rules import RULES
 
 X, Y = rand(6, 3, seed=1), rand(6, 4, seed=2)
 OPERATIONS = {  # name on the tape: a function of the network's outputs (6, 4)
@@ -39,9 +38,7 @@ def nothing_announced(monkeypatch):
 @pytest.fixture(autouse=True)
 def rules_taken_away(monkeypatch):
     """Operations that have rules serve as examples of those that have none."""
-    monkeypatch.setattr(walk, "_RULE_OF_TYPE", {})
-    for name in (*OPERATIONS, "I0Backward0"):
-        monkeypatch.delitem(RULES, name, raising=False)
+    forget_rules(monkeypatch, *OPERATIONS, "I0Backward0")
 
 
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")

@@ -111,7 +111,7 @@ def test_function_agrees_with_the_reference(name, monkeypatch):
         perturb(params, seed=visit)
     lin = linearizer(closure)
     assert lin.kernels().name == "native" and len(linearizer._plans) == 1
-    assert lin.row_layout() is not None or name in ("by columns", "of everything")
+    assert name in ("by columns", "of everything") or lin.row_layout().num_rows == len(X)
 
 
 def test_another_pattern_is_found_when_it_comes():
@@ -280,6 +280,5 @@ def test_an_opaque_node_is_named():
     """What stays compiled under LM, as nodes of aot_function do."""
     opaque = function(lambda ctx, x: 2 * x, lambda ctx, g: 2 * g, __module__="torch._functorch.somewhere")
     model = mlp(4, 5, 3)
-    for closure in (lambda: F.mse_loss(opaque(model(X)), Y), lambda: opaque(F.mse_loss(model(X), Y))):
-        with pytest.raises(ValueError, match="WrittenBackward, an opaque node of torch.compile; call the uncompiled model"):
-            Linearizer(model.parameters())(closure)
+    with pytest.raises(ValueError, match="WrittenBackward, an opaque node of torch.compile; call the uncompiled model"):
+        Linearizer(model.parameters())(lambda: F.mse_loss(opaque(model(X)), Y))

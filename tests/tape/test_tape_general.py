@@ -1,11 +1,15 @@
 """The general rules within networks: rows stay apart, and what changes from step to step is noticed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, jacobian_agreement, mlp, parameters, perturb, rand
+from helpers import BACKENDS, jacobian_agreement, mlp, parameters, perturb, rand, relative
 from torch import nn
 
+import pgdfast
 from pgdfast.linear import Linearizer
 
 X = rand(6, 3, seed=21)
@@ -116,3 +120,59 @@ def test_activations_in_a_network():
             assert lin.row_layout() is not None
             assert jacobian_agreement(linearizer, lambda: model(X), params, seed=visit) < 1e-12  # noqa: B023
             perturb(params, seed=visit)
+
+
+def test_rows_of_a_spectral_layer():
+    """Samples stay apart, though the complex weights are every other number of a parameter."""
+    weights, = parameters((4, 4, 3, 2))
+    x = rand(5, 4, 8, seed=2)
+
+    def closure():
+        modes = torch.fft.rfft(x)
+        out = torch.zeros(5, 4, 5, dtype=torch.complex128)
+        out[:, :, :3] = torch.einsum("bim,iom->bom", modes[:, :, :3], torch.view_as_complex(weights))
+        return torch.tanh(torch.fft.irfft(out, n=8)).flatten(1)
+
+    linearizer = Linearizer([weights])
+    for visit in range(3):
+        assert linearizer(closure).row_layout().num_rows == 5
+        assert jacobian_agreement(linearizer, closure, [weights], seed=visit) < 1e-12
+        perturb([weights], seed=visit)
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize(("why", "closure"), [
+    ("more than 64 MB", lambda a: torch.linalg.matrix_exp(a)[0]),
+    ("a few places", lambda a: torch.zeros(9000, dtype=a.dtype).index_add(
+        0, torch.zeros(3600, dtype=torch.long), a.view(-1))[:1]),
+    ("complex factor", lambda a: (1j * torch.add(torch.complex(a, a), torch.complex(a, a), alpha=2j)).abs()[0]),
+])
+def test_what_is_too_much_for_a_rule_is_said(why, closure):
+    a = (0.01 * rand(60, 60)).requires_grad_()
+    lin = pgdfast.linearize(lambda: closure(a), [a])
+    assert why in lin.sync_reason
+    u = rand(lin.num_residuals, seed=1)
+    assert relative(lin.vjp(u), torch.autograd.grad(closure(a), a, u)[0].reshape(-1)) < 1e-12
+
+
+class Mark:
+    """Something that weak references may point to."""
+
+
+def test_rules_that_call_a_backward_let_go_of_the_tape():
+    a, c = parameters((3, 4), (4,))
+    seen = []
+
+    def closure():
+        y = 2.0 * a
+        y.grad_fn.metadata["mark"] = mark = Mark()   # lives as long as the node
+        seen.append(weakref.ref(mark))
+        z = torch.atan2(y, c).roll(1, 0)
+        z[0] = c
+        return torch.linalg.vector_norm(z.index_add(1, IDS, z), dim=1)
+
+    optimizer = pgdfast.LM([a, c])
+    for _ in range(5):
+        optimizer.step(closure)
+    gc.collect()
+    assert [ref() for ref in seen[:-1]] == [None] * (len(seen) - 1)

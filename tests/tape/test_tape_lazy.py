@@ -168,16 +168,33 @@ def test_complex_numbers_between_real_ones(name):
         perturb([q], seed=visit)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
-@pytest.mark.parametrize("norm", [
-    lambda z: torch.linalg.norm(z) ** 2, lambda z: torch.norm(z) ** 2 / 35,
-    lambda z: torch.linalg.vector_norm(z, dim=1).pow(2).sum(),
-])
-def test_complex_norms_are_refused(norm, backend):
+MODULI = {
+    "norm": lambda z: torch.linalg.norm(z) ** 2,
+    "mean norm": lambda z: torch.norm(z) ** 2 / 35,
+    "row norms": lambda z: torch.linalg.vector_norm(z, dim=1).pow(2).sum(),
+    "conjugate": lambda z: (z * z.conj()).real.sum(),
+    "conjugate first": lambda z: (z.conj() * z).sum().real,
+    "absolute": lambda z: (rand(7, 5, seed=2).square() * z.abs() ** 2).sum(),
+    "inner product": lambda z: torch.vdot(z.flatten(), z.flatten()).real,
+    "parts": lambda z: (z.real**2 + z.imag**2).mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
+@pytest.mark.parametrize("name", [*MODULI, "norm itself", "1-norm"])
+def test_complex_moduli_are_squares_of_both_parts(name):
     q = rand(7, 5, seed=3).requires_grad_()
-    optimizer = pgdfast.LM([q], backend=backend)
-    with pytest.raises(ValueError, match=r"complex numbers; write torch.view_as_real\(z\).square\(\)"):
-        optimizer.step(lambda: norm(fourier(q)))
+    loss = MODULI.get(name, lambda z: z.norm() if name == "norm itself" else z.abs().mean())
+    linearizer = Linearizer([q])
+    for visit in range(3):
+        closure = lambda: loss(fourier(q))  # noqa: E731
+        assert agreement(linearizer, closure, [q], seed=visit) < 1e-12
+        lin, (expected,) = linearizer(closure), torch.autograd.grad(closure(), q)
+        assert relative(lin.gradient(), expected.reshape(-1)) < 1e-12 and lin.has_squares_only == (name in MODULI)
+        parts = jacrev(lambda t: torch.view_as_real(fourier(t)))(q.detach()).reshape(70, 35)
+        if name == "norm":
+            assert relative(lin.dense().T @ lin.dense(), 2 * parts.T @ parts) < 1e-12
+        perturb([q], seed=visit)
 
 
 # --- losses with dimensions -------------------------------------------------------------------------------------------------
@@ -203,30 +220,63 @@ LOSSES = {
 
 @pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_with_dimensions_are_not_taken_for_residuals(name):
+def test_losses_with_dimensions_are_losses(name):
     q = rand(7, 5, seed=3).requires_grad_()
     closure = lambda: LOSSES[name](q)  # noqa: E731
     assert closure().numel() == 1 and closure().dim() > 0
-    for backend in ("native", "native", "torch", "reference"):
-        if backend == "reference" and name == "product with its transpose":   # which it has no form for
-            continue
-        with pytest.raises(ValueError, match=r"shape \(1.* ends as a loss .* return loss.squeeze\(\).* the tuple \(r,\)"):
-            pgdfast.LM([q], backend=backend).step(closure)
     loss = closure().squeeze()
     expected, = torch.autograd.grad(loss, q)
-    assert relative(pgdfast.linearize(lambda: closure().squeeze(), [q]).gradient(), expected.reshape(-1)) < 1e-12
+    for backend in ("native", "torch"):
+        linearizer = Linearizer([q], backend)
+        for _ in range(3):
+            lin = linearizer(closure)
+            assert lin.scalar and lin.loss.shape == () and relative(lin.gradient(), expected.reshape(-1)) < 1e-12
+        assert agreement(linearizer, closure, [q]) < 1e-12
+    for rule, backend in (("gain-ratio", "native"), ("sweep", "native"), ("gain-ratio", "reference")):
+        p = q.detach().clone().requires_grad_()
+        one, other = (pgdfast.LM([t], damping_rule=rule, backend=backend) for t in (q, p))
+        for _ in range(3):
+            loss = other.step(lambda p=p: LOSSES[name](p).squeeze())
+            assert float(one.step(closure)) == pytest.approx(float(loss), rel=1e-12)
+        with torch.no_grad():
+            q.copy_(rand(7, 5, seed=3))
+    closure, loss = (lambda: LOSSES[name](q)), LOSSES[name](q).squeeze()
+    expected, = torch.autograd.grad(loss, q)
     lin = pgdfast.linearize(lambda: (closure(),), [q])
     assert lin.num_residuals == 1 and relative(lin.gradient(), loss.detach() * expected.reshape(-1)) < 1e-12
 
 
 @pytest.mark.parametrize("residual", [
     lambda q: q[0, :1] ** 2 - 2, lambda q: (q @ rand(5, 1))[:1] - 1, lambda q: torch.tanh(q).sum().reshape(1),
-    lambda q: q[:1, :1],
+    lambda q: q[:1, :1], lambda q: q[0].norm().reshape(1) - 1, lambda q: q.abs().mean().reshape(1, 1),
 ])
+@pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 def test_single_residuals_stay_residuals(residual):
     q = rand(7, 5, seed=3).requires_grad_()
     lin, ref = pgdfast.linearize(lambda: residual(q), [q]), reference.linearize(lambda: residual(q), [q])
     assert lin.num_residuals == 1 and relative(lin.dense(), ref.dense()) < 1e-13 and relative(lin.residual, ref.residual) == 0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("result", [
+    lambda q: torch.tanh(q).square().sum().reshape(1) - 1, lambda q: F.mse_loss(q, Y)[None, None] - 0.1,
+])
+def test_squares_less_a_constant_may_be_a_loss_or_a_residual(result, backend):
+    q = rand(7, 5, seed=3).requires_grad_()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"shape \(1.* ends as a loss .* return loss.squeeze\(\).* the tuple \(r,\)"):
+            pgdfast.LM([q], backend=backend).step(lambda: result(q))
+
+
+def test_one_element_losses_in_both_phases_of_a_hybrid():
+    p, q = (rand(7, 5, seed=3).requires_grad_() for _ in range(2))
+    pairs = [
+        (pgdfast.Hybrid(pgdfast.LM([t]), torch.optim.SGD([t], lr=1e-2), switch=2), closure)
+        for t, closure in ((p, lambda: F.mse_loss(p.tanh(), Y)), (q, lambda: F.mse_loss(q.tanh(), Y)[None]))
+    ]
+    for _ in range(5):
+        one, other = (float(optimizer.step(closure)) for optimizer, closure in pairs)
+        assert one == pytest.approx(other, rel=1e-12)
 
 
 # --- sizes of zero, and dimensions of a single number -----------------------------------------------------------------------
@@ -238,6 +288,15 @@ SMALL = {
     "chunk": lambda t, d: t.chunk(2, d)[-1], "cat": lambda t, d: torch.cat([t, t.detach(), 2 * t], d),
     "index": lambda t, d: t.index_select(d, torch.zeros(0, dtype=torch.long)), "stack": lambda t, d: torch.stack([t, t], d),
     "norm": lambda t, d: torch.linalg.vector_norm(t + 1, dim=d).square(), "squeeze": lambda t, d: t.squeeze(d),
+    "flip": lambda t, d: t.flip(d), "roll": lambda t, d: t.roll(1, d), "cumsum": lambda t, d: t.cumsum(d),
+    "cumprod": lambda t, d: t.cumprod(d), "logcumsumexp": lambda t, d: t.logcumsumexp(d), "prod": lambda t, d: t.prod(d),
+    "cummax": lambda t, d: t.cummax(d).values, "median": lambda t, d: t.median(d).values,
+    "pad": lambda t, d: F.pad(t, (1, 1)), "unfold": lambda t, d: t.unfold(d, 1, 1),
+    "aminmax": lambda t, d: t.aminmax(dim=d).max,
+    "add": lambda t, d: t.index_add(d, torch.zeros(0, dtype=torch.long), t[:0] if t.dim() == 1 else t.detach()[..., :0]),
+    "scatter": lambda t, d: t.scatter_add(d, torch.zeros(t.shape, dtype=torch.long), t * t),
+    "atan2": lambda t, d: torch.atan2(t, t + 3),
+    "cdist": lambda t, d: torch.cdist(t, t + 1),
 }
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, mlp, parameters, perturb, rand, relative
+from losses import LOSSES
+from losses import X as DATA
 from tape.test_tape_losses import FORMS
 from tape.test_tape_losses import X as INPUTS
 from tape.test_tape_nested import poisson
@@ -67,6 +69,12 @@ def test_rules(name):
 def test_losses(form, dtype):
     model = mlp(3, 5, 4).to(dtype)
     check(lambda: FORMS[form](model(INPUTS.to(dtype)).double()), list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_python_reads(name):
+    model = mlp(3, 5, 4)
+    check(lambda: LOSSES[name](model(DATA)), list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -12,12 +12,12 @@ import math
 import torch
 
 from ..program import UnsupportedStructure
-from . import elementwise, gathers, pointwise, probed, selection, structural, writes
+from . import elementwise, gathers, linear_maps, pointwise, probed, selection, structural, writes
 from .local import MOST_BYTES
 from .table import RULES, OwnBackward, Rule, plain, reduced, signed
 
 RE, IM = "re", "im"
-_REAL_FACTORS = (structural, gathers, selection, writes, probed)   # modules whose rules multiply by real numbers alone
+_REAL_FACTORS = (structural, gathers, selection, writes, probed, linear_maps)   # whose rules multiply by real numbers alone
 _MIXING = ("GluBackward0",)   # not pointwise, though among those that are
 _SUMS = (
     "AddBackward0", "SubBackward0", "RsubBackward0", "NegBackward0", "CloneBackward0", "AliasBackward0", "MaskedFillBackward0",
@@ -28,7 +28,7 @@ _SUMS = (
 def rule_for_complex(structure, position: int) -> Rule | None:
     """The rule of a node with complex inputs or outputs; None where there is none."""
     name = structure.kinds[position].removesuffix("_copy")
-    inputs, outputs = structure.numbers(position)
+    inputs, outputs = structure.complex_at(position)
     if name in _OWN:
         apply, saved = _OWN[name]
         return _reading(apply, saved, inputs, outputs)

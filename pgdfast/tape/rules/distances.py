@@ -1,4 +1,4 @@
-"""Distances between points, products of three tensors, and bags of embeddings: reductions over pairs of rows."""
+"""Distances between points: reductions over pairs of rows."""
 
 from __future__ import annotations
 

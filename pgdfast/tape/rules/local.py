@@ -67,7 +67,7 @@ def apply_jacobian(op, i, jacobian: torch.Tensor, out):
     elif jacobian.shape[2] == 1:
         op.view(out, lambda y: y[:, 0], out=f"column {i} {out}")
         op.sum(i, (1,), False, c=jacobian[:, :, 0].contiguous(), out=f"column {i} {out}")
-    elif jacobian[0].numel() < _WIDE:
+    elif math.prod(jacobian.shape[1:]) < _WIDE:
         op.view(i, lambda x: x.unsqueeze(2).expand(*x.shape, jacobian.shape[2]), out=f"wide {i} {out}")
         op.sum(f"wide {i} {out}", (1,), False, c=jacobian.contiguous(), out=out)
     else:
@@ -204,57 +204,16 @@ def logcumsumexp(op, dim, result, x):
         return
     dim = signed(dim) % x.dim()
     x, result = x.movedim(dim, -1), result.movedim(dim, -1)
-    split, k = x.shape, x.shape[-1]
+    split, k, count = x.shape, x.shape[-1], math.prod(x.shape[:-1])
     if x.numel() * k * x.element_size() > MOST_BYTES:
         raise UnsupportedStructure(f"local Jacobians of more than {MOST_BYTES >> 20} MB")
     above = torch.ones(k, k, dtype=torch.bool, device=x.device).tril(-1)
-    jacobian = (x.unsqueeze(-1) - result.unsqueeze(-2)).masked_fill(above, -math.inf).exp().reshape(-1, k, k)
+    jacobian = (x.unsqueeze(-1) - result.unsqueeze(-2)).masked_fill(above, -math.inf).exp().reshape(count, k, k)
     op.view(0, lambda x: x.movedim(dim, -1), out="moved")
-    op.reshape("moved", (len(jacobian), k), out="groups")
-    op.temporary("flat", (len(jacobian), k))
+    op.reshape("moved", (count, k), out="groups")
+    op.temporary("flat", (count, k))
     apply_jacobian(op, "groups", jacobian, "flat")
     op.view("flat", lambda y: y.view(split).movedim(-1, dim), out=0)
-
-
-# --- small matrices ---------------------------------------------------------------------------------------------------------
-
-MATRICES = """
-    CholeskyBackward0 CholeskyInverseBackward0 CholeskySolveBackward0 LinalgCholeskyExBackward0 LinalgDetBackward0
-    LinalgEighBackward0 LinalgInvExBackward0 LinalgLuBackward0 LinalgLuFactorExBackward0
-    LinalgMatrixExpBackward0 LinalgPinvBackward0 LinalgQrBackward0 LinalgSlogdetBackward0 LinalgSolveTriangularBackward0
-    LinalgSvdBackward0 LuUnpackBackward0 TriangularSolveBackward0
-"""
-
-
-@rule(*MATRICES.split(), own=True, used=True)
-def matrices(op, backward, used):
-    """Of matrices in the last two dimensions: a matrix each, a vector or a number, told by the dimensions of the gradient."""
-    for out in used:
-        own = len(backward.outputs[out].shape)
-        full = next((g.dim() for g in backward(backward.ones(out), out) if g is not None), None)
-        if full is None:   # the sign of a determinant
-            op.nothing(out)
-            continue
-        local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, out, range(full - 2, own))
-
-
-@rule("LinalgSolveExBackward0", saved="A", own=True)
-def solve(op, matrix, backward):
-    """Of A and B: X of B's shape, where B may be a vector or vectors."""
-    shape = tuple(backward.outputs[0].shape)
-    vector = len(shape) == matrix.dim() - 1
-    own = (-1,) if vector else (-2, -1)
-    local(op, backward, {0: (-2, -1), 1: own}, 0, own)
-
-
-@rule("LinalgHouseholderProductBackward0", "OrmqrBackward0", own=True)
-def reflections(op, backward):
-    local(op, backward, {0: (-2, -1), 1: (-1,), **({2: (-2, -1)} if len(op.needs) > 2 else {})}, 0, (-2, -1))
-
-
-@rule("LinalgLuSolveBackward0", own=True)
-def lu_solve(op, backward):
-    local(op, backward, {i: (-2, -1) for i in range(len(op.needs))}, 0, (-2, -1))
 
 
 # --- derivatives of operations along a dimension, as nested autograd.grad leaves them on the tape ---------------------------

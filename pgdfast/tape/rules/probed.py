@@ -93,8 +93,10 @@ def _column(node, i: int, backward: OwnBackward) -> _Window:
     like = backward.outputs[0]
     with torch.enable_grad():
         sent = backward.ones().requires_grad_()
-        column, = torch.autograd.grad(node(sent)[i].sum(), sent)
-    return _Window(column, [math.prod(like.shape[d + 1 :]) for d in range(len(like.shape))], 0)
+        back = node(sent)[i].sum()
+        column, = torch.autograd.grad(back.real if back.is_complex() else back, sent)
+    column, = _real([column])
+    return _Window(column.contiguous(), [math.prod(like.shape[d + 1 :]) for d in range(len(like.shape))], 0)
 
 
 def _real(gradients: list) -> list:

@@ -67,27 +67,15 @@ class Keyed:
     def __init__(self, value, key):
         self.value, self.key = value, key
 
-    def __eq__(self, other) -> bool:
-        return type(other) is Keyed and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
 
 class OwnBackward:
-    """A node's own backward, for rules that read coefficients off it. All of them are equal: none tells of the structure."""
+    """A node's own backward, for rules that read coefficients off it. It tells nothing of the structure."""
 
     __slots__ = ("_node", "outputs")
 
     def __init__(self, node):
         self._node = node
         self.outputs = node._input_metadata
-
-    def __eq__(self, other) -> bool:
-        return type(other) is OwnBackward
-
-    def __hash__(self) -> int:
-        return hash(OwnBackward)
 
     def ones(self, out: int = 0) -> torch.Tensor:
         """A gradient of ones for an output."""
