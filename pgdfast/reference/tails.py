@@ -244,7 +244,7 @@ class _Reader:
             block = diagonal([((z, 0), 1.0)], slope, h)
             block.squares = self._polynomial(above)
             return block
-        polynomial, total = self._polynomial(above), self._softmax_weights(H, z, above, slope.shape)
+        polynomial, (total, H) = self._polynomial(above), self._softmax_form(H, z, above, slope.shape)
         if not polynomial and total is None:
             return None
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
@@ -258,8 +258,8 @@ class _Reader:
         S, residual = (vectors * root) @ vectors.T, (vectors / root) @ (vectors.T @ flat)
         return Block([(edge, 1.0)], residual.reshape(slope.shape), lambda jac: S @ jac.reshape(len(S), -1), polynomial)
 
-    def _softmax_weights(self, H, z, above, shape) -> Tensor | None:
-        """Q p where H is Q (diag p - p p^T), but for what log(p + eps) changes, along the dimension of a softmax of z."""
+    def _softmax_form(self, H, z, above, shape) -> tuple[Tensor | None, Tensor]:
+        """Q p, and Q (diag p - p p^T) where H is that, but for what log(p + eps) changes, along a softmax of z; else H."""
         for user in self._users(z, above):
             if not _named(user, SOFTMAX):
                 continue
@@ -278,8 +278,8 @@ class _Reader:
                 total = H[index[:, None], index].trace() / unit.trace().clamp(min=TINY)
                 form[index[:, None], index], weights[index] = total * unit, total * q
             if (H - form).norm() <= 1e-2 * H.norm() and (weights >= 0).all():
-                return weights.reshape(shape)
-        return None
+                return weights.reshape(shape), form
+        return None, H
 
     def _polynomial(self, above: list[Node]) -> bool:
         return all(
