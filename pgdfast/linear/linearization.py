@@ -459,7 +459,9 @@ class Linearization(Bound, Products):
 def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
     """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
     if scalar:
-        trace = tracer.trace(result.reshape(()) if result.dim() else result)
+        with torch.enable_grad():
+            result = result.reshape(()) if result.dim() else result
+        trace = tracer.trace(result)
         return trace.value, trace.residual
     residual = flat_residuals(result)
     return 0.5 * float(residual.double().square().sum()), residual

@@ -97,11 +97,7 @@ class Tracer:
             with torch.no_grad():
                 return self._trace(result, allow_sync, rules)
         except RuntimeError as error:
-            if "already been freed" in str(error) or "second time" in str(error):
-                raise ValueError(
-                    "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the "
-                    "loss or the residuals without calling backward()."
-                ) from error
+            _explain_freed(error)
             raise
 
     def as_loss(self, result, allow_sync: bool = True):
@@ -113,14 +109,16 @@ class Tracer:
             return result
         with torch.no_grad():
             tape = self._tape([result])
-            position = tape.structure.roots[0][0]
-            known = tape.structure.one_element
+            position, known = tape.structure.roots[0][0], tape.structure.one_element
             if known is None:
                 try:
                     form = losses.scalar_form(tape, position, allow_sync)
                     known = losses.one_element(form, tape, float(result) if allow_sync else None, self.params)
                 except losses.UnrecognizedLoss:
                     known = "residual"
+                except RuntimeError as error:
+                    _explain_freed(error)
+                    raise
                 tape.structure.one_element = known if allow_sync else None
         if known == "either":
             raise ValueError(
@@ -128,7 +126,10 @@ class Tracer:
                 f"({tape.name(position)}); return loss.squeeze() to minimize it as the loss that it is, or the tuple (r,) "
                 "if it is a residual whose square is to be minimized."
             )
-        return result.reshape(()) if known == "loss" else result
+        if known == "residual":
+            return result
+        with torch.enable_grad():
+            return result.reshape(())
 
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""
@@ -336,6 +337,15 @@ class Tracer:
             block_needs.append(op.needs)
         simplify(program)
         return Known(program, tape.structure, with_constants, block_needs), op.constants
+
+
+def _explain_freed(error: RuntimeError) -> None:
+    """Raise ValueError where autograd says that the tape is gone."""
+    if "already been freed" in str(error) or "second time" in str(error):
+        raise ValueError(
+            "pgdfast.LM: the closure's tape is gone because the closure called backward() itself; return the "
+            "loss or the residuals without calling backward()."
+        ) from error
 
 
 def _check_result(result, tensors) -> None:

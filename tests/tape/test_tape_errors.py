@@ -31,6 +31,10 @@ BAD = {  # name: (function of the outputs, parts of the message in order)
         backwarded_residual,
         r"closure called backward\(\).*return the loss or the residuals",
     ),
+    "backward of a loss with a dimension": (
+        lambda z: backwarded(z)[None],
+        r"closure called backward\(\).*return the loss or the residuals",
+    ),
     "plain mean": (
         lambda z: z.mean(),
         r"last operation is torch.mean \(MeanBackward0\); a linear layer .*no curvature to step by.*Return the residual tensor",

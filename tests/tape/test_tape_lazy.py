@@ -232,6 +232,8 @@ def test_losses_with_dimensions_are_losses(name):
             lin = linearizer(closure)
             assert lin.scalar and lin.loss.shape == () and relative(lin.gradient(), expected.reshape(-1)) < 1e-12
         assert agreement(linearizer, closure, [q]) < 1e-12
+    with torch.no_grad():
+        assert relative(pgdfast.linearize(closure, [q]).gradient(), expected.reshape(-1)) < 1e-12
     for rule, backend in (("gain-ratio", "native"), ("sweep", "native"), ("gain-ratio", "reference")):
         p = q.detach().clone().requires_grad_()
         one, other = (pgdfast.LM([t], damping_rule=rule, backend=backend) for t in (q, p))

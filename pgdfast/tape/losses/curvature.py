@@ -19,6 +19,7 @@ _POSITIVE = 1e-3
 _NEAREST = 1e-3     # distances from the centre are taken to be at least this fraction of their mean
 _EPSILONS = 1e-2    # what `log(p + 1e-8)` may change in a cross-entropy's second derivative
 _ADDING = {"AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward1"}
+_BATCH = 1 << 20    # numbers in one batch of products
 _WIDEST = 512       # outputs of a row that has a matrix of its own
 
 
@@ -121,12 +122,18 @@ def _rows(tail: Tail, g, probe, answer):
             return (t.T if turned else t).reshape(shape)
 
         x, y = rows(probe), rows(answer)
-        place, columns = int(y.norm(dim=1).argmax()), []
-        for k in range(n):
-            unit = torch.zeros_like(x)
-            unit[place, k] = 1
-            columns.append(rows(tail.product(back(unit)))[place])
-        W = torch.stack(columns)
+        place = int(y.norm(dim=1).argmax())
+
+        def unit(k, like=x, place=place, back=back):
+            e = torch.zeros_like(like)
+            e[place, k] = 1
+            return back(e)
+
+        if n * g.numel() <= _BATCH:
+            products = tail.product(torch.stack([unit(k) for k in range(n)]), batched=True)
+        else:
+            products = [tail.product(unit(k)) for k in range(n)]
+        W = torch.stack([rows(t)[place] for t in products])
         form = x @ W
         weights = (y * form).sum(1, keepdim=True) / form.square().sum(1, keepdim=True).clamp_min(tiny(g.dtype))
         other = tail.probe(2)   # the weights fit the first one

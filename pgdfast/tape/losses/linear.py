@@ -137,7 +137,9 @@ def scaled(walk, position, node, edges, weight):
 @reads("DivBackward0", linear=True)
 def divide(walk, position, node, edges, weight):
     if edges[1] is not None:
-        raise UnrecognizedLoss("it divides by a quantity that depends on the parameters")
+        raise UnrecognizedLoss(
+            "it divides by a quantity that depends on the parameters (detach() a denominator that only scales)"
+        )
     # In float64: the tape keeps the number in `loss / 7` as a tensor whose reciprocal would be of default precision.
     divisor = plain(node._saved_other).detach()
     factor = (torch.ones_like(divisor, dtype=torch.float64) / divisor).to(walk.dtype(position))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
-from .blocks import Form, IndefiniteForm, UnrecognizedLoss, looked_at
+from .blocks import Diagonal, Form, IndefiniteForm, UnrecognizedLoss, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
 from .linear import READERS, Walk, is_linear
@@ -50,7 +50,7 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     ways = tape.structure.losses
     if ways:
         try:
-            return _Terms(tape, allow_sync).read((root, 0))
+            return _Terms(tape, allow_sync, ways).read((root, 0))
         except UnrecognizedLoss:   # all anew, if only to explain
             ways.clear()
     try:
@@ -60,7 +60,7 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     if not _differentiable(tape, root, allow_sync):
         raise why
     try:
-        return _Terms(tape, allow_sync).read((root, 0))
+        return _Terms(tape, allow_sync, ways).read((root, 0))
     except UnrecognizedLoss as error:
         ways.clear()
         raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
@@ -95,17 +95,21 @@ def _walked(tape, edge, weight, allow_sync: bool) -> Form:
 
 
 class _Terms:
-    """Reads a loss as terms; `tape.structure.losses` keeps, by edge, the way and the cut that served the last time."""
+    """Reads a loss as terms. ways: by edge, the way and the cut that served the last time; among: which ways are tried."""
 
-    def __init__(self, tape, allow_sync: bool, among: tuple = _WAYS):
-        self.tape, self.allow_sync, self.among = tape, allow_sync, among
-        self.ways = tape.structure.losses
+    def __init__(self, tape, allow_sync: bool, ways: dict, among: tuple = _WAYS):
+        self.tape, self.allow_sync, self.ways, self.among = tape, allow_sync, ways, among
         self.form, self.terms, self.slopes = Form(), {}, {}
+        self.outer: list = []    # blocks that were found before these terms
+        self.beside: list = []   # (block, slope): of terms that are linear where a block stands
 
     def read(self, edge, weight=1.0) -> Form:
         """The form of the term at an edge."""
         self.add(*edge, weight)
-        return self.rest()
+        form = self.rest()
+        for block, slope in self.beside:
+            block.absorb(slope)
+        return form
 
     def add(self, position: int, output: int, weight) -> None:
         """A term more."""
@@ -121,6 +125,10 @@ class _Terms:
         return self.form
 
     def _term(self, edge, weight) -> None:
+        for block in (*self.form.blocks, *self.outer):
+            if isinstance(block, Diagonal) and block.edges == (edge,) and block.handles is None:
+                self.beside.append((block, self._full(edge, weight)))
+                return
         known = self.ways.get((edge, self.among))
         if known is not None and getattr(self, "_" + known[0])(edge, weight, known[1]):
             return
@@ -203,25 +211,38 @@ class _Terms:
                 continue
             try:
                 tail = Tail(self.tape, edge, self._full(edge, weight), cut)
-                nested = _Terms(self.tape, self.allow_sync, _OF_A_SUM)
-                slope = torch.where(torch.isfinite(tail.gradient), tail.gradient, 0.0)   # a root at 0 has none
-                form = nested.read(cut.edge, _number(slope, self.allow_sync))
-            except IndefiniteForm:
-                raise
-            except UnrecognizedLoss:
-                continue
             except RuntimeError as error:
                 if not UNDIFFERENTIABLE.search(str(error)):
                     raise
                 continue
-            form.steady = False
-            self._take(form, cut.region)
-            return cut
+            slope = torch.where(torch.isfinite(tail.gradient), tail.gradient, 0.0)   # a root at 0 has none
+            nested = self._nested(_OF_A_SUM)
+            nested.add(*cut.edge, _number(slope, self.allow_sync))
+            nested.form.steady = False
+            if self._took(nested, cut.region):
+                return cut
         return None
 
-    def _take(self, form: Form, positions) -> None:
+    def _nested(self, among: tuple):
+        """For terms that may turn out not to be readable."""
+        nested = _Terms(self.tape, self.allow_sync, dict(self.ways), among)
+        if among is self.among:
+            nested.outer = [*self.outer, *self.form.blocks]
+        return nested
+
+    def _took(self, nested, positions) -> bool:
+        """Take what a nested reader finds, which stands below the nodes at these positions."""
+        try:
+            form = nested.rest()
+        except IndefiniteForm:
+            raise
+        except UnrecognizedLoss:
+            return False
+        self.ways.update(nested.ways)
+        self.beside += nested.beside
         self.form.add(form)
         self.form.consumed.update(positions)
+        return True
 
     # --- linear operations ------------------------------------------------------------------------------------------------
 
@@ -239,18 +260,13 @@ class _Terms:
             self.terms[following[0][:2]] = following[0][2]
             self.form.consumed.add(position)
             return True
-        nested = _Terms(self.tape, self.allow_sync, self.among)
+        nested = self._nested(self.among)
         nested.terms, nested.slopes = dict(self.terms), dict(self.slopes)
         for below, output, carried in following:
             nested.add(below, output, carried)
-        try:
-            form = nested.rest()
-        except IndefiniteForm:
-            raise
-        except UnrecognizedLoss:
+        if not self._took(nested, (position,)):
             return None
         self.terms, self.slopes = {}, {}
-        self._take(form, (position,))
         return True
 
     # --- scales -----------------------------------------------------------------------------------------------------------
@@ -266,22 +282,15 @@ class _Terms:
         if self._kind(edge) not in ("MulBackward0", "DivBackward0") or not all(self.tape.edges[position]):
             return None
         for (loss, slope), (scale, other) in _both_ways(factors(self.tape, position, self._full(edge, weight))):
-            try:
-                form = _Terms(self.tape, self.allow_sync, _OF_A_SUM).read(loss, _number(slope.first, self.allow_sync))
-            except IndefiniteForm:
-                raise
-            except UnrecognizedLoss:
-                continue
-            if self._kind(scale) in REDUCTIONS:   # a product of two losses
-                try:
-                    form.add(_Terms(self.tape, self.allow_sync, _OF_A_SUM).read(scale, _number(other.first, self.allow_sync)))
-                except UnrecognizedLoss:
-                    continue
-            else:
-                self._note(scale, other)
-            form.steady = False
-            self._take(form, (position,))
-            return True
+            nested, two_losses = self._nested(_OF_A_SUM), self._kind(scale) in REDUCTIONS
+            nested.add(*loss, _number(slope.first, self.allow_sync))
+            if two_losses:
+                nested.add(*scale, _number(other.first, self.allow_sync))
+            nested.form.steady = False
+            if self._took(nested, (position,)):
+                if not two_losses:
+                    self._note(scale, other)
+                return True
         return None
 
     def _slope(self, edge, weight, _):

@@ -141,7 +141,10 @@ def multiply(walk, position, node, edges, weight):
         if looked_at(a, walk.allow_sync) and torch.equal(a, b) and written_twice(walk, *edges):
             walk.form.entries = True
             return square(walk, edges[0], position, weight)
-        raise UnrecognizedLoss("it multiplies two different quantities that both depend on the parameters")
+        raise UnrecognizedLoss(
+            "it multiplies two different quantities that both depend on the parameters (return the residuals, if it is these "
+            "whose squares are to be small)"
+        )
     return scaled(walk, position, node, edges, weight)
 
 

@@ -37,10 +37,7 @@ REDUCTIONS = {
 
 @dataclass(slots=True)
 class Cut:
-    """A quantity below which no part of a term reaches: its edge, and the nodes above it.
-
-    new: those that the cut above it has not. handle: autograd's edge. kinds: of all of the nodes.
-    """
+    """A quantity that all of a term depends on: its edge; the nodes above it, and those of them that no cut above it has."""
 
     edge: tuple[int, int]
     region: tuple[int, ...]
@@ -82,15 +79,14 @@ class Tail:
             (self._gradient,) = torch.autograd.grad([output], [self._input], [weight], create_graph=True)
         self.gradient = plain(self._gradient.detach())
 
-    def product(self, v: torch.Tensor) -> torch.Tensor:
-        """The second derivative times v."""
+    def product(self, v: torch.Tensor, batched: bool = False) -> torch.Tensor:
+        """The second derivative times v, or times each of several along the first dimension."""
         if not self._gradient.requires_grad:
-            return torch.zeros_like(self.gradient)
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(
-                [self._gradient], [self._input], [v], retain_graph=True, allow_unused=True, materialize_grads=False
-            )
-        return torch.zeros_like(self.gradient) if found is None else plain(found.detach())
+            return torch.zeros_like(v)
+        (found,) = torch.autograd.grad(
+            [self._gradient], [self._input], [v], retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        return torch.zeros_like(v) if found is None else plain(found.detach())
 
     def probe(self, seed: int = 1) -> torch.Tensor:
         """Random numbers of the cut's shape, the same at every step."""
@@ -142,4 +138,4 @@ class Tail:
         edge = GradientEdge(*tape.nodes[position].next_functions[k])
         ones = torch.ones(tape.shape(*tape.edges[position][k]), dtype=self.gradient.dtype, device=self.gradient.device)
         (found,) = torch.autograd.grad([edge], [self._input], [ones], retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.gradient) if found is None else found.detach()
+        return torch.zeros_like(self.gradient) if found is None else plain(found.detach())
