@@ -27,7 +27,7 @@ CHANGED = (
     "Jacobian; the parameters are left unchanged. Write it out of place (w = 0.9 * w + ..., not w.mul_(0.9)), or change it "
     "between steps."
 )
-_COLUMN = 1.5               # backward passes that a product with J takes
+_COLUMN = 2.0               # backward passes that a product with J takes
 # Rows or columns of J in one batched pass: as many as a cache holds of their intermediate results, or a few if memory does.
 _CACHE_BYTES, _FEW, _FEW_BYTES, _LARGEST = 4 << 20, 8, 256 << 20, 256
 _PART_BYTES = 64 << 20      # of J in another type

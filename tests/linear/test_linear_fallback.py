@@ -184,19 +184,19 @@ def test_float32_is_widened(solver, shape):
 
 
 @pytest.mark.parametrize("form", [
-    ByNumpy.apply, Once.apply, lambda z: F.embedding_bag(torch.arange(2000).view(-1, 2) % 1000, z),
-    lambda z: torch.cdist(z, z[:4].detach() + 1),
+    ByNumpy.apply, Once.apply, lambda z: F.embedding_bag(torch.arange(1400).view(-1, 2) % 700, z),
+    lambda z: torch.cdist(z, z[:2].detach() + 1),
 ], ids=["numpy", "once", "embedding_bag", "cdist"])
 def test_auto_leaves_cg_where_it_has_no_product(form):
-    """At 2,000 rows it took CG with products that lacked what a backward pass cannot be differentiated for."""
-    model, x = mlp(2, 4, 2), rand(1000, 2, seed=5)
+    """At some 1,400 rows it took CG with products that lacked what a backward pass cannot be differentiated for."""
+    model, x = mlp(2, 4, 2), rand(700, 2, seed=5)
     closure = lambda: form(model(x)).roll(1, 0) / 30  # noqa: E731
     optimizer = pgdfast.LM(model.parameters(), damping=0.1, damping_rule="constant")
     expected = reference.solve(reference.linearize(closure, list(model.parameters())), 0.1).step
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     optimizer.step(closure)
     moved = before - torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert optimizer.report.residuals >= 1000 and optimizer.report.solver in ("dual", "primal")
+    assert optimizer.report.residuals >= 1400 and optimizer.report.solver in ("dual", "primal")
     assert relative(moved, expected) < 1e-9
 
 
