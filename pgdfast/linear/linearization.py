@@ -10,10 +10,9 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .adjoint import Flat, checked
+from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
 from .chained import Chained
-from .compiled import as_operations
 from .double_backward import Widened
 from .fallback import Arbiter
 from .live import CHANGED, Live
@@ -488,22 +487,3 @@ def _check_real(params) -> None:
                 "and imaginary parts as the parameter, nn.Parameter(torch.view_as_real(w)), and compute with "
                 "torch.view_as_complex(parameter)."
             )
-
-
-def linearize(closure, params, *, backend: str = "auto", check: str = "first") -> Linearization:
-    """Linearize a closure at the current parameters.
-
-    closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
-    concatenation is the flat parameter vector. backend: as for LM. check: "first" or "every" compares products with autograd's
-    gradient, "never" only where hooks or Functions of the user's take part. Cost: one run of the closure, and with a check
-    three products and one backward pass.
-    Raises ValueError for results that cannot be linearized and for a non-finite loss.
-    """
-    params = [p for p in params if p.requires_grad]
-    if not params:
-        raise ValueError("pgdfast.linearize: no parameter requires a gradient.")
-    name = kernels.requested(backend)
-    if name == "reference":
-        raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
-    linearizer = Linearizer(params, name, checked(check, "linearize"))
-    return as_operations(lambda: linearizer(closure))

@@ -60,6 +60,7 @@ class Block:
     residual: Tensor
     root: Callable[[Tensor], Tensor]
     squares: bool = True
+    parts: tuple[Tensor, Tensor] | None = None  # of a diagonal S S^T, the derivative and it
 
 
 def residual_block(residual: Tensor) -> Block:
@@ -285,7 +286,7 @@ def diagonal(edges: list, slope: Tensor, h: Tensor) -> Block:
     h = torch.where((h <= 0) & (slope == 0), 0.0, h.clamp(min=TINY))
     root = h.sqrt()
     residual = torch.where(h > 0, slope / root, 0.0)
-    return Block(_gradient_edges(edges), residual, lambda jac: root[..., None] * jac, squares=False)
+    return Block(_gradient_edges(edges), residual, lambda jac: root[..., None] * jac, False, (slope, h))
 
 
 def reweighted(slope: Tensor, a: Tensor) -> Tensor:
@@ -312,7 +313,8 @@ def _weighted(edges: list, z: Tensor, weight: Tensor) -> Block:
     _require_nonnegative(weight, "the square")
     factor = (2 * weight).sqrt()
     residual = torch.where(factor == 0, 0.0, factor * z.detach())  # what has no weight may be NaN
-    return Block(_gradient_edges(edges), residual, lambda jac: factor[..., None] * jac)
+    parts = 2 * weight * z.detach(), 2 * weight
+    return Block(_gradient_edges(edges), residual, lambda jac: factor[..., None] * jac, parts=parts)
 
 
 def _cross_entropy(node: Node, cotangent: Tensor) -> Block:
@@ -359,7 +361,7 @@ def _binary_cross_entropy(node: Node, cotangent: Tensor, varying: set[Node]) -> 
     # sigma(z) - t as (1 - t) sigma(z) - t sigma(-z), which loses no digits where sigma is near 1
     slope = w * ((1 - t) * z.sigmoid() - c * t * (-z).sigmoid())
     edges = _gradient_edges([(node.next_functions[0], 1.0)])
-    return Block(edges, slope / h.sqrt(), lambda jac: h.sqrt()[..., None] * jac, squares=False)
+    return Block(edges, slope / h.sqrt(), lambda jac: h.sqrt()[..., None] * jac, False, (slope, h))
 
 
 # --- the tape -------------------------------------------------------------------------------------

@@ -69,7 +69,11 @@ def scalar_blocks(loss: Tensor, params: Sequence[Tensor]) -> list[Block]:
         return blocks if constant else _not_squares(blocks)
     except ValueError as error:
         try:
-            return reader.read(root, torch.ones_like(loss))[::-1]
+            blocks = reader.read(root, torch.ones_like(loss))
+            for block, slope in reader.beside:
+                both = diagonal(block.edges, block.parts[0] + slope, block.parts[1])
+                block.residual, block.root, block.parts = both.residual, both.root, both.parts
+            return blocks[::-1]
         except _Unread:
             raise error from None
 
@@ -106,16 +110,36 @@ class _Reader:
     def __init__(self, order: list[Node], varying: set[Node]):
         self.order, self.varying = order, varying
         self.place = {node: k for k, node in enumerate(order)}  # users have lower places
+        self.seen: list[list[Block]] = []  # blocks found so far, by level of nesting
+        self.beside: list[tuple[Block, Tensor]] = []  # terms that are linear where a block stands
 
     def read(self, node: Node, weight: Tensor, ways: Sequence[str] = WAYS) -> list[Block]:
         """Return the blocks of a term. ways: those that are tried. Raises _Unread."""
-        return self._all({node: weight}, {}, ways)
+        seen, self.seen, beside = self.seen, [], len(self.beside)
+        try:
+            return self._all({node: weight}, {}, ways)
+        except _Unread:
+            del self.beside[beside:]
+            raise
+        finally:
+            self.seen = seen
 
     def _all(self, terms: dict, slopes: dict, ways: Sequence[str]) -> list[Block]:
         blocks = []
+        self.seen.append(blocks)
+        try:
+            return self._each(terms, slopes, ways, blocks)
+        finally:
+            self.seen.pop()
+
+    def _each(self, terms: dict, slopes: dict, ways: Sequence[str], blocks: list[Block]) -> list[Block]:
         while terms:
             node = min(terms, key=self.place.get)
             weight = terms.pop(node)
+            beside = [b for found in self.seen for b in found if b.parts is not None and [e.node for e, _ in b.edges] == [node]]
+            if beside:  # the term is linear where a block stands
+                self.beside.append((beside[0], weight))
+                continue
             for way in ways:
                 found = getattr(self, "_" + way)(node, weight, terms, slopes, ways)
                 if found is not None:
@@ -220,7 +244,7 @@ class _Reader:
             block = diagonal([((z, 0), 1.0)], slope, h)
             block.squares = self._polynomial(above)
             return block
-        polynomial, total = self._polynomial(above), self._softmax_weights(H, z, above, slope.shape)
+        polynomial, (total, H) = self._polynomial(above), self._softmax_form(H, z, above, slope.shape)
         if not polynomial and total is None:
             return None
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
@@ -234,8 +258,8 @@ class _Reader:
         S, residual = (vectors * root) @ vectors.T, (vectors / root) @ (vectors.T @ flat)
         return Block([(edge, 1.0)], residual.reshape(slope.shape), lambda jac: S @ jac.reshape(len(S), -1), polynomial)
 
-    def _softmax_weights(self, H, z, above, shape) -> Tensor | None:
-        """Q p where H is Q (diag p - p p^T), but for what log(p + eps) changes, along the dimension of a softmax of z."""
+    def _softmax_form(self, H, z, above, shape) -> tuple[Tensor | None, Tensor]:
+        """Q p, and Q (diag p - p p^T) where H is that, but for what log(p + eps) changes, along a softmax of z; else H."""
         for user in self._users(z, above):
             if not _named(user, SOFTMAX):
                 continue
@@ -254,8 +278,8 @@ class _Reader:
                 total = H[index[:, None], index].trace() / unit.trace().clamp(min=TINY)
                 form[index[:, None], index], weights[index] = total * unit, total * q
             if (H - form).norm() <= 1e-2 * H.norm() and (weights >= 0).all():
-                return weights.reshape(shape)
-        return None
+                return weights.reshape(shape), form
+        return None, H
 
     def _polynomial(self, above: list[Node]) -> bool:
         return all(
@@ -331,13 +355,14 @@ class _Reader:
     def _split(self, node, weight, terms, slopes, ways):
         if hasattr(node, "variable") or not is_linear(node, self.varying):
             return None
+        further, notes, beside = dict(terms), dict(slopes), len(self.beside)
         try:
             found = pulled(node, weight, self.varying)
-            further, notes = dict(terms), dict(slopes)
             for below, carried in found:
                 further[below] = further.get(below, 0.0) + carried
             blocks = self._all(further, notes, ways)
         except (ValueError, _Unread):
+            del self.beside[beside:]
             return None
         terms.clear()
         slopes.clear()

@@ -183,6 +183,14 @@ def scale(value):
     return torch.tensor([value], dtype=torch.float64, requires_grad=True)
 
 
+HEADS = rand(2, 3, K, seed=9)
+
+
+def kl(mean, log_variance):
+    """Of a normal distribution from the standard one: linear in the logarithm of the variance, beside its exponential."""
+    return -0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
+
+
 WITH_PARAMETERS = {   # of a model's outputs, its parameters, and a learned number s
     "l1 penalty": lambda z, ps, s: F.mse_loss(z, Y) + 0.01 * sum(p.abs().sum() for p in ps),
     "mean of all": lambda z, ps, s: F.mse_loss(z, Y) + 0.01 * torch.cat([p.flatten() for p in ps]).abs().mean(),
@@ -199,6 +207,9 @@ WITH_PARAMETERS = {   # of a model's outputs, its parameters, and a learned numb
     "normal": lambda z, ps, s: -torch.distributions.Normal(z, torch.exp(s)).log_prob(Y).mean(),
     "student": lambda z, ps, s: -torch.distributions.StudentT(3.0, z, torch.exp(s)).log_prob(Y).mean(),
     "laplace": lambda z, ps, s: -torch.distributions.Laplace(z, torch.exp(s)).log_prob(Y).mean(),
+    "variational": lambda z, ps, s: F.mse_loss(z, Y) + 0.1 * kl(F.linear(z, HEADS[0]), F.linear(z, HEADS[1])),
+    "poisson beside a penalty": lambda z, ps, s: (
+        torch.exp(z).mean() - 0.3 * (z * Y.abs()).mean() + 0.01 * sum(p.abs().sum() for p in ps)),
     "product of losses": lambda z, ps, s: F.mse_loss(z, Y) * F.huber_loss(2 * z, Y),
     "sum of logarithms": lambda z, ps, s: F.mse_loss(z, Y).log() + z.square().mean().log(),
     "three kinds": lambda z, ps, s: F.huber_loss(z, Y) + 3 * z[:2].square().mean() + 0.1 * (z[:3] - 1).abs().mean(),

@@ -75,6 +75,13 @@ class Diagonal(Block):
     def scale_transposed(self, u):
         return self.factor * u
 
+    def absorb(self, slope: torch.Tensor) -> None:
+        """Take in a term that is linear in the outputs: the gradient changes, and the curvature does not."""
+        gradient = self.factor * self.residual + slope
+        h = torch.as_tensor(self.factor, dtype=gradient.dtype, device=gradient.device).square().expand_as(gradient)
+        both = diagonal_block(self.edges, gradient, h)
+        self.residual, self.factor, self.parts = both.residual, both.factor, ()
+
 
 @dataclass(slots=True)
 class Softmax(Block):

@@ -43,7 +43,8 @@ def written(name: str) -> str:
 
 def leads_nowhere(name: str, above: tuple = ()) -> str:
     """Why a walk ended at an operation, and what to write instead. above: the names of the operations that it came by."""
-    choices = [n for n in above if n.startswith("Where")]
-    advice = _ADVICE.get(re.sub(r"Backward\d*$", "", (choices or [name])[0].rsplit("::", 1)[-1]))
+    bare = re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1])
+    chosen = any(n.startswith("Where") for n in above) and _ADVICE.get(bare) is _LINEAR_TERM
+    advice = _ADVICE.get("Where" if chosen else bare)
     text = f"{written(name)} leads to no sum of squares, no cross-entropy and no other convex function"
     return text if advice is None else f"{text}; {advice}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
-from .blocks import Form, IndefiniteForm, UnrecognizedLoss, looked_at
+from .blocks import Diagonal, Form, IndefiniteForm, UnrecognizedLoss, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
 from .linear import READERS, Walk, is_linear
@@ -100,11 +100,16 @@ class _Terms:
     def __init__(self, tape, allow_sync: bool, ways: dict, among: tuple = _WAYS):
         self.tape, self.allow_sync, self.ways, self.among = tape, allow_sync, ways, among
         self.form, self.terms, self.slopes = Form(), {}, {}
+        self.outer: list = []    # blocks that were found before these terms
+        self.beside: list = []   # (block, slope): of terms that are linear where a block stands
 
     def read(self, edge, weight=1.0) -> Form:
         """The form of the term at an edge."""
         self.add(*edge, weight)
-        return self.rest()
+        form = self.rest()
+        for block, slope in self.beside:
+            block.absorb(slope)
+        return form
 
     def add(self, position: int, output: int, weight) -> None:
         """A term more."""
@@ -120,6 +125,10 @@ class _Terms:
         return self.form
 
     def _term(self, edge, weight) -> None:
+        for block in (*self.form.blocks, *self.outer):
+            if isinstance(block, Diagonal) and block.edges == (edge,) and block.handles is None:
+                self.beside.append((block, self._full(edge, weight)))
+                return
         known = self.ways.get((edge, self.among))
         if known is not None and getattr(self, "_" + known[0])(edge, weight, known[1]):
             return
@@ -216,7 +225,10 @@ class _Terms:
 
     def _nested(self, among: tuple):
         """For terms that may turn out not to be readable."""
-        return _Terms(self.tape, self.allow_sync, dict(self.ways), among)
+        nested = _Terms(self.tape, self.allow_sync, dict(self.ways), among)
+        if among is self.among:
+            nested.outer = [*self.outer, *self.form.blocks]
+        return nested
 
     def _took(self, nested, positions) -> bool:
         """Take what a nested reader finds, which stands below the nodes at these positions."""
@@ -227,6 +239,7 @@ class _Terms:
         except UnrecognizedLoss:
             return False
         self.ways.update(nested.ways)
+        self.beside += nested.beside
         self.form.add(form)
         self.form.consumed.update(positions)
         return True
