@@ -119,6 +119,7 @@ MONOTONE = {   # (loss, sum, phi'(sum))
         lambda z: F.cross_entropy(z, LABELS).log(), lambda z: F.cross_entropy(z, LABELS), lambda s: 1 / s),
 }
 OTHERS = {   # exact gradients and agreement with the reference, no formula of their own
+    "quantile by where": of(lambda r: torch.where(r >= 0, 0.3 * r, -0.7 * r).mean()),
     "two differences": lambda z: ((z[:, :2] - z[:, 2:].sin()) * (z[:, :2] - z[:, 2:].sin())).sum(),
     "row norms": of(lambda r: (r.norm(dim=1) / Y.norm(dim=1)).mean()),
     "huber of two outputs": lambda z: F.huber_loss(z[:, :2], z[:, 2:].sin()),

@@ -8,6 +8,7 @@ A term of the loss is read by the first of these ways that serves it:
     link       at a z that the term makes probabilities of (sigmoid, softmax, exp, ...)
     split      into its inputs, for a linear operation
     convex     at any z of which it is convex
+    chosen     as a kink at 0 of a z that is not saved, by torch.where alone
     scale      as a loss times, or over, a quantity that is learned beside it
 
 At a cut the rows are S r = dL/dz, S S^T = H with the Hessian H of the term with respect to z, made explicitly. A diagonal H
@@ -51,7 +52,7 @@ LOSSES = (
     *("MseLoss", "NllLoss", "NllLoss2D", "LogSoftmax", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "Var"),
     *("BinaryCrossEntropy", "SoftMarginLoss"),
 )
-WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "scale", "slope")
+WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "chosen", "scale", "slope")
 OF_A_SUM = ("walk", "cut", "monotone", "split")  # below phi(S) and scales: what the model computes is no part of S
 DEEPEST, LONGEST = 8, 200
 
@@ -63,7 +64,7 @@ def scalar_blocks(loss: Tensor, params: Sequence[Tensor]) -> list[Block]:
     """
     root = get_gradient_edge(loss).node
     order = operations(root)
-    reader = _Reader(order, varying_nodes(order, params))
+    reader = _Reader(order, varying_nodes(order, params), loss.detach())
     try:
         blocks, constant = walked(root, torch.ones_like(loss), order, reader.varying)
         return blocks if constant else _not_squares(blocks)
@@ -107,8 +108,8 @@ def _named(node: Node, names: Sequence[str]) -> bool:
 class _Reader:
     """Reads terms, each a node with the weight of its output."""
 
-    def __init__(self, order: list[Node], varying: set[Node]):
-        self.order, self.varying = order, varying
+    def __init__(self, order: list[Node], varying: set[Node], loss: Tensor):
+        self.order, self.varying, self.loss = order, varying, loss
         self.place = {node: k for k, node in enumerate(order)}  # users have lower places
         self.seen: list[list[Block]] = []  # blocks found so far, by level of nesting
         self.beside: list[tuple[Block, Tensor]] = []  # terms that are linear where a block stands
@@ -186,6 +187,20 @@ class _Reader:
 
     def _convex(self, node, weight, terms, slopes, ways):
         return self._first(node, weight, lambda z, above, new: True)
+
+    def _chosen(self, node, weight, terms, slopes, ways):
+        """A loss that is all of sum slope * a, with slopes that torch.where chooses: h = |slope| / mean |a|."""
+        if terms or any(self.seen):
+            return None
+        for z, above, _ in self._cuts(node):
+            where = [_named(other, ("Where",)) for other in above]
+            if _named(z, REDUCTIONS) or not any(where) or not self.loss > 0:
+                continue
+            if all(chooses or is_linear(other, self.varying) for chooses, other in zip(where, above, strict=True)):
+                (slope,) = torch.autograd.grad([GradientEdge(node, 0)], [GradientEdge(z, 0)], [weight], retain_graph=True)
+                if slope.any():
+                    return [diagonal([((z, 0), 1.0)], slope, slope.abs() * slope.abs().sum() / self.loss)]
+        return None
 
     def _first(self, node, weight, suits):
         for z, above, new in self._cuts(node):

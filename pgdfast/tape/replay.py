@@ -85,10 +85,10 @@ class Replay:
             constants[node.start : node.start + len(op.constants)] = op.constants
         return True
 
-    def form(self, tape: Tape, constants: list, dtype: torch.dtype) -> losses.Form | None:
+    def form(self, tape: Tape, constants: list, dtype: torch.dtype, loss: torch.Tensor) -> losses.Form | None:
         """The loss as Python reads it, its constants filled in; None if it is not of the known form."""
         try:
-            form = losses.scalar_form(tape, self.root)
+            form = losses.scalar_form(tape, self.root, value=loss)
         except (losses.UnrecognizedLoss, _Missing):   # for the long way to explain, or to find another form
             return None
         if form.consumed != self.consumed or [block.signature() for block in form.blocks] != self.signatures:

@@ -144,7 +144,7 @@ class Tracer:
                 if not replay.fill(tape, constants, self.dtype):
                     return None
                 if residual is None:
-                    form = replay.form(tape, constants, self.dtype)
+                    form = replay.form(tape, constants, self.dtype, loss)
                     if form is None:
                         return None
                     residual, penalties = self._residual(form, loss), form.penalties
@@ -168,7 +168,7 @@ class Tracer:
             )
         if scalar:
             try:
-                form = losses.scalar_form(tape, positions[0][0], allow_sync) if positions[0] else losses.Form()
+                form = losses.scalar_form(tape, positions[0][0], allow_sync, result.detach()) if positions[0] else losses.Form()
             except losses.UnrecognizedLoss as error:
                 self._refuse_opaque(tape)
                 last = losses.written(tape.name(positions[0][0]))

@@ -48,8 +48,8 @@ BAD = {  # name: (function of the outputs, parts of the message in order)
         r"last operation is torch.sum .*torch.sin \(SinBackward0\) leads to no sum of squares, no cross-entropy and no other",
     ),
     "quantile without its error": (
-        lambda z: (lambda e: torch.where(e > 0, 0.3 * e, -0.7 * e).mean())(z - Y),
-        r"write torch.maximum\(q \* e, \(q - 1\) \* e\)",
+        lambda z: (lambda e: torch.where(e > 0, 0.3 * e, -0.7 * e).mean())(z - Y) + z.sum(),
+        r"is torch.maximum\(q \* e, \(q - 1\) \* e\)",
     ),
     "negative root": (lambda z: -F.mse_loss(z, Y).sqrt(), r"torch.sqrt \(SqrtBackward0\) leads to no"),
     "negative huber": (lambda z: -F.huber_loss(z, Y), "huber or smooth_l1 loss has a negative weight"),

@@ -22,7 +22,7 @@ _LINEAR_TERM = (
 )
 _ADVICE = {
     "Addmm": _LINEAR_TERM, "Mm": _LINEAR_TERM, "AccumulateGrad": _LINEAR_TERM,
-    "Where": "for a quantile loss write torch.maximum(q * e, (q - 1) * e), which keeps e on the tape",
+    "Where": "a quantile loss beside other terms is torch.maximum(q * e, (q - 1) * e), which keeps e on the tape",
     "Max": "torch.max over many numbers is no sum: return these as residuals, or use torch.logsumexp",
     "Min": "torch.min over many numbers is no sum: return these as residuals",
 }

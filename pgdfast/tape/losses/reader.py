@@ -6,7 +6,8 @@
 4. link: a cut at a quantity of which the term makes probabilities, or the like.
 5. split: a linear operation hands its weight to its inputs, which are terms of their own.
 6. convex: a cut at any quantity of which the term is a convex function.
-7. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py); slope: what is linear there.
+7. chosen: slopes that torch.where chooses, of a quantity that is not saved; its mean size follows from the loss's value.
+8. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py); slope: what is linear there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
-from .blocks import Diagonal, Form, IndefiniteForm, UnrecognizedLoss, looked_at
+from .blocks import Diagonal, Form, IndefiniteForm, UnrecognizedLoss, diagonal_block, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
 from .linear import READERS, Walk, is_linear
@@ -36,21 +37,22 @@ _SECOND_DEGREE = {
     "PowBackward0", "MulBackward0", "DotBackward0", "VdotBackward0", "MmBackward0", "MvBackward0", "BmmBackward0",
     "AddmmBackward0", "VarBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
 }
-_WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "scale", "slope")
+_WAYS = ("walk", "cut", "monotone", "link", "split", "convex", "chosen", "scale", "slope")
 _OF_A_SUM = ("walk", "cut", "monotone", "split")   # below phi(S) and scales: what the model computes is no part of S
 _DEEPEST = 8   # cuts that are looked at
 
 
-def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
+def scalar_form(tape, root: int, allow_sync: bool = True, value: torch.Tensor | None = None) -> Form:
     """The form of the scalar at a tape position.
 
     allow_sync: may this wait for a device? If not, numbers on one stay there, and signs of weights there are not looked at.
+    value: what the scalar is, where that is at hand.
     Raises: UnrecognizedLoss naming the operation that fits none of the forms.
     """
     ways = tape.structure.losses
     if ways:
         try:
-            return _Terms(tape, allow_sync, ways).read((root, 0))
+            return _Terms(tape, allow_sync, ways, value=value).read((root, 0))
         except UnrecognizedLoss:   # all anew, if only to explain
             ways.clear()
     try:
@@ -60,7 +62,7 @@ def scalar_form(tape, root: int, allow_sync: bool = True) -> Form:
     if not _differentiable(tape, root, allow_sync):
         raise why
     try:
-        return _Terms(tape, allow_sync, ways).read((root, 0))
+        return _Terms(tape, allow_sync, ways, value=value).read((root, 0))
     except UnrecognizedLoss as error:
         ways.clear()
         raise (UnrecognizedLoss(f"{why}, and {error}") if isinstance(error, IndefiniteForm) else why) from None
@@ -97,8 +99,8 @@ def _walked(tape, edge, weight, allow_sync: bool) -> Form:
 class _Terms:
     """Reads a loss as terms. ways: by edge, the way and the cut that served the last time; among: which ways are tried."""
 
-    def __init__(self, tape, allow_sync: bool, ways: dict, among: tuple = _WAYS):
-        self.tape, self.allow_sync, self.ways, self.among = tape, allow_sync, ways, among
+    def __init__(self, tape, allow_sync: bool, ways: dict, among: tuple = _WAYS, value: torch.Tensor | None = None):
+        self.tape, self.allow_sync, self.ways, self.among, self.value = tape, allow_sync, ways, among, value
         self.form, self.terms, self.slopes = Form(), {}, {}
         self.outer: list = []    # blocks that were found before these terms
         self.beside: list = []   # (block, slope): of terms that are linear where a block stands
@@ -159,6 +161,23 @@ class _Terms:
 
     def _convex(self, edge, weight, known: Cut | None):
         return self._first(edge, weight, self._cuts(edge, known))
+
+    def _chosen(self, edge, weight, known: Cut | None):
+        """A loss with a kink, as a quantile loss by torch.where: f'/a with the mean of |a|, as sum f' a is the loss."""
+        if self.value is None or self.terms:   # the only term
+            return None
+        for cut in self._cuts(edge, known):
+            chooses = [self.tape.kind(position).startswith("Where") for position in cut.region]
+            if not any(chooses) or not all(c or is_linear(self.tape, p) for c, p in zip(chooses, cut.region, strict=True)):
+                continue
+            g = Tail(self.tape, edge, self._full(edge, weight), cut).gradient
+            total, loss = g.abs().sum(), self.value.to(g.dtype)
+            if not bool((loss > 0) & (total > 0)):
+                continue
+            self.form.blocks.append(diagonal_block((cut.edge,), g, g.abs() * total / loss))
+            self.form.consumed.update(cut.region)
+            return cut
+        return None
 
     def _cuts(self, edge, known: Cut | None) -> list[Cut]:
         if known is not None:
