@@ -175,7 +175,6 @@ class LM(torch.optim.Optimizer, Generic[R]):
         step = self._begin(closure)
         try:
             step.linearize()
-            self.returned_loss = step.scalar
             while step.pending:
                 step.solve()
                 step.attempt()
@@ -188,7 +187,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
             raise
         finally:
             step.release()
-        self.report = step.report
+        self.report, self.returned_loss = step.report, step.scalar
         return step.loss
 
     @property
