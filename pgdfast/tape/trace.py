@@ -105,7 +105,7 @@ class Tracer:
 
         Raises ValueError where it may as well be one residual: a sum of squares less a constant.
         """
-        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+        if not result.requires_grad:
             return result
         with torch.no_grad():
             tape = self._tape([result])
