@@ -9,7 +9,7 @@ A term of the loss is read by the first of these ways that serves it:
     split      into its inputs, for a linear operation
     convex     at any z of which it is convex
     chosen     as a kink at 0 of a z that is not saved, by torch.where alone
-    scale      as a loss times, or over, a quantity that is learned beside it
+    scale      as two losses, each times the other, or a loss times, or over, a quantity that is learned beside it
 
 At a cut the rows are S r = dL/dz, S S^T = H with the Hessian H of the term with respect to z, made explicitly. A diagonal H
 takes, where it is less than a thousandth of L'/z, that in its place (z measured from where it is folded).
@@ -400,20 +400,20 @@ class _Reader:
         else:
             first, second = (weight / b, -weight * a / b**2), (0 * weight, 2 * weight * a / b**3)
         inputs, values = [below for below, _ in node.next_functions], (a, b)
+        first, second = ([t.sum_to_size(v.shape) for t, v in zip(pair, values, strict=True)] for pair in (first, second))
+        beside = len(self.beside)
+        try:  # two losses, each with the other for its weight
+            return _not_squares(self.read(inputs[0], first[0], OF_A_SUM) + self.read(inputs[1], first[1], OF_A_SUM))
+        except _Unread:
+            del self.beside[beside:]
         for loss, scale in ((0, 1), (1, 0)):
+            if _named(inputs[scale], REDUCTIONS):
+                continue
             try:
-                blocks = self.read(inputs[loss], first[loss].sum_to_size(values[loss].shape), OF_A_SUM)
+                blocks = self.read(inputs[loss], first[loss], OF_A_SUM)
             except _Unread:
                 continue
-            shape = values[scale].shape
-            if _named(inputs[scale], REDUCTIONS):  # a product of two losses
-                try:
-                    return _not_squares(blocks + self.read(inputs[scale], first[scale].sum_to_size(shape), OF_A_SUM))
-                except _Unread:
-                    continue
-            _note(
-                slopes, inputs[scale], first[scale].sum_to_size(shape), second[scale].sum_to_size(shape), True, values[scale]
-            )
+            _note(slopes, inputs[scale], first[scale], second[scale], True, values[scale])
             return _not_squares(blocks)
         return None
 
