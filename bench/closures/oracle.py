@@ -61,7 +61,7 @@ def _times(H: torch.Tensor, J: torch.Tensor) -> torch.Tensor:
 
 def _solve(J, H, g, mu):
     M, P = J.shape
-    if M >= P:
+    if M >= P or P <= 1000:   # condition as `mu` bounds it; that of K below is larger where H takes most of J away
         return torch.linalg.solve(mu * torch.eye(P, dtype=J.dtype) + J.T @ _times(H, J), g)
     K = mu * torch.eye(M, dtype=J.dtype) + _times(H, J @ J.T)
     return (g - J.T @ torch.linalg.solve(K, _times(H, (J @ g)[:, None])[:, 0])) / mu
