@@ -47,8 +47,11 @@ class Truth:
 
     def mu(self, dtype) -> float:
         """A damping that bounds the condition for each of the curvatures."""
-        traces = [float((_times(H, self.J) * self.J).sum()) for H in self.curvatures]
-        return max(traces) / CONDITION[dtype] or 1.0
+        return max(map(self.size, self.curvatures)) / CONDITION[dtype] or 1.0
+
+    def size(self, H) -> float:
+        """The trace of G for one of the curvatures."""
+        return float((_times(H, self.J) * self.J).sum())
 
     def steps(self, mu: float) -> list[torch.Tensor]:
         """The solutions of (mu I + G) delta = g."""
