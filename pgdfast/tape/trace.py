@@ -13,7 +13,7 @@ import torch
 from . import losses
 from .checkpoint import checkpoint_rule
 from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
-from .ops import Record, Refresh
+from .ops import Record, Refresh, slot_of
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .replay import Replay, attach, block_constants
 from .rules.complex_numbers import rule_for_complex
@@ -317,8 +317,7 @@ class Tracer:
         with_constants, block_needs = [], []
         for k, (position, rule, values) in enumerate(work):
             before = len(op.constants)
-            inputs = [None if e is None else slots[e] for e in tape.edges[position]]
-            op.start(inputs, tape.shapes[position])
+            op.start([slot_of(slots, e, tape.names) for e in tape.edges[position]], tape.shapes[position])
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
@@ -326,7 +325,7 @@ class Tracer:
                 with_constants.append((k, op.needs, len(op.constants) - before))
         for block in form.blocks:
             shape = block.residual.shape
-            inputs = [None if e is None else slots[e] for e in block.edges]
+            inputs = [slot_of(slots, e, tape.names) for e in block.edges]
             if any(isinstance(x, Pair) for x in inputs):
                 raise UnsupportedStructure("a loss of complex numbers")
             op.start([op.off_parameters(x) for x in inputs], [shape])
