@@ -42,4 +42,5 @@ def shaped_as(p: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     lead = flat.shape[:-1]
     if not p.is_complex():
         return flat.reshape((*lead, *p.shape)).to(p.dtype)
-    return torch.view_as_complex(flat.reshape((*lead, *p.shape, 2)).to(p.dtype.to_real()).contiguous())
+    re, im = flat.reshape((*lead, *p.shape, 2)).to(p.dtype.to_real()).unbind(-1)
+    return torch.complex(re, im)   # a view needs pairs at even places in memory

@@ -184,11 +184,6 @@ def reshape(walk, position, node, edges, weight):
     return [(*edges[0], weight)]
 
 
-@reads("RealBackward0", linear=True)
-def real_part(walk, position, node, edges, weight):
-    return pull(walk, position, node, edges, weight) if isinstance(weight, torch.Tensor) else [(*edges[0], weight)]
-
-
 @reads("StackBackward0", linear=True)
 def stack(walk, position, node, edges, weight):
     if isinstance(weight, torch.Tensor):
@@ -210,7 +205,7 @@ def cat(walk, position, node, edges, weight):
     "DiagonalBackward0", "IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "MaskedSelectBackward0",
     "MaskedFillBackward0", "WhereBackward0", "TraceBackward0", "CopySlices", "CopyBackwards", "IndexPutBackward0",
     "SliceScatterBackward0", "SelectScatterBackward0", "IndexCopyBackward0", "ScatterBackward0", "FlipBackward0",
-    "RepeatBackward0", "ViewAsRealBackward0", linear=True,
+    "RepeatBackward0", "ViewAsRealBackward0", "RealBackward0", linear=True,
 )
 def pull(walk, position, node, edges, weight):
     """Any other linear operation with one output: its own backward carries the weight."""
