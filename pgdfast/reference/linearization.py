@@ -224,4 +224,4 @@ def _differentiate(block: Block, params: list[Tensor]) -> Tensor:
 
 def _real(t: Tensor) -> Tensor:
     """A tensor's numbers, flat, a complex one as its real and imaginary part."""
-    return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
+    return (torch.view_as_real(t.resolve_conj().resolve_neg()) if t.is_complex() else t).reshape(-1)

@@ -29,7 +29,7 @@ def real_views(params: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def real_gradient(g: torch.Tensor) -> torch.Tensor:
     """Autograd's gradient by a parameter as that by its real numbers."""
-    return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    return torch.view_as_real(g.resolve_conj().resolve_neg()) if g.is_complex() else g
 
 
 def real_size(p: torch.Tensor) -> int:

@@ -121,6 +121,8 @@ PENALTIES = {   # whether it is a penalty, and of which parameters
     "weighted": (lambda a, w, b, v: (a.detach().abs() * v.abs() ** 2).sum(), {}),
     "conjugates": (lambda a, w, b, v: (w * w.conj()).real.sum(), {}),
     "factor": (lambda a, w, b, v: ((2 + 0j) * (w.conj() * w)).real.mean(), {}),
+    "complex factor": (lambda a, w, b, v: ((2 - 3j) * (w * w.conj())).real.sum() + (1j * (v.conj() * v)).imag.sum(), {}),
+    "complex divisor": (lambda a, w, b, v: (w * w.conj() / (2 - 3j)).imag.sum(), {}),
     "inner product": (lambda a, w, b, v: torch.vdot(v, v).real, {}),
     "sum of moduli": (lambda a, w, b, v: w.abs().sum(), {}),
     "real parts": (lambda a, w, b, v: w.real.square().sum() + v.imag.square().sum(), {}),
@@ -152,6 +154,12 @@ def test_the_square_of_a_complex_number_is_no_penalty(square):
     for linearize in (pgdfast.linearize, reference.linearize):
         with pytest.raises(ValueError, match="squares is of complex numbers"):
             linearize(lambda: square(w).real.sum(), [w])
+
+
+def test_distances_of_complex_numbers_are_refused():
+    w = number(3, seed=1)
+    with pytest.raises(ValueError, match="a distance of complex numbers; write torch.linalg.vector_norm"):
+        pgdfast.linearize(lambda: torch.dist(w, torch.ones_like(w)), [w])
 
 
 def test_single_precision():
