@@ -170,7 +170,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
-        return as_operations(lambda: self._step(closure))
+        return as_operations(self._step, closure)
 
     def _step(self, closure) -> torch.Tensor:
         step = self._begin(closure)

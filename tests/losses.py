@@ -61,6 +61,11 @@ SQUARES = {   # sums of squares with constant weights
 CONVEX = {   # the Hessian is positive (semi)definite, and taken as it is
     "logsumexp": lambda z: (torch.logsumexp(z, 1) - z[torch.arange(N), LABELS]).mean(),
     "logsumexp in sums": lambda z: torch.logsumexp(z, 1).mean() - z.gather(1, LABELS[:, None]).mean(),
+    "log of a sum of exponentials": lambda z: (torch.exp(z).sum(1).log() - z[torch.arange(N), LABELS]).mean(),
+    "log of a mean of exponentials": lambda z: (torch.log(torch.exp(z / 2).mean(1)) - z[torch.arange(N), LABELS] / 2).sum(),
+    "quotient of exponentials": lambda z: (lambda e: -torch.log(e / e.sum(-1, keepdim=True))[range(N), LABELS].mean())(z.exp()),
+    "exponentials below 1": lambda z: (
+        lambda d: (d.exp().sum(1).log() - d.gather(1, LABELS[:, None])[:, 0]).mean())(z - z.amax(1, keepdim=True).detach()),
     "log of softmax": lambda z: -torch.log(torch.softmax(z, 1)[torch.arange(N), LABELS]).mean(),
     "soft labels": lambda z: -(SOFT * torch.log(torch.softmax(z, 1))).sum(1).mean(),
     "categorical": lambda z: -torch.distributions.Categorical(logits=z).log_prob(LABELS).mean(),

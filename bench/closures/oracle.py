@@ -47,8 +47,11 @@ class Truth:
 
     def mu(self, dtype) -> float:
         """A damping that bounds the condition for each of the curvatures."""
-        traces = [float((_times(H, self.J) * self.J).sum()) for H in self.curvatures]
-        return max(traces) / CONDITION[dtype] or 1.0
+        return max(map(self.size, self.curvatures)) / CONDITION[dtype] or 1.0
+
+    def size(self, H) -> float:
+        """The trace of G for one of the curvatures."""
+        return float((_times(H, self.J) * self.J).sum())
 
     def steps(self, mu: float) -> list[torch.Tensor]:
         """The solutions of (mu I + G) delta = g."""
@@ -61,7 +64,7 @@ def _times(H: torch.Tensor, J: torch.Tensor) -> torch.Tensor:
 
 def _solve(J, H, g, mu):
     M, P = J.shape
-    if M >= P:
+    if M >= P or P <= 1000:   # condition as `mu` bounds it; that of K below is larger where H takes most of J away
         return torch.linalg.solve(mu * torch.eye(P, dtype=J.dtype) + J.T @ _times(H, J), g)
     K = mu * torch.eye(M, dtype=J.dtype) + _times(H, J @ J.T)
     return (g - J.T @ torch.linalg.solve(K, _times(H, (J @ g)[:, None])[:, 0])) / mu

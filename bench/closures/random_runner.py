@@ -63,6 +63,8 @@ def _compare(closure, rounds):
                 raise Unfit("derivatives are not finite")
             if 0 < float(found.J.norm()) < LEAST_SLOPE:
                 raise Unfit("no slope but rounding")
+            if any(0 < found.size(H) < LEAST_SLOPE**2 * float(H.norm() * found.J.norm() ** 2) for H in found.curvatures):
+                raise Unfit("no curvature but rounding")
         except Unfit as reason:
             return SKIPPED, str(reason)
         generator = torch.Generator().manual_seed(k)

@@ -81,7 +81,8 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     if scalar:
         found = products.vjp(r) if r.numel() else pulled
     expected = None
-    if not trace.structure.hides and not (scalar and size == 0):   # at an exact fit autograd has one of many slopes of a kink
+    exact = scalar and r.numel() > 0 and size == 0   # where autograd has one of many slopes of a kink
+    if not trace.structure.hides and not exact:
         expected = _gradient(result if isinstance(result, (tuple, list)) else [result], None if scalar else w, params)
     squares = sum(float(p.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum()) for p in reals)
     norm = max(squares, float(pulled.numel()), 1.0) ** 0.5

@@ -24,4 +24,4 @@ def linearize(closure, params, *, backend: str = "auto", check: str = "first") -
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
     linearizer = Linearizer(params, name, checked(check, "linearize"))
-    return as_operations(lambda: linearizer(closure))
+    return as_operations(linearizer, closure)

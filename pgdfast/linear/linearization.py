@@ -161,8 +161,10 @@ class Linearizer:
         allow_sync: may this wait for a device? If not, nothing there is looked at, the loss included. Raises ValueError for
         results that cannot be linearized and for a loss that is not finite.
         """
-        result = self._tracer.as_loss(result, allow_sync)
-        scalar = isinstance(result, torch.Tensor) and result.dim() == 0
+        single = isinstance(result, torch.Tensor) and result.numel() == 1
+        if single and result.dim():
+            result = self._tracer.as_loss(result, allow_sync)
+        scalar = single and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
             self._check_device(result)
         trace = self._tracer.trace(result, allow_sync)

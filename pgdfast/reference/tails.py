@@ -9,7 +9,7 @@ A term of the loss is read by the first of these ways that serves it:
     split      into its inputs, for a linear operation
     convex     at any z of which it is convex
     chosen     as a kink at 0 of a z that is not saved, by torch.where alone
-    scale      as a loss times, or over, a quantity that is learned beside it
+    scale      as two losses, each times the other, or a loss times, or over, a quantity that is learned beside it
 
 At a cut the rows are S r = dL/dz, S S^T = H with the Hessian H of the term with respect to z, made explicitly. A diagonal H
 takes, where it is less than a thousandth of L'/z, that in its place (z measured from where it is folded).
@@ -37,7 +37,6 @@ from .losses import (
 
 FOLDS = ("Abs", "Cosh", "Maximum", "Minimum", "Relu", "LeakyRelu", "L1Loss")
 LINKS = ("Sigmoid", "Softmax", "LogSoftmax", "Logsumexp", "LogSigmoid", "Softplus", "Exp")
-SOFTMAX = ("Softmax", "LogSoftmax", "Logsumexp")
 REDUCTIONS = (
     *("Sum", "Mean", "Nansum", "MseLoss", "NllLoss", "NllLoss2D", "LinalgVectorNorm", "Dot", "Var", "Dist", "Std"),
     *("BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "BinaryCrossEntropy", "SoftMarginLoss"),
@@ -275,16 +274,7 @@ class _Reader:
 
     def _softmax_form(self, H, z, above, shape) -> tuple[Tensor | None, Tensor]:
         """Q p, and Q (diag p - p p^T) where H is that, but for what log(p + eps) changes, along a softmax of z; else H."""
-        for user in self._users(z, above):
-            if not _named(user, SOFTMAX):
-                continue
-            if _named(user, ("Logsumexp",)):
-                dim = user._saved_dim[0]
-                p = torch.softmax(user._saved_self.detach(), dim - 2**64 if dim >= 2**63 else dim)
-            else:
-                dim, p = user._saved_dim, user._saved_result.detach()
-                p = p.exp() if _named(user, ("LogSoftmax",)) else p
-            dim = (dim - 2**64 if dim >= 2**63 else dim) % max(len(shape), 1)
+        for dim, p in self._softmaxes(z, above, shape):
             form, weights = torch.zeros_like(H), torch.zeros(H.shape[0], dtype=H.dtype)
             numbers = torch.arange(len(H)).reshape(shape).movedim(dim, -1)
             for index in numbers.reshape(-1, shape[dim]):
@@ -295,6 +285,23 @@ class _Reader:
             if (H - form).norm() <= 1e-2 * H.norm() and (weights >= 0).all():
                 return weights.reshape(shape), form
         return None, H
+
+    def _softmaxes(self, z, above, shape):
+        """(dimension, p) of every softmax of z above it, and of every quotient of exponentials and their sum or mean."""
+        users = self._users(z, above)
+        for node in above:
+            if node in users and _named(node, ("Logsumexp",)):
+                dim = _signed(node._saved_dim[0], shape)
+                yield dim, torch.softmax(node._saved_self.detach(), dim)
+            elif node in users and _named(node, ("Softmax", "LogSoftmax")):
+                p = node._saved_result.detach()
+                yield _signed(node._saved_dim, shape), p.exp() if _named(node, ("LogSoftmax",)) else p
+            elif _named(node, ("Sum", "Mean")) and _named(node.next_functions[0][0], ("Exp",)):
+                e = node.next_functions[0][0]._saved_result.detach()
+                dims = list(getattr(node, "_saved_dim", None) or range(e.dim()))
+                if e.shape == shape and len(dims) == 1:
+                    dim = _signed(dims[0], shape)
+                    yield dim, e / e.sum(dim, keepdim=True)
 
     def _polynomial(self, above: list[Node]) -> bool:
         return all(
@@ -400,20 +407,20 @@ class _Reader:
         else:
             first, second = (weight / b, -weight * a / b**2), (0 * weight, 2 * weight * a / b**3)
         inputs, values = [below for below, _ in node.next_functions], (a, b)
+        first, second = ([t.sum_to_size(v.shape) for t, v in zip(pair, values, strict=True)] for pair in (first, second))
+        beside = len(self.beside)
+        try:  # two losses, each with the other for its weight
+            return _not_squares(self.read(inputs[0], first[0], OF_A_SUM) + self.read(inputs[1], first[1], OF_A_SUM))
+        except _Unread:
+            del self.beside[beside:]
         for loss, scale in ((0, 1), (1, 0)):
+            if _named(inputs[scale], REDUCTIONS):
+                continue
             try:
-                blocks = self.read(inputs[loss], first[loss].sum_to_size(values[loss].shape), OF_A_SUM)
+                blocks = self.read(inputs[loss], first[loss], OF_A_SUM)
             except _Unread:
                 continue
-            shape = values[scale].shape
-            if _named(inputs[scale], REDUCTIONS):  # a product of two losses
-                try:
-                    return _not_squares(blocks + self.read(inputs[scale], first[scale].sum_to_size(shape), OF_A_SUM))
-                except _Unread:
-                    continue
-            _note(
-                slopes, inputs[scale], first[scale].sum_to_size(shape), second[scale].sum_to_size(shape), True, values[scale]
-            )
+            _note(slopes, inputs[scale], first[scale], second[scale], True, values[scale])
             return _not_squares(blocks)
         return None
 
@@ -460,6 +467,11 @@ def _note(slopes: dict, node: Node, first: Tensor, second: Tensor, scale: bool, 
         old = slopes[node]
         first, second, scale, value = first + old[0], second + old[1], scale or old[2], old[3] if value is None else value
     slopes[node] = first, second, scale, value
+
+
+def _signed(dim: int, shape) -> int:
+    """A dimension as saved on a tape, where negative ones are kept as unsigned 64-bit numbers."""
+    return (dim - 2**64 if dim >= 2**63 else dim) % max(len(shape), 1)
 
 
 def _folds(node: Node) -> bool:

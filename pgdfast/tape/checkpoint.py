@@ -10,6 +10,7 @@ import contextlib
 import torch
 
 from .hidden import refuse_hidden
+from .ops import slot_of
 from .rules.table import Keyed, Rule
 from .walk import Fallback, Structure, Walker, describe
 
@@ -83,13 +84,19 @@ def checkpoint_rule(params: list[torch.Tensor], rule_of) -> Rule:
                 (k, 0): outer(leaf - len(params)) if leaf >= len(params) else op.parameter(leaf)
                 for k, leaf in enumerate(structure.leaf) if leaf >= 0
             }
+            ran = {k for k, _ in alive}   # what other nodes put out depends on no input that depends on a parameter
+
+            def slot(edge):
+                return slot_of(alive, edge, structure.names) if edge is not None and edge[0] in ran else None
+
             for k, rule, values in inner.work:
-                inputs = [None if e is None else alive.get(e) for e in structure.edges[k]]
+                inputs = [slot(e) for e in structure.edges[k]]
                 if any(x is not None for x in inputs):
+                    ran.add(k)
                     op.start(inputs, structure.shapes[k])
                     rule.apply(op, *values)
                     alive.update({(k, output): x for output, x in op.outputs().items()})
         for output, root in enumerate(inner.roots):
-            op.finish(output, None if root is None else alive.get(root))
+            op.finish(output, slot(root))
 
     return Rule(apply, (), read)

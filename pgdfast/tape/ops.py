@@ -465,6 +465,18 @@ class Record:
         self._slots[name] = whole(self.program.add_buffer(WORKSPACE, torch.Size(shape).numel()), shape)
 
 
+def slot_of(slots: dict, edge, names: list[str]):
+    """What an edge (position, output) of a tape carries, by the slots of its nodes' outputs; None for no edge.
+
+    Raises UnsupportedStructure where the rule of the node has not written this output.
+    """
+    if edge is None:
+        return None
+    if edge not in slots:
+        raise UnsupportedStructure(f"output {edge[1]} of {names[edge[0]]}")
+    return slots[edge]
+
+
 def _suits_blas(view: torch.Tensor, most_dims: int = 4) -> bool:
     """Say whether a BLAS may read a window in place, and add to it in the adjoint sweep: there are no zero strides, then."""
     if view.dim() == 1:
@@ -473,4 +485,4 @@ def _suits_blas(view: torch.Tensor, most_dims: int = 4) -> bool:
     return view.dim() <= most_dims and not broadcast and fits_blas(view.shape, view.stride())
 
 
-__all__ = ["Record", "Refresh", "UnsupportedStructure"]
+__all__ = ["Record", "Refresh", "UnsupportedStructure", "slot_of"]

@@ -13,7 +13,7 @@ import torch
 from . import losses
 from .checkpoint import checkpoint_rule
 from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
-from .ops import Record, Refresh
+from .ops import Record, Refresh, slot_of
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .reals import real_size
 from .replay import Replay, attach, block_constants
@@ -106,7 +106,7 @@ class Tracer:
 
         Raises ValueError where it may as well be one residual: a sum of squares less a constant.
         """
-        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+        if not result.requires_grad:
             return result
         with torch.no_grad():
             tape = self._tape([result])
@@ -316,8 +316,7 @@ class Tracer:
         with_constants, block_needs = [], []
         for k, (position, rule, values) in enumerate(work):
             before = len(op.constants)
-            inputs = [None if e is None else slots[e] for e in tape.edges[position]]
-            op.start(inputs, tape.shapes[position])
+            op.start([slot_of(slots, e, tape.names) for e in tape.edges[position]], tape.shapes[position])
             rule.apply(op, *values)
             for output, slot in op.outputs().items():
                 slots[position, output] = slot
@@ -325,7 +324,7 @@ class Tracer:
                 with_constants.append((k, op.needs, len(op.constants) - before))
         for block in form.blocks:
             shape = block.residual.shape
-            inputs = [None if e is None else slots[e] for e in block.edges]
+            inputs = [slot_of(slots, e, tape.names) for e in block.edges]
             if block.handles:
                 inputs = [op.side_by_side(x) for x in inputs]
             elif any(isinstance(x, Pair) for x in inputs):

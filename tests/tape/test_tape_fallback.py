@@ -135,3 +135,24 @@ def test_a_rejected_step_can_be_solved_anew():
     optimizer = pgdfast.LM(model.parameters(), damping=1e-8)
     optimizer.step(lambda: torch.special.i0(model(x)) - torch.sin(4 * x))
     assert optimizer.report.attempts > 1 and optimizer.report.status == "accepted"
+
+
+@pytest.mark.parametrize("outputs", [(1,), (2,), (0, 1, 2)])
+def test_outputs_that_a_rule_does_not_write_are_left_to_autograd(outputs):
+    """Means and reciprocal deviations of groups, which a closure seldom reads."""
+    x, w = rand(6, 4, seed=1).requires_grad_(), rand(4, seed=2).requires_grad_()
+
+    def closure(*_):
+        normed = torch.native_group_norm(x, w, None, 6, 4, 1, 2, 1e-5)
+        return torch.cat([normed[k].reshape(-1) for k in outputs]).sin()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lin = pgdfast.linearize(closure, [x, w])
+    result = closure()
+    rows = [torch.autograd.grad(r, [x, w], retain_graph=True, materialize_grads=True) for r in result]
+    rows = [torch.cat([g.reshape(-1) for g in row]) for row in rows]
+    assert lin.kernels().name == "double-backward" and relative(lin.dense(), torch.stack(rows)) < 1e-12
+    recomputed = lambda: torch.utils.checkpoint.checkpoint(closure, x, w, use_reentrant=True)  # noqa: E731
+    with pytest.raises(ValueError, match="no tape rule for output . of NativeGroupNormBackward0; pass use_reentrant=False"):
+        pgdfast.linearize(recomputed, [x, w])

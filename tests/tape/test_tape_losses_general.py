@@ -211,6 +211,8 @@ WITH_PARAMETERS = {   # of a model's outputs, its parameters, and a learned numb
     "variational": lambda z, ps, s: F.mse_loss(z, Y) + 0.1 * kl(F.linear(z, HEADS[0]), F.linear(z, HEADS[1])),
     "poisson beside a penalty": lambda z, ps, s: (
         torch.exp(z).mean() - 0.3 * (z * Y.abs()).mean() + 0.01 * sum(p.abs().sum() for p in ps)),
+    "learned weights": lambda z, ps, s: ((s + HEADS[0, 0]) ** 2 * (z - Y) ** 2).mean(),
+    "learned weights of huber": lambda z, ps, s: (s**2 * F.huber_loss(z, Y, reduction="none")).mean(),
     "product of losses": lambda z, ps, s: F.mse_loss(z, Y) * F.huber_loss(2 * z, Y),
     "sum of logarithms": lambda z, ps, s: F.mse_loss(z, Y).log() + z.square().mean().log(),
     "three kinds": lambda z, ps, s: F.huber_loss(z, Y) + 3 * z[:2].square().mean() + 0.1 * (z[:3] - 1).abs().mean(),
@@ -241,6 +243,24 @@ def test_curvature_along_a_learned_scale():
     lin = pgdfast.linearize(lambda: (torch.exp(-s) * F.mse_loss(model(X), Y) + s).sum(), [*params, s])
     weighted = (torch.exp(-s) * F.mse_loss(model(X), Y)).item()
     assert float(lin.diagonal()[-1]) == pytest.approx(weighted + abs(1 - weighted), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", [
+    lambda w, r: w**2 * r**2, lambda w, r: r**2 * w**2, lambda w, r: r.square() * torch.abs(w), lambda w, r: w**2 * (r**2).T.T,
+])
+def test_curvature_beside_learned_weights(form):
+    """Of a square with its weight held."""
+    model, params = network()
+    w = (rand(N, K, seed=5) + 0.1).requires_grad_()
+    loss, count = lambda: form(w, model(X) - Y).mean(), N * K
+    lin = pgdfast.linearize(loss, [*params, w])
+    weight, J = form(w, torch.ones_like(w)).detach().reshape(-1), output_jacobian(model)
+    sub = lin.dense().T @ lin.dense()
+    assert relative(sub[: J.shape[1], : J.shape[1]], J.T @ (2 / count * weight[:, None] * J)) < 1e-12
+    held = torch.autograd.functional.hessian(lambda v: form(v, model(X) - Y).sum(), w.detach()).reshape(N * K, N * K) / count
+    if bool(held.any()):   # of squares; of |w| there is none
+        assert relative(sub[J.shape[1] :, J.shape[1] :], held.detach()) < 1e-12
+    assert relative(lin.gradient(), gradient(loss(), [*params, w])) < 1e-12
 
 
 # --- without rules, corrected, of ensembles -----------------------------------------------------------------------------------

@@ -92,9 +92,10 @@ def _softmax(tail: Tail, g, h, probe, answer):
 
 
 def _probabilities(tail: Tail):
-    """(p, dim) of a softmax right above the cut."""
+    """(p, dim) of a softmax right above the cut, or of one that is written out, of exponentials and their sum."""
+    tape = tail.tape
     for position, _ in tail.cut.users:
-        node, kind = tail.tape.nodes[position], tail.tape.kind(position)
+        node, kind = tape.nodes[position], tape.kind(position)
         if kind == "LogsumexpBackward0":
             z, dims = plain(node._saved_self).detach(), node._saved_dim
             if len(dims) != 1:
@@ -104,6 +105,16 @@ def _probabilities(tail: Tail):
         if kind in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
             p = plain(node._saved_result).detach()
             return (p if kind[0] == "S" else p.exp()), signed(node._saved_dim) % max(p.dim(), 1)
+    for position in tail.cut.region:
+        if tape.kind(position) not in ("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1"):
+            continue
+        below, dims = tape.edges[position][0], list(getattr(tape.nodes[position], "_saved_dim", None) or ())
+        if below[0] in tape.nodes and tape.kind(below[0]) == "ExpBackward0" and tape.shape(*below) == tail.gradient.shape:
+            e = plain(tape.nodes[below[0]]._saved_result).detach()
+            dims = dims or list(range(e.dim()))
+            if len(dims) == 1:
+                dim = signed(dims[0]) % max(e.dim(), 1)
+                return e / e.sum(dim, keepdim=True).clamp_min(tiny(e.dtype)), dim
     return None
 
 

@@ -7,7 +7,8 @@
 5. split: a linear operation hands its weight to its inputs, which are terms of their own.
 6. convex: a cut at any quantity of which the term is a convex function.
 7. chosen: slopes that torch.where chooses, of a quantity that is not saved; its mean size follows from the loss's value.
-8. scale: a loss times, or divided by, a quantity that is learned beside it (scales.py); slope: what is linear there.
+8. scale: a loss times another, each with the other for its weight; or a loss times, or divided by, a quantity that is learned
+   beside it (scales.py). slope: what is linear there.
 """
 
 from __future__ import annotations
@@ -290,7 +291,7 @@ class _Terms:
 
     # --- scales -----------------------------------------------------------------------------------------------------------
 
-    def _scale(self, edge, weight, _):
+    def _scale(self, edge, weight, known):
         position = edge[0]
         if self._kind(edge) == "LogBackward0":
             if self._kind(self.tape.edges[position][0]) in REDUCTIONS or bool((self._full(edge, weight) < 0).any()):
@@ -300,16 +301,20 @@ class _Terms:
             return True
         if self._kind(edge) not in ("MulBackward0", "DivBackward0") or not all(self.tape.edges[position]):
             return None
-        for (loss, slope), (scale, other) in _both_ways(factors(self.tape, position, self._full(edge, weight))):
-            nested, two_losses = self._nested(_OF_A_SUM), self._kind(scale) in REDUCTIONS
+        pair = factors(self.tape, position, self._full(edge, weight))
+        for first, two_losses in known or ((0, True), (0, False), (1, False)):
+            (loss, slope), (scale, other) = pair[first], pair[1 - first]
+            if not two_losses and self._kind(scale) in REDUCTIONS:
+                continue
+            nested = self._nested(_OF_A_SUM)
             nested.add(*loss, _number(slope.first, self.allow_sync))
-            if two_losses:
+            if two_losses:   # each with the other for its weight
                 nested.add(*scale, _number(other.first, self.allow_sync))
             nested.form.steady = False
             if self._took(nested, (position,)):
                 if not two_losses:
                     self._note(scale, other)
-                return True
+                return ((first, two_losses),)
         return None
 
     def _slope(self, edge, weight, _):
@@ -322,10 +327,6 @@ class _Terms:
 
     def _note(self, edge, slope: Slope) -> None:
         self.slopes[edge] = slope.plus(self.slopes.get(edge))
-
-
-def _both_ways(pair):
-    return (pair[0], pair[1]), (pair[1], pair[0])
 
 
 def _number(weight: torch.Tensor, allow_sync: bool):
