@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 
 from .. import kernels
-from ..tape import Tracer
+from ..tape import Tracer, has_complex, real_size, real_views
 from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
 from .chained import Chained
@@ -131,16 +131,21 @@ class Linearizer:
     """Linearizes closures over fixed parameters, reusing the plan of every structure it has met.
 
     check: "first", "every" or "never": at which of a structure's tapes products are compared with autograd.
-    Raises ValueError for complex parameters.
+    Raises ValueError for parameters that are lazy conjugates.
     """
 
     def __init__(self, params, backend: str = "auto", check: str = "first"):
         self.params = list(params)
         self.backend = backend
-        _check_real(self.params)
+        self._complex = has_complex(self.params)
         self._tracer = Tracer(self.params)
         self._arbiter = Arbiter(self.params, self._tracer, check)
         self._plans: dict[int, tuple] = {}
+
+    @property
+    def reals(self) -> list[torch.Tensor]:
+        """The parameters' real numbers; made when asked for, since a parameter's memory may be another by then."""
+        return real_views(self.params) if self._complex else self.params
 
     def __call__(self, closure) -> Linearization:
         """Run the closure once and read its tape."""
@@ -170,14 +175,14 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
+            found = Linearization(trace, self.reals, None, plan, self._tracer, scalar)
             if plan.agrees or not allow_sync or self._arbiter.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
                 return found
             trace = self._arbiter.trace(result, allow_sync)
         else:
             self._announce(trace)
         operator = self._arbiter.operator(trace, result)
-        return Linearization(trace, self.params, operator, None, self._tracer, scalar)
+        return Linearization(trace, self.reals, operator, None, self._tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -209,7 +214,7 @@ class Linearizer:
         operation = trace.missing
         if operation not in _announced:
             _announced.add(operation)
-            size = sum(p.numel() for p in self.params)
+            size = sum(map(real_size, self.params))
             warnings.warn(no_rule(operation, trace.residual.numel(), size), stacklevel=depth_of_caller())
 
 
@@ -413,7 +418,8 @@ class Linearization(Bound, Products):
     penalties found in the loss. `delta` is subtracted from the parameters.
 
     Attributes: loss (0-dim tensor); residual (M,), scaled so that J^T residual (+ penalty) is the loss's gradient;
-    num_residuals M; num_parameters P; penalty (P,) diagonal c or None. Vectors are flat, in the order of `params`.
+    num_residuals M; num_parameters P; penalty (P,) diagonal c or None. Vectors are flat, in the order of `params`, which of
+    complex parameters are views (*, 2) of their real and imaginary parts.
     Products raise RuntimeError once the parameters have changed. The tape is held until `release`, or as long as this is.
     """
 
@@ -479,13 +485,3 @@ def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.
     if x.shape != (size,):
         raise ValueError(f"pgdfast: {name} has shape {tuple(x.shape)}; it must be flat with {letter} = {size} entries.")
     return x.detach().to(dtype).resolve_neg().contiguous()
-
-
-def _check_real(params) -> None:
-    for k, p in enumerate(params):
-        if p.is_complex():
-            raise ValueError(
-                f"pgdfast.LM: parameter {k}, of shape {tuple(p.shape)}, is {p.dtype}; parameters must be real. Keep its real "
-                "and imaginary parts as the parameter, nn.Parameter(torch.view_as_real(w)), and compute with "
-                "torch.view_as_complex(parameter)."
-            )
