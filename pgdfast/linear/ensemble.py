@@ -32,8 +32,12 @@ class EnsembleLinearizer(Linearizer):
             order = plan.order
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
-            found = EnsembleLinearization(self, trace, losses, None, plan, order)
-            if plan.agrees or self._arbiter.agrees(plan, found.flat(), trace, total):
+
+            def linearize(trace):
+                return EnsembleLinearization(self, trace, losses, None, plan, order)
+
+            found = linearize(trace) if plan.agrees else self._arbiter.judged(plan, linearize, trace, total)
+            if found is not None:
                 return found
             trace = self._arbiter.trace(total)
         else:

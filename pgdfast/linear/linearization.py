@@ -10,7 +10,6 @@ import torch
 
 from .. import kernels
 from ..tape import Tracer
-from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
 from .chained import Chained
 from .double_backward import Widened
@@ -31,12 +30,12 @@ class Plan:
 
     bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
     others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
-    that was not looked at.
+    that is to be looked at. hides: were constants that are not finite behind what a `where` does not take?
     """
 
     __slots__ = (
         "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
-        "kernels", "layout", "live", "mixing", "program",
+        "hides", "kernels", "layout", "live", "mixing", "program",
     )
     chains = True   # may the kernels be those of a chain?
 
@@ -46,7 +45,7 @@ class Plan:
         self._separation: Separation | None = None
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
-        self.layout, self.choices, self.live, self.agrees = UNKNOWN, {}, None, None
+        self.layout, self.choices, self.live, self.agrees, self.hides = UNKNOWN, {}, None, None, False
 
     def bind(self, constants, member: int | None = None):
         """The kernels with these constants, of one member where these are an ensemble's."""
@@ -168,8 +167,13 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.params, None, plan, self._tracer, scalar)
-            if plan.agrees or not allow_sync or self._arbiter.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
+
+            def linearize(trace):
+                return Linearization(trace, self.params, None, plan, self._tracer, scalar)
+
+            settled = plan.agrees or not allow_sync
+            found = linearize(trace) if settled else self._arbiter.judged(plan, linearize, trace, result)
+            if found is not None:
                 return found
             trace = self._arbiter.trace(result, allow_sync)
         else:
@@ -251,6 +255,11 @@ class Bound:
         if plan is None:
             return self._operator
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
+
+    def doubt(self) -> None:
+        """Compare the next tape of this structure with autograd, since products with J are not finite."""
+        if self._plan is not None and self._plan.agrees:
+            self._plan.agrees = None
 
     @property
     def sync_reason(self) -> str:
