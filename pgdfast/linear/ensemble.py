@@ -303,6 +303,10 @@ class Member(Products):
         """See EnsembleLinearization."""
         self._ensemble.before_trial()
 
+    def doubt(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.doubt()
+
     def parameters_unchanged(self) -> None:
         """See EnsembleLinearization."""
         self._ensemble.parameters_unchanged()
