@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, TIGHT, gradient, mlp, parameters, rand, relative
+from helpers import BACKENDS, TIGHT, gradient, jacobian_agreement, mlp, parameters, rand, relative
 
 import pgdfast
 from pgdfast import reference
@@ -309,3 +309,16 @@ def test_an_optimizer_goes_the_way_of_the_reference():
             optimizer.step(lambda: closure(step % 2))   # noqa: B023
         finals.append(torch.cat([p.detach().reshape(-1) for p in params]))
     assert relative(finals[0], finals[2]) < 1e-8 and relative(finals[1], finals[2]) < 1e-8
+
+
+@pytest.mark.parametrize("loss", [
+    lambda r: (r.reshape(-1, 1).T @ r.reshape(-1, 1)).squeeze(), lambda r: (r.reshape(1, -1) @ r.reshape(1, -1).T).squeeze(),
+    lambda r: r.flatten() @ r.flatten(), lambda r: r.reshape(1, 1, -1).square().sum(),
+])
+def test_residuals_in_one_row_or_column_are_rows_of_what_makes_them(loss):
+    """What is flat but for dimensions of 1 has the rows of the matrix product before it."""
+    model, x, y = mlp(3, 6, 2), rand(10, 3, seed=1), rand(10, 2, seed=2)
+    params = list(model.parameters())
+    lin = pgdfast.linearize(lambda: loss(model(x) - y), params)
+    assert (lin.row_layout().num_rows, lin.row_layout().max_outputs) == (10, 2)
+    assert jacobian_agreement(Linearizer(params), lambda: loss(model(x) - y), params) < 1e-12
