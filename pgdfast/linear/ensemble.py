@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
@@ -32,11 +33,10 @@ class EnsembleLinearizer(Linearizer):
             order = plan.order
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
-
-            def linearize(trace):
-                return EnsembleLinearization(self, trace, losses, None, plan, order)
-
-            found = linearize(trace) if plan.agrees else self._arbiter.judged(plan, linearize, trace, total)
+            found = EnsembleLinearization(self, trace, losses, None, plan, order)
+            if not plan.agrees:
+                again = partial(EnsembleLinearization, self, losses=losses, operator=None, plan=plan, order=order)
+                found = self._arbiter.judged(plan, found, again, trace, total)
             if found is not None:
                 return found
             trace = self._arbiter.trace(total)

@@ -45,13 +45,14 @@ class Arbiter:
         self._learned: dict[int, Learned] = {}
         self._accusation = ""   # of rules; said once autograd has borne it out
 
-    def judged(self, plan, linearize, trace, result):
-        """linearize(trace) where its products are those of autograd, else None; the plan remembers it.
+    def judged(self, plan, found, linearize, trace, result):
+        """A trace's linearization where its products are those of autograd, else None; the plan remembers it.
+
+        linearize: makes one of another trace of that structure.
 
         Autograd's `where`, and every other operation that takes some of several numbers, drops what is not finite behind a
         number that it does not take, where a product with zero does not. Then numbers in place of those constants do no harm.
         """
-        found = linearize(trace)
         if plan.agrees is None and self.check != "never":
             wrong = disagreement(_flat(found), trace, self._params, result)
             plan.release()
