@@ -144,6 +144,9 @@ class ReferenceNetworks:
     def before_trial(self) -> None:
         """Explicit Jacobians do not depend on constants either."""
 
+    def doubt(self) -> None:
+        """Explicit Jacobians are made by autograd."""
+
     def unchanged(self) -> None:
         """Explicit Jacobians do not depend on the parameters' memory."""
 
@@ -175,6 +178,9 @@ class _ReferenceLinearization:
 
     def before_trial(self) -> None:
         """An explicit Jacobian does not depend on constants either."""
+
+    def doubt(self) -> None:
+        """An explicit Jacobian is made by autograd."""
 
     def parameters_unchanged(self) -> None:
         """An explicit Jacobian does not depend on the parameters' memory."""

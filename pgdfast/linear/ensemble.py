@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,7 +34,10 @@ class EnsembleLinearizer(Linearizer):
             if plan.members is None:
                 order = self._order(plan.bind(trace.constants), trace.program.residual_shapes)
             found = EnsembleLinearization(self, trace, losses, None, plan, order)
-            if plan.agrees or self._arbiter.agrees(plan, found.flat(), trace, total):
+            if not plan.agrees:
+                again = partial(EnsembleLinearization, self, losses=losses, operator=None, plan=plan, order=order)
+                found = self._arbiter.judged(plan, found, again, trace, total)
+            if found is not None:
                 return found
             trace = self._arbiter.trace(total)
         else:
@@ -298,6 +302,10 @@ class Member(Products):
     def before_trial(self) -> None:
         """See EnsembleLinearization."""
         self._ensemble.before_trial()
+
+    def doubt(self) -> None:
+        """See EnsembleLinearization."""
+        self._ensemble.doubt()
 
     def parameters_unchanged(self) -> None:
         """See EnsembleLinearization."""

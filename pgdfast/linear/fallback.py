@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
+
+import torch
 
 from .adjoint import Flat, disagreement
 from .announce import depth_of_caller, rules_disagree
 from .double_backward import DoubleBackward, Learned, double_backward
 
 _STRUCTURES_KEPT = 64
+
+
+def _flat(found) -> Flat:
+    return found.flat() if hasattr(found, "flat") else Flat(found.jvp, found.vjp)
+
+
+def _finite(trace):
+    """The trace with zeros for constants that are not finite; None where all are."""
+    constants, changed = list(trace.constants), False
+    for k, c in enumerate(constants):
+        if isinstance(c, torch.Tensor):
+            if c.is_floating_point() and not bool(c.isfinite().all()):
+                once = c.detach()[tuple([slice(None) if stride else slice(1) for stride in c.stride()])]
+                numbers = torch.empty_strided(once.shape, once.stride(), dtype=c.dtype, device=c.device)
+                numbers.copy_(once.nan_to_num(0.0, 0.0, 0.0))   # in the layout that the program knows
+                constants[k], changed = numbers.as_strided(c.shape, c.stride()), True
+        elif not math.isfinite(c):
+            constants[k], changed = 0.0, True
+    return replace(trace, constants=constants) if changed else None
 
 
 class Arbiter:
@@ -22,18 +45,30 @@ class Arbiter:
         self._learned: dict[int, Learned] = {}
         self._accusation = ""   # of rules; said once autograd has borne it out
 
-    def agrees(self, plan, products: Flat, trace, result) -> bool:
-        """Whether a plan's products are those of autograd; the plan remembers it."""
+    def judged(self, plan, found, linearize, trace, result):
+        """A trace's linearization where its products are those of autograd, else None; the plan remembers it.
+
+        linearize: makes one of another trace of that structure.
+
+        Autograd's `where`, and every other operation that takes some of several numbers, drops what is not finite behind a
+        number that it does not take, where a product with zero does not. Then numbers in place of those constants do no harm.
+        """
         if plan.agrees is None and self.check != "never":
-            found = disagreement(products, trace, self._params, result)
+            wrong = disagreement(_flat(found), trace, self._params, result)
             plan.release()
-            if found is not None:
-                names = trace.structure.suspects(set(found.parameters) or set(range(len(self._params))))
-                self._accusation = rules_disagree(names, found.parameters, self._params)
+            clean = _finite(trace) if wrong is not None and wrong.finite else None
+            if clean is not None:
+                found = linearize(clean)
+                wrong = disagreement(_flat(found), clean, self._params, result)
+                plan.release()
+                plan.hides = wrong is None
+            if wrong is not None:
+                names = trace.structure.suspects(set(wrong.parameters) or set(range(len(self._params))))
+                self._accusation = rules_disagree(names, wrong.parameters, self._params)
                 plan.agrees = False
-            elif self.check == "first":
+            elif self.check == "first" and not plan.hides:
                 plan.agrees = True
-        return plan.agrees is not False
+        return found if plan.agrees is not False else None
 
     def trace(self, result, allow_sync: bool = True):
         """What a closure returned, read without rules, where they do not agree."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from operator import attrgetter
 
 import torch
 
 from .. import kernels
 from ..tape import Tracer, has_complex, real_size, real_views
-from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
 from .chained import Chained
 from .double_backward import Widened
@@ -23,6 +23,7 @@ _announced: set[str] = set()
 
 
 UNKNOWN = object()   # a row layout that nobody has asked for
+_SEARCHES, _SEARCH = 3, 5e5   # searches for rows at other positions; what one takes per instruction, in operations of products
 _version = attrgetter("_version")
 
 
@@ -31,12 +32,12 @@ class Plan:
 
     bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
     others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
-    that was not looked at.
+    that is to be looked at. hides: were constants that are not finite behind what a `where` does not take?
     """
 
     __slots__ = (
-        "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
-        "kernels", "layout", "live", "mixing", "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_searches", "_separation", "_whole", "_wide", "agrees", "bound",
+        "choices", "hides", "kernels", "layout", "live", "mixing", "program",
     )
     chains = True   # may the kernels be those of a chain?
 
@@ -46,7 +47,8 @@ class Plan:
         self._separation: Separation | None = None
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
-        self.layout, self.choices, self.live, self.agrees = UNKNOWN, {}, None, None
+        self.layout, self.choices, self.live, self.agrees, self.hides = UNKNOWN, {}, None, None, False
+        self._searches = 0
 
     def bind(self, constants, member: int | None = None):
         """The kernels with these constants, of one member where these are an ensemble's."""
@@ -63,7 +65,8 @@ class Plan:
     def row_layout(self, constants) -> RowLayout | None:
         """The row layout, found when first asked for; None if the residuals do not separate.
 
-        Where a gather reads the workspace it depends on the positions, and is found anew when those change.
+        Where a gather reads the workspace it depends on the positions, and is found anew when those change; where they change
+        at every step, and J of few columns takes less than to find rows, there are none.
         """
         if self.layout is not UNKNOWN and not self.mixing:
             return self.layout
@@ -84,6 +87,9 @@ class Plan:
 
     def _separated(self, constants) -> Separation:
         if self._base is None:
+            self._searches += 1
+            if self._searches > _SEARCHES and self._cheap():
+                return Separation(None)
             before = self._separation
             if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
                 return Separation(row_layout(self.program, constants), None, before.reason)
@@ -92,6 +98,13 @@ class Plan:
             return separation(self.program, constants, chains)
         self._base.row_layout(constants)
         return self._base._separation
+
+    def _cheap(self) -> bool:
+        """Whether J by products takes less than to find rows."""
+        whole = self._whole
+        few = min(whole.num_residuals, whole.num_parameters)
+        products = self._device.type == "cpu" and whole.fused and whole.has_columns
+        return products and few * whole.flops < _SEARCH * len(self.program.instructions)
 
     def _take(self, found: Separation) -> None:
         """Let the kernels be those of these rows."""
@@ -176,7 +189,11 @@ class Linearizer:
         if trace.program is not None:
             plan = self._plan_of(trace)
             found = Linearization(trace, self.reals, None, plan, self._tracer, scalar)
-            if plan.agrees or not allow_sync or self._arbiter.agrees(plan, Flat(found.jvp, found.vjp), trace, result):
+            if plan.agrees or not allow_sync:
+                return found
+            again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self._tracer, scalar=scalar)
+            found = self._arbiter.judged(plan, found, again, trace, result)
+            if found is not None:
                 return found
             trace = self._arbiter.trace(result, allow_sync)
         else:
@@ -258,6 +275,11 @@ class Bound:
         if plan is None:
             return self._operator
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
+
+    def doubt(self) -> None:
+        """Compare the next tape of this structure with autograd, since products with J are not finite."""
+        if self._plan is not None and self._plan.agrees:
+            self._plan.agrees = None
 
     @property
     def sync_reason(self) -> str:

@@ -71,6 +71,9 @@ class Linearization(Protocol):
     def parameters_unchanged(self) -> None:
         """Declare the parameters to be, bit for bit, those of the linearization (after undoing a trial step)."""
 
+    def doubt(self) -> None:
+        """Say that products with J are not finite: the next tape of the same structure is compared with autograd."""
+
     def widened(self) -> Linearization:
         """The same linearization with products in float64, or itself where that is not to be had.
 

@@ -57,18 +57,21 @@ def row_layout(program: Program, constants=()) -> RowLayout | None:
 def _candidates(program: Program):
     """(rows, outputs) of every residual block, the finest first.
 
-    Rows are leading dimensions of the residuals. Where those are flat, as function transforms leave them, an instruction may
-    still know how many outputs a row has.
+    Rows are leading dimensions of the residuals. Where those are flat, as function transforms and r.T @ r leave them, an
+    instruction may still know how many outputs a row has.
     """
     shapes = program.residual_shapes
+    flat = all(shape.numel() == max(shape, default=1) for shape in shapes)
     deepest = max((len(shape) for shape in shapes), default=0)
-    for depth in range(deepest, 0, -1):
-        yield [(math.prod(shape[:depth]), math.prod(shape[depth:])) for shape in shapes]
-    if deepest == 1:
+    leading = [[(math.prod(shape[:depth]), math.prod(shape[depth:])) for shape in shapes] for depth in range(deepest, 0, -1)]
+    single = [split for split in leading if all(outputs == 1 for _, outputs in split)]
+    yield from single[:1]
+    if flat:
         widths = {n for op in program.instructions if op.kind == MATMUL for n in op.extents[0][:4]}
         for width in sorted(widths):
             if width > 1 and all(shape.numel() % width == 0 and shape.numel() > width for shape in shapes):
                 yield [(shape.numel() // width, width) for shape in shapes]
+    yield from (split for split in leading if split not in single)
 
 
 def _propagate(program: Program, splits, constants) -> dict[int, np.ndarray] | None:

@@ -240,6 +240,8 @@ class HostStep:
         report.momentum = 0.0 if m.prior is None else self.options.momentum
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
         report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        if solution.status == "not_finite":
+            self._networks.lin.doubt()
         if self.options.constraint is not None:
             self.parameters.constrain(m.number, solution.step)
 

@@ -291,6 +291,90 @@ def test_no_false_alarms(problem, dtype):
             pgdfast.linearize(closure, model.parameters(), check="every")
 
 
+NO_DATA = torch.arange(36).view(9, 4) % 5 == 0        # entries
+NO_ROW = torch.arange(9)[:, None].expand(9, 4) == 4   # one row
+HOLES = Y.masked_fill(NO_DATA, torch.nan)
+NOT_FINITE = {   # of outputs z (9, 4): autograd's gradient is finite, or it is not, or only in places
+    "nansum": lambda z: torch.nansum((z - HOLES) ** 2),
+    "nanmean": lambda z: torch.nanmean((z - HOLES) ** 2),
+    "nansum of residuals": lambda z: torch.nansum(z - HOLES, 1),
+    "nan_to_num": lambda z: torch.nan_to_num(z - HOLES),
+    "safe softmax": lambda z: torch._safe_softmax(z.masked_fill(NO_ROW, -torch.inf), 1) - 0.1,
+    "where data are": lambda z: torch.where(NO_DATA, 0.0, z - HOLES),
+    "where data are, squared": lambda z: torch.where(NO_DATA, 0.0, (z - HOLES) ** 2).mean(),
+    "roots": lambda z: torch.where(z > 0, z.sqrt(), 0 * z),
+    "arc cosines": lambda z: torch.where(z.abs() < 0.5, z.acos(), z),
+    "norms": lambda z: (z * ~NO_ROW).norm(dim=1),
+    "norms of masked": lambda z: (z.relu().square() * ~NO_ROW).sum(1).sqrt(),
+}
+SELECTED = {   # what is not finite stands behind what is not taken
+    "softmax of nothing": lambda z: torch.softmax(z.masked_fill(NO_ROW, -torch.inf), 1).masked_fill(NO_ROW, 0.0),
+    "softmax of nothing, where": lambda z: torch.where(NO_ROW, 0.0, torch.softmax(z.masked_fill(NO_ROW, -torch.inf), 1)),
+    "logsumexp of nothing": lambda z: torch.logsumexp(z.masked_fill(NO_ROW, -torch.inf), 1).nan_to_num(0.0, 0.0, 0.0),
+    "safe quotients": lambda z: torch.where(NO_DATA, 0.0, torch.where(NO_DATA, 1.0, z) ** 2 / ~NO_DATA),
+    "root of what is clamped": lambda z: z.clamp_min(0).sqrt(),
+    "norm of rectified": lambda z: (z - 9.0 * NO_ROW).relu().square().sum(1).sqrt(),
+    "filled": lambda z: (z.masked_fill(NO_DATA, torch.nan) ** 2).masked_fill(NO_DATA, 0.0),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("nested", [0, 1])
+@pytest.mark.parametrize("name", [*NOT_FINITE, *SELECTED])
+def test_what_is_not_finite(name, nested, backend):
+    """No rule is accused, and where autograd is finite so are the products, and right."""
+    model, x = mlp(3, 5, 4), X.clone().requires_grad_()
+    params, form = list(model.parameters()), (NOT_FINITE | SELECTED)[name]
+
+    def closure():
+        z = form(model(x))
+        return gradient(z.sin(), x) if nested else z
+
+    linearizer = Linearizer(params, backend)
+    for visit in range(3):
+        result = closure()
+        if not bool(result.isfinite().all()):
+            assert nested and name not in SELECTED
+            return
+        u = rand(*result.shape, seed=visit) if result.dim() else torch.ones_like(result)
+        expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(result, params, u)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lin = linearizer(closure)
+        found = lin.vjp(u.reshape(-1)) if result.dim() else lin.gradient()
+        finite = expected.isfinite()
+        if not bool(finite.all()):
+            assert name not in SELECTED
+            finite &= found.isfinite()   # a product with 0 drops no NaN
+        assert lin.kernels().name != "double-backward" and relative(found[finite], expected[finite]) < 1e-12
+        if name in SELECTED:
+            v = rand(len(expected), seed=visit)
+            assert abs(lin.jvp(v) @ u.reshape(-1) - v @ expected) < 1e-10
+        perturb(params, seed=visit)
+
+
+def test_a_step_that_fails_for_what_is_not_finite_is_looked_at_the_next_time():
+    """A row that is rectified away only later: its norm has no derivative, which the rectifier does not take."""
+    model = mlp(3, 5, 4)
+    optimizer, status = pgdfast.LM(model.parameters()), []
+    for k in range(4):
+        shift = 3 - 13.0 * NO_ROW if k else 3.0
+        optimizer.step(lambda shift=shift: (model(X) + shift).relu().square().sum(1).sqrt() - 1)
+        status.append(optimizer.report.status)
+    assert status == ["accepted", "failed", "accepted", "accepted"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wrong_rule_is_seen_beside_what_is_not_finite(backend, wrong):
+    """Element by element: autograd has no gradient of the first layer here, and one of the bias behind it."""
+    wrong("TanhBackward0", false_tanh)
+    model, ends = mlp(3, 5, 4), torch.arange(4) == 3
+    for form in (lambda z: NOT_FINITE["roots"](z[:, :1]), SELECTED["softmax of nothing"]):
+        closure = lambda form=form: torch.cat([form(model(X)), model(X).tanh() * ends], 1)  # noqa: E731
+        with pytest.warns(UserWarning, match=ALARM):
+            pgdfast.linearize(closure, model.parameters(), backend=backend)
+
+
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_products_in_less_than_float32_are_allowed_for(precision, monkeypatch):
     model = mlp(3, 5, 4, dtype=torch.float32)

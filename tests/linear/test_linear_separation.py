@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, TIGHT, gradient, mlp, parameters, rand, relative
+from helpers import BACKENDS, TIGHT, gradient, jacobian_agreement, mlp, parameters, rand, relative
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.linear import EnsembleLinearizer, Linearizer
+from pgdfast.linear import EnsembleLinearizer, Linearizer, linearization
 
 N = 36
 MASK = (rand(9, 9, seed=5) > 0).double()
@@ -309,3 +309,37 @@ def test_an_optimizer_goes_the_way_of_the_reference():
             optimizer.step(lambda: closure(step % 2))   # noqa: B023
         finals.append(torch.cat([p.detach().reshape(-1) for p in params]))
     assert relative(finals[0], finals[2]) < 1e-8 and relative(finals[1], finals[2]) < 1e-8
+
+
+@pytest.mark.parametrize("loss", [
+    lambda r: (r.reshape(-1, 1).T @ r.reshape(-1, 1)).squeeze(), lambda r: (r.reshape(1, -1) @ r.reshape(1, -1).T).squeeze(),
+    lambda r: r.flatten() @ r.flatten(), lambda r: r.reshape(1, 1, -1).square().sum(),
+])
+def test_residuals_in_one_row_or_column_are_rows_of_what_makes_them(loss):
+    """What is flat but for dimensions of 1 has the rows of the matrix product before it."""
+    model, x, y = mlp(3, 6, 2), rand(10, 3, seed=1), rand(10, 2, seed=2)
+    params = list(model.parameters())
+    lin = pgdfast.linearize(lambda: loss(model(x) - y), params)
+    assert (lin.row_layout().num_rows, lin.row_layout().max_outputs) == (10, 2)
+    assert jacobian_agreement(Linearizer(params), lambda: loss(model(x) - y), params) < 1e-12
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("width, searches", [(6, 3), (400, 8)])
+def test_rows_are_not_looked_for_at_every_step_where_products_are_cheaper(width, searches, wide, monkeypatch):
+    """A mask of the residuals that changes from step to step: of small networks J is made by columns after a few steps."""
+    model, count = mlp(3, width, 2, dtype=torch.float32 if wide else torch.float64), []
+    params, x, y = list(model.parameters()), rand(30, 3, seed=1), rand(30, 2, seed=2)
+    x, y = x.to(params[0].dtype), y.to(params[0].dtype)
+    find = linearization.separation
+    monkeypatch.setattr(linearization, "separation", lambda *given: count.append(0) or find(*given))
+    linearizer = Linearizer(params, "native")
+    for step in range(8):
+        kept = torch.randperm(60, generator=torch.Generator().manual_seed(step)) < 40
+        closure = lambda kept=kept: (model(x) - y).flatten()[kept]  # noqa: E731
+        lin, ref = linearizer(closure), reference.linearize(closure, params)
+        lin = lin.widened() if wide else lin
+        assert (lin.row_layout() is None) == (step >= searches)
+        pairs = [(lin.dense(), ref.dense()), (lin.gram(), ref.gram()), (lin.gradient(), ref.vjp(ref.residual))]
+        assert max(relative(a, b) for a, b in pairs) < (1e-5 if wide else 1e-12)
+    assert len(count) == searches
