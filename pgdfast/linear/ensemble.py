@@ -11,7 +11,8 @@ from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
 from .adjoint import Flat
-from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
+from .linearization import Bound, Linearizer, Products, flat_residuals
+from .plan import Plan
 
 
 class EnsembleLinearizer(Linearizer):
