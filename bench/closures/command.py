@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -56,7 +57,9 @@ def main(argv=None) -> int:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record(outcomes, arguments, seconds), indent=1) + "\n")
-        print(f"wrote {path}")
+        page = path.with_suffix(".md")
+        page.write_text("\n".join(["# Closures, by kind", "", "```", *summary(outcomes), "```", "", *by_kind(outcomes)]) + "\n")
+        print(f"wrote {path} and {page}")
     return int(any(outcome.failed for outcome in outcomes))
 
 
@@ -125,6 +128,24 @@ def summary(outcomes) -> list[str]:
     found += [f"  {o.verdict}: {o.label}: {o.message[:160]}" for o in outcomes if o.failed]
     found += [f"  slow: {label}: {why}" for label, why in slow.items()]
     return found
+
+
+def by_kind(outcomes) -> list[str]:
+    """A table of verdicts, paths and times, a row per kind."""
+    lines = [
+        "| kind | closures | right | raise, as they should | rules: rows, whole | double backward | LM / Adam: median, most "
+        "| LM / by hand: median, most |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(o.label.split("/")[0] for o in outcomes):
+        ours = [o for o in outcomes if o.label.split("/")[0] == kind]
+        counts = [sum(o.verdict == verdict for o in ours) for verdict in (runner.RIGHT, runner.EXPECTED)]
+        paths = [sum(o.path == path for o in ours) for path in (runner.SEPARATED, runner.COUPLED, runner.FALLBACK)]
+        times = [[t for o in ours if (t := getattr(o, name)) is not None] for name in ("over_adam", "over_hand")]
+        spread = [f"{median(t):.2f}, {max(t):.2f}" if t else "" for t in times]
+        lines.append(f"| {kind} | {len(ours)} | {counts[0]} | {counts[1]} | {paths[0]}, {paths[1]} | {paths[2]} "
+                     f"| {spread[0]} | {spread[1]} |")
+    return lines
 
 
 def record(outcomes, arguments, seconds) -> dict:
