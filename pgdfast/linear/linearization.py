@@ -287,6 +287,8 @@ class Bound:
             return f"there is no tape rule for {self._missing}"
         if self._plan.mixing:
             return "the closure picks rows of what the model computed, and which rows decides how residuals separate"
+        if self._plan.hides:
+            return "an operation of the closure has no finite derivative where a later one does not take its result"
         return ""
 
     def widened(self):
