@@ -73,7 +73,7 @@ class CapturedStep:
         optimizer._opt_called = True   # for learning-rate schedulers
         numbers = device_step.numbers.clone()
         optimizer.report = LateReport(lambda: device_step.report(numbers))
-        return numbers[len(device_step.fields)].to(self._params[0].dtype)
+        return numbers[len(device_step.fields)].to(self._params[0].dtype.to_real())
 
     def settle(self) -> None:
         """Bring mu, the rule's memory and the count of steps into the optimizer's memory. Waits for the device."""

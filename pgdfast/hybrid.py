@@ -116,7 +116,8 @@ class Hybrid(torch.optim.Optimizer):
         with torch.enable_grad():
             loss, empty = _half_square(closure(), self.lm.returned_loss)
         value = loss.item()
-        report = Report(value, parameters=sum(p.numel() for p in _parameters(self.first_order) if p.requires_grad))
+        sizes = [p.numel() * (1 + p.is_complex()) for p in _parameters(self.first_order) if p.requires_grad]
+        report = Report(value, parameters=sum(sizes))
         report.solver, report.reason = type(self.first_order).__name__, self.why
         if empty:
             report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"

@@ -81,7 +81,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
     functions of the model's outputs take the generalized Gauss-Newton matrix.
 
     Args:
-        params: tensors or parameter groups; groups may have their own lr and weight_decay.
+        params: tensors or parameter groups; groups may have their own lr and weight_decay. A complex tensor counts as its real
+            and imaginary parts, as in torch.optim: two numbers for each entry, each with a column of J.
         lr (float or tensor, default 1): step length. 1 is the full step; smaller for new batches at every step. A rate kept
             from Adam, such as 1e-3, makes LM a thousand times slower.
         damping (float >= 0 or callable, default 1e-2): mu to begin with; a callable step -> mu goes with
@@ -169,7 +170,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
-        return as_operations(lambda: self._step(closure))
+        return as_operations(self._step, closure)
 
     def _step(self, closure) -> torch.Tensor:
         step = self._begin(closure)

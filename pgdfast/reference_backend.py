@@ -73,7 +73,8 @@ class ReferenceNetworks:
         finally:
             replay.finish()
         self.losses = [float(m.loss) if m is not None else loss for m, loss in zip(self._members, self.losses, strict=True)]
-        self.loss = torch.tensor(self.losses, dtype=torch.float64, device=self._params[0].device).to(self._params[0].dtype)
+        first = self._params[0]
+        self.loss = torch.tensor(self.losses, dtype=torch.float64, device=first.device).to(first.dtype.to_real())
         self.lin = self
         known = next((m for m in self._members if m is not None), None)
         self.num_residuals = 0 if known is None else known.num_residuals
@@ -172,7 +173,7 @@ class _ReferenceLinearization:
 
     def __init__(self, found, params: list[torch.Tensor]):
         self.reference, self._params = found, params
-        self.loss = found.loss.detach().to(params[0].dtype)
+        self.loss = found.loss.detach().to(params[0].dtype.to_real())
         self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
 
     def before_trial(self) -> None:

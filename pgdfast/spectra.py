@@ -273,7 +273,7 @@ class Probe:
                 f"pgdfast.{self.name}: {copies} matrices of M x M for M = {M:,} residuals take {8e-9 * copies * M * M:.3g} GB "
                 f"and {1e-9 * free:.3g} GB are free; let the closure return fewer residuals, those of some of the samples."
             )
-        if wide and params[0].dtype == torch.float32:
+        if wide and params[0].dtype.to_real() == torch.float32:
             lin = lin.widened()
         return lin.gram(), lin.residual
 

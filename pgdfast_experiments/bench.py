@@ -66,11 +66,11 @@ def run(arguments):
     find(Path.cwd())
     output = prepare(arguments)
     return in_tree(["--output", str(output), "--rounds", str(arguments.rounds),
-                    *(["--quick"] if arguments.quick else []), *arguments.problems])
+                    *(["--quick"] if arguments.quick else []), *arguments.problems], str(output))
 
 
-def in_tree(argv):
-    """Run `python -m bench` with these words in the source tree; returns its exit code."""
+def in_tree(argv, results="bench/results"):
+    """Run `python -m bench` with these words in the source tree; returns its exit code. results: where it writes."""
     with subprocess.Popen([sys.executable, "-m", "bench", *argv], cwd=find(Path.cwd())) as process:
         code = None
         while code is None:
@@ -80,8 +80,8 @@ def in_tree(argv):
                 continue
     if code < 0:
         raise WriteError(
-            f"signal {-code} ended the benchmarks before they wrote their results (9 is often a lack of memory); results of "
-            "earlier runs are as they were"
+            f"signal {-code} ended the benchmarks before they wrote their results (9 is often a lack of memory); results of an "
+            f"earlier run in {results!r} are as they were"
         )
     return code
 

@@ -92,6 +92,7 @@ REWEIGHTED = {   # piecewise linear: reweighted, h = f'/a
     "1-norm": of(lambda r: torch.linalg.vector_norm(r, 1)),
     "laplace": lambda z: -torch.distributions.Laplace(z, 0.3).log_prob(Y).mean(),
     "quantile": of(lambda r: torch.maximum(0.3 * r, -0.7 * r).mean()),
+    "quantile, written twice": lambda z: torch.maximum(0.9 * (Y - z), -0.1 * (Y - z)).mean(),
     "quantile by max": lambda z: (lambda e: torch.max(0.3 * e, (0.3 - 1) * e).mean())(Y - z),
     "quantile by clamp": of(lambda r: (0.3 * r.clamp(min=0) + 0.7 * (-r).clamp(min=0)).sum()),
     "quantile by relu": of(lambda r: (0.3 * F.relu(r) + 0.7 * F.relu(-r)).sum()),

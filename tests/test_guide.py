@@ -102,7 +102,7 @@ def test_the_readme_prints_what_it_says_and_adam_ends_where_it_says(capsys):
 
 def test_the_loop_in_the_readme_is_that_of_lm():
     said = [line.split("#")[0].strip() for line in blocks_of(README)[2].splitlines()]
-    source = [line.split("#")[0].strip() for line in inspect.getsource(pgdfast.LM.step).splitlines()]
+    source = [line.split("#")[0].strip() for line in inspect.getsource(pgdfast.LM._step).splitlines()]
     first = source.index(said[0])
     assert len(said) == 6 and source[first:first + 6] == said
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..tape import real_gradient, real_views
+
 CHECKS = ("first", "every", "never")
 
 
@@ -75,18 +77,20 @@ def disagreement(products, trace, params, result, adjoint: bool = True) -> Disag
     scalar = isinstance(result, torch.Tensor) and result.dim() == 0
     size = float(torch.linalg.vector_norm(r, dtype=torch.float64))
     w = _cotangent(r, scalar and 0 < size < math.inf, generator)
-    pulled = products.vjp(w) if r.numel() else r.new_zeros(sum(p.numel() for p in params))
+    reals = real_views(params)
+    pulled = products.vjp(w) if r.numel() else r.new_zeros(sum(p.numel() for p in reals))
     found = pulled
     if scalar:
         found = products.vjp(r) if r.numel() else pulled
     expected = None
-    if not trace.structure.hides and not (scalar and size == 0):   # at an exact fit autograd has one of many slopes of a kink
+    exact = scalar and r.numel() > 0 and size == 0   # where autograd has one of many slopes of a kink
+    if not trace.structure.hides and not exact:
         expected = _gradient(result if isinstance(result, (tuple, list)) else [result], None if scalar else w, params)
-    squares = sum(float(p.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum()) for p in params)
+    squares = sum(float(p.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum()) for p in reals)
     norm = max(squares, float(pulled.numel()), 1.0) ** 0.5
     length = float(torch.linalg.vector_norm(w, dtype=torch.float64))
     natural = length * (size if 0 < size < math.inf else length) / norm   # of J^T w, where J is about r over the parameters
-    wrong = [] if expected is None else _wrong(trace, params, count, (tolerance, natural), found, pulled, expected)
+    wrong = [] if expected is None else _wrong(trace, reals, count, (tolerance, natural), found, pulled, expected)
     if not adjoint or not r.numel():
         return Disagreement(wrong, False, _finite(expected)) if wrong else None
     v = torch.randn(pulled.numel(), generator=generator).to(pulled)
@@ -117,7 +121,10 @@ def _cotangent(r: torch.Tensor, as_residuals: bool, generator) -> torch.Tensor:
 
 
 def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | None]:
-    """Autograd's J^T w of tensors, w laid out as the residuals are, None for 1; None for parameters that are not reached."""
+    """Autograd's J^T w of tensors by the parameters' real numbers, w laid out as the residuals are, None for 1.
+
+    None for parameters that are not reached.
+    """
     cotangents = [None] * len(results)
     if w is not None:
         parts = w.split([t.numel() for t in results])
@@ -138,7 +145,7 @@ def _gradient(results, w: torch.Tensor | None, params) -> list[torch.Tensor | No
             ) from error
         raise
     gradients = [next(found) if p.requires_grad else None for p in params]
-    return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in gradients]
+    return [g if g is None else real_gradient(g if g.layout is torch.strided else g.to_dense()) for g in gradients]
 
 
 def _wrong(trace, params, count: int, limits, found, pulled, expected) -> list[int]:

@@ -146,7 +146,8 @@ class Chained(Traits):
                     part = J_q[:, start:end] * slopes[start:end]
                     parts[p] = parts[p] + part if p in parts else part
                 start = end
-        return torch.cat(list(parts.values()), 1) if len(parts) > 1 else parts[self._chain.owned[0]]
+        # None of them where the quantities are sums of nothing.
+        return torch.cat([J_q[:, :0], *parts.values()], 1) if len(parts) != 1 else parts[self._chain.owned[0]]
 
     def _factors(self) -> list[float]:
         """Of every scaled quantity the number that its parameter is multiplied with."""

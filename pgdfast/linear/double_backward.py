@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..kernels.errors import out_of_memory
 from ..kernels.protocol import Traits
+from ..tape import real_gradient, real_size, shaped_as
 from .adjoint import Flat, disagreement, tolerance_of
 
 # What autograd says where a backward pass cannot be differentiated, and where a tensor that it needs was written over.
@@ -87,7 +88,8 @@ class DoubleBackward(Traits):
         self._tolerance = tolerance_of(trace)
         self._shapes = [block.residual.shape for block in trace.blocks]
         self._sizes = [shape.numel() for shape in self._shapes]
-        M, P = sum(self._sizes), sum(p.numel() for p in params)
+        self._numbers = [real_size(p) for p in params]
+        M, P = sum(self._sizes), sum(self._numbers)
         self.num_residuals, self.num_parameters = M, P
         structure = trace.structure
         numbers, nodes = structure.num_outputs(), _NODE * len(structure.wanted)
@@ -164,17 +166,17 @@ class DoubleBackward(Traits):
             cotangents = [(sign * scaled[k]).to(self._blocks[k].residual.dtype) for _, k, sign in asked]
             pulled = _grad([output for output, _, _ in asked], self._params, cotangents, bool(lead))
         return torch.cat([
-            u.new_zeros(*lead, p.numel()) if g is None else _strided(g).reshape((*lead, p.numel())).to(self._dtype)
-            for g, p in zip(pulled, self._params, strict=True)
+            u.new_zeros(*lead, size) if g is None else real_gradient(_strided(g)).reshape((*lead, size)).to(self._dtype)
+            for g, size in zip(pulled, self._numbers, strict=True)
         ], -1)
 
     def _pushed(self, v: torch.Tensor) -> torch.Tensor:
         """J v; for a batch (K, P), too."""
         lead = v.shape[:-1]
         pulled, cotangents = self._pullback()
-        parts = v.split([p.numel() for p in self._params], -1)
+        parts = v.split(self._numbers, -1)
         pairs = [
-            (g, part.reshape((*lead, *p.shape)).to(g.dtype))
+            (g, shaped_as(p, part).to(g.dtype))
             for g, part, p in zip(pulled, parts, self._params, strict=True)
             if g is not None and g.requires_grad
         ]

@@ -11,7 +11,8 @@ from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
 from .adjoint import Flat
-from .linearization import Bound, Linearizer, Plan, Products, flat_residuals
+from .linearization import Bound, Linearizer, Products, flat_residuals
+from .plan import Plan
 
 
 class EnsembleLinearizer(Linearizer):
@@ -80,7 +81,7 @@ class EnsembleLinearizer(Linearizer):
             for value in (0, 1):
                 v = torch.randn(self.count, operator.num_parameters // self.count, generator=generator)
                 v = v.to(self._tracer.dtype) * ((number >> bit) % 2 == value)[:, None]
-                u = operator.jvp(scattered_parameters(v.to(self.params[0].device), self.params)).cpu()
+                u = operator.jvp(scattered_parameters(v.to(self.params[0].device), self.reals)).cpu()
                 found.append((u != 0) & torch.isfinite(u))
                 certain &= bool(torch.isfinite(u).all())
             if bool((found[0] & found[1]).any()):
@@ -154,7 +155,7 @@ class EnsembleLinearization(Bound):
     def __init__(self, linearizer, trace, losses, operator, plan, order):
         self.scalar, self.separates = False, plan is not None and plan.members is not None
         constants = [trace.constants[k] for k in plan.members.sources] if self.separates else trace.constants
-        super().__init__(trace, linearizer.params, operator, plan, linearizer._tracer, constants)
+        super().__init__(trace, linearizer.reals, operator, plan, linearizer._tracer, constants)
         self.count, self._order, self.residuals_need_tape = linearizer.count, order, losses is not None
         self.residual = gathered(trace.residual, order, self.count)
         self.loss = 0.5 * self.residual.square().sum(1) if losses is None else losses

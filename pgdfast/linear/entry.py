@@ -12,9 +12,9 @@ def linearize(closure, params, *, backend: str = "auto", check: str = "first") -
     """Linearize a closure at the current parameters.
 
     closure: callable that returns a loss or residuals, as for LM.step. params: tensors with requires_grad, whose
-    concatenation is the flat parameter vector. backend: as for LM. check: "first" or "every" compares products with autograd's
-    gradient, "never" only where hooks or Functions of the user's take part. Cost: one run of the closure, and with a check
-    three products and one backward pass.
+    concatenation is the flat parameter vector, complex ones as pairs of real numbers side by side. backend:
+    as for LM. check: "first" or "every" compares products with autograd's gradient, "never" only where hooks or Functions of
+    the user's take part. Cost: one run of the closure, and with a check three products and one backward pass.
     Raises ValueError for results that cannot be linearized and for a non-finite loss.
     """
     params = [p for p in params if p.requires_grad]
@@ -24,4 +24,4 @@ def linearize(closure, params, *, backend: str = "auto", check: str = "first") -
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
     linearizer = Linearizer(params, name, checked(check, "linearize"))
-    return as_operations(lambda: linearizer(closure))
+    return as_operations(linearizer, closure)

@@ -73,14 +73,15 @@ def linearize(closure: Callable, params: Sequence[Tensor]) -> Linearization:
             or list of tensors (the loss is then 1/2 ||r||^2), or a 0-dim loss: weighted squares,
             cross-entropies, any sum of convex functions of what a model computes; see tails.py.
         params: leaf tensors that require gradients; their order defines the flat vector of P
-            numbers, each laid out by ``p.reshape(-1)``. Their data, dtype and ``.grad`` are the
+            numbers, each laid out by ``p.reshape(-1)``, a complex one as its real and imaginary
+            parts side by side. Their data, dtype and ``.grad`` are the
             same tensors afterwards. A parameter that the loss does not reach has zero columns.
 
     Returns:
         The linearization; M may be 0.
 
     Raises:
-        ValueError: the parameters are not distinct real leaves that require gradients; the result
+        ValueError: the parameters are not distinct leaves that require gradients; the result
             is of no known form, has a negative weight, does not depend on the parameters, is not
             finite, or its tape was freed by a backward() inside the closure.
 
@@ -121,7 +122,8 @@ def residual(closure: Callable, params: Sequence[Tensor]) -> tuple[Tensor, Tenso
         with Float64():
             result = closure()
         loss, blocks, _ = _read(result, params)
-    return loss.detach(), torch.cat([params[0].new_zeros(0).double(), *(b.residual.detach().reshape(-1) for b in blocks)])
+    empty = params[0].new_zeros(0, dtype=torch.float64)
+    return loss.detach(), torch.cat([empty, *(b.residual.detach().reshape(-1) for b in blocks)])
 
 
 def _check_parameters(params: list[Tensor]) -> None:
@@ -130,9 +132,9 @@ def _check_parameters(params: list[Tensor]) -> None:
     if len({id(p) for p in params}) < len(params):
         raise ValueError("pgdfast.reference: params holds the same tensor twice; pass it once")
     for i, p in enumerate(params):
-        if not (p.is_leaf and p.requires_grad and p.is_floating_point()):
+        if not (p.is_leaf and p.requires_grad and (p.is_floating_point() or p.is_complex())):
             raise ValueError(
-                f"pgdfast.reference: params[{i}] must be a real floating-point leaf tensor with "
+                f"pgdfast.reference: params[{i}] must be a floating-point leaf tensor with "
                 f"requires_grad=True; got dtype {p.dtype}, is_leaf={p.is_leaf}, "
                 f"requires_grad={p.requires_grad}"
             )
@@ -188,9 +190,9 @@ def _as_loss(result: Tensor, params: list[Tensor]) -> list[Block] | None:
 
 def _assemble(blocks: list[Block], params: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack r and J = S^T dz/dtheta over the blocks."""
-    num_parameters = sum(p.numel() for p in params)
-    residuals = [params[0].new_zeros(0)]
-    jacobians = [params[0].new_zeros(0, num_parameters)]
+    num_parameters = sum(_real(p.detach()).numel() for p in params)
+    residuals = [params[0].new_zeros(0, dtype=torch.float64)]
+    jacobians = [params[0].new_zeros(0, num_parameters, dtype=torch.float64)]
     for block in blocks:
         residuals.append(block.residual.reshape(-1))
         jacobians.append(block.root(_differentiate(block, params)).reshape(-1, num_parameters))
@@ -199,7 +201,7 @@ def _assemble(blocks: list[Block], params: list[Tensor]) -> tuple[Tensor, Tensor
 
 def _differentiate(block: Block, params: list[Tensor]) -> Tensor:
     """dz/dtheta of shape (*Z, P), one backward pass for each element of z."""
-    rows = block.residual.new_zeros(block.residual.numel(), sum(p.numel() for p in params))
+    rows = block.residual.new_zeros(block.residual.numel(), sum(_real(p.detach()).numel() for p in params))
     outputs = [edge for edge, _ in block.edges]
     for i in range(len(rows) if outputs else 0):
         unit = torch.zeros_like(block.residual, memory_format=torch.contiguous_format)
@@ -213,8 +215,13 @@ def _differentiate(block: Block, params: list[Tensor]) -> Tensor:
         )
         rows[i] = torch.cat(
             [
-                p.new_zeros(p.numel()) if g is None else g.to_dense().reshape(-1)
+                _real(torch.zeros_like(p) if g is None else g.to_dense())
                 for p, g in zip(params, gradients, strict=True)
             ]
         )
     return rows.view(*block.residual.shape, rows.shape[1])
+
+
+def _real(t: Tensor) -> Tensor:
+    """A tensor's numbers, flat, a complex one as its real and imaginary part."""
+    return (torch.view_as_real(t.resolve_conj().resolve_neg()) if t.is_complex() else t).reshape(-1)

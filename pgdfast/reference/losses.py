@@ -123,11 +123,11 @@ def _curved(node: Node, cotangent: Tensor, varying: set[Node]) -> Block | None:
     name, edges = kind_of(node), node.next_functions
     if name == "PowBackward" and node._saved_exponent == 2:
         return _square(edges[0], node._saved_self, cotangent)
-    if name in ("MulBackward", "DotBackward", "VdotBackward") and len(edges) == 2 and edges[0] == edges[1]:
-        value = node._saved_other if name == "VdotBackward" else node._saved_self
-        return _square(edges[0], value, cotangent)
-    if name in ("MulBackward", "VdotBackward") and cotangent.is_complex() and len(edges) == 2:
-        return _modulus(node, cotangent)
+    if name in ("MulBackward", "DotBackward", "VdotBackward") and sum(below in varying for below, _ in edges) == 2:
+        if cotangent.is_complex() and (name == "VdotBackward" or edges[0] != edges[1]):
+            return _modulus(node, cotangent)
+        if edges[0] == edges[1]:
+            return _square(edges[0], node._saved_self, cotangent)
     if name == "MulBackward" and sum(below in varying for below, _ in edges) == 2 and _same(node, varying):
         return _square(edges[0], node._saved_self, cotangent)
     if name == "LinalgVectorNormBackward":

@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS_DOWN = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+WIDE = {
+    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128, torch.complex32: torch.complex128,
+}
+_CASTS_DOWN = {
+    torch.Tensor.float: torch.Tensor.double, torch.Tensor.half: torch.Tensor.double,
+    torch.Tensor.bfloat16: torch.Tensor.double, torch.Tensor.cfloat: torch.Tensor.cdouble,
+}
 
 
 @contextmanager
 def float64_parameters(params: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block every parameter holds float64 data and no gradient.
+    """Inside the block every parameter holds float64 or complex128 data and no gradient.
 
     Afterwards each has its own data tensor (the same storage, so the same bits) and its own
     ``.grad`` object again, also when the block raised.
@@ -22,7 +28,7 @@ def float64_parameters(params: Sequence[Tensor]) -> Iterator[None]:
     try:
         for p in params:
             p.grad = None  # a float32 gradient may not hang on float64 data
-            p.data = p.data.double()
+            p.data = p.data.to(WIDE.get(p.dtype, p.dtype))
         yield
     finally:
         for p, data, grad in kept:
@@ -32,7 +38,7 @@ def float64_parameters(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 class Float64(TorchFunctionMode):
-    """Inside this mode every torch function takes and returns float64 in place of float32 or half.
+    """Inside this mode every torch function takes and returns float64 in place of float32 or half, and complex128 of complex64.
 
     Buffers, inputs and targets are promoted on their first use and the same copy serves every later
     use, so that ``torch.autograd.grad(u, x)`` finds the ``x`` that ``u`` was computed from. A cast
@@ -51,15 +57,14 @@ class Float64(TorchFunctionMode):
         creates = not any(isinstance(a, Tensor) for a in args)
         args = self._promote(args, keep_dtypes=creates)
         kwargs = self._promote(kwargs, keep_dtypes=creates)
-        if func in _CASTS_DOWN:
-            func = torch.Tensor.double
+        func = _CASTS_DOWN.get(func, func)
         return self._promote(func(*args, **kwargs), keep_dtypes=True)
 
     def _promote(self, value, keep_dtypes: bool):
         if isinstance(value, Tensor):
-            return self._copy(value) if value.dtype in LOW_PRECISION else value
+            return self._copy(value) if value.dtype in WIDE else value
         if isinstance(value, torch.dtype):
-            return torch.float64 if value in LOW_PRECISION and not keep_dtypes else value
+            return value if keep_dtypes else WIDE.get(value, value)
         if type(value) in (tuple, list):
             return type(value)(self._promote(v, keep_dtypes) for v in value)
         if type(value) is dict:
@@ -70,7 +75,7 @@ class Float64(TorchFunctionMode):
         if id(tensor) not in self._copies:
             _refuse_nested_transform(tensor)
             with torch.enable_grad():  # a first use under no_grad must not cut later ones off
-                self._copies[id(tensor)] = (tensor, tensor.double())
+                self._copies[id(tensor)] = (tensor, tensor.to(WIDE[tensor.dtype]))
         return self._copies[id(tensor)][1]
 
 

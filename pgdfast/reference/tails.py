@@ -217,12 +217,14 @@ class _Reader:
         return [node for node in above if z in self._below(node)]
 
     def _centre_operations(self, z: Node, new: list[Node]) -> list[Node]:
-        """Operations that fold a multiple of z at 0."""
-        return [node for node in new if _folds(node) and self._straight(node, z)]
+        """Operations that fold a multiple of z at 0, or, if they tell where, elsewhere."""
+        return [node for node in new if _folds(node) and self._straight(node, z, _named(node, ("Maximum", "Minimum")))]
 
-    def _straight(self, node: Node, z: Node) -> bool:
+    def _straight(self, node: Node, z: Node, offsets: bool) -> bool:
         return all(
-            below is z or (is_linear(below, self.varying) and not self._offset(below) and self._straight(below, z))
+            below is z or (
+                is_linear(below, self.varying) and (offsets or not self._offset(below)) and self._straight(below, z, offsets)
+            )
             for below in self._below(node)
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.errors import out_of_memory
+from ..tape import real_size, shaped_as
 from .rng_replay import RandomReplay, code_of
 
 LARGE_TAPE = 4 << 20   # bytes of activations from which a trial without a tape is worth its detour through Python
@@ -69,8 +70,8 @@ class Evaluator:
         """
         rows = torch.stack(displacements)
         with torch.no_grad():
-            parts = rows.split([p.numel() for p in params], dim=1)
-            points = [p.detach() - part.reshape(len(rows), *p.shape).to(p.dtype) for p, part in zip(params, parts, strict=True)]
+            parts = rows.split([real_size(p) for p in params], dim=1)
+            points = [p.detach() - shaped_as(p, part) for p, part in zip(params, parts, strict=True)]
 
         def loss(*points):
             with Substituted(params, points), torch.enable_grad():

@@ -12,6 +12,7 @@ import torch
 
 from ..report import Report, advice, stall
 from ..solve import ADVICE, Direct, solve_direct
+from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, judge
 from .evaluate import loss_at
 from .rules import LARGEST, DampingRule
@@ -36,7 +37,8 @@ class GraphStep:
     """
 
     def __init__(self, closure, params: list[torch.Tensor], groups: list[int], rule: DampingRule, linearizer):
-        self._closure, self._params, self._groups, self._rule, self._linearizer = closure, params, groups, rule, linearizer
+        self._closure, self._groups, self._rule, self._linearizer = closure, groups, rule, linearizer
+        self._given, self._params = params, real_views(params)
         self._remembered = tuple(rule.memory())
         self.fields = ("mu", "start", "attempt", "rejected", "promised", *self._remembered)
         # What a step leaves for the next one, and what it reports besides, side by side in one tensor.
@@ -57,7 +59,7 @@ class GraphStep:
 
     def take(self) -> None:
         """One attempt: linearize, solve, try, keep or undo, decide."""
-        tries, rule = self._rule.tries, self._rule
+        tries, rule, self._params = self._rule.tries, self._rule, real_views(self._given)   # which may lie elsewhere now
         old = self.numbers[: len(self.fields)]
         mu, start, attempt, rejected, promised, *remembered = old.unbind()
         with torch.enable_grad():

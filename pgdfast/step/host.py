@@ -156,8 +156,9 @@ class HostStep:
     def _running_maximum(self) -> torch.Tensor:
         """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
         parameters, rows = self.parameters, []
-        for p, part in zip(parameters.params, self._networks.lin.diagonal().split(parameters.sizes, -1), strict=True):
-            seen, known = part.reshape(p.shape).to(p.dtype), self.optimizer_state.get(p, {}).get("scale")
+        parts = self._networks.lin.diagonal().split(parameters.sizes, -1)
+        for p, reals, part in zip(parameters.params, parameters.reals, parts, strict=True):
+            seen, known = part.reshape(reals.shape).to(reals.dtype), self.optimizer_state.get(p, {}).get("scale")
             self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
             rows.append(self._scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
         scale = torch.cat(rows, -1)

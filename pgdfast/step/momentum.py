@@ -42,7 +42,7 @@ def prior(beta: float, parameters, state, b: int) -> torch.Tensor | None:
     if all(part is None for part in kept):
         return None
     parts = []
-    for p, part in zip(parameters.params, kept, strict=True):
+    for p, part in zip(parameters.reals, kept, strict=True):
         part = torch.zeros_like(p) if part is None else part
         parts.append((part[b] if parameters.stacked else part).reshape(-1))
     return beta * torch.cat(parts)
@@ -52,11 +52,11 @@ def kept(steps: dict[int, torch.Tensor], parameters, state) -> list[torch.Tensor
     """What is kept of phi_k for the next step, a new tensor for each parameter. steps: phi_k, (P,), by member."""
     if not parameters.stacked:
         parts = steps[0].detach().split(parameters.sizes)
-        return [part.reshape(p.shape).to(p.dtype) for p, part in zip(parameters.params, parts, strict=True)]
+        return [part.reshape(p.shape).to(p.dtype) for p, part in zip(parameters.reals, parts, strict=True)]
     found = []
-    for k, p in enumerate(parameters.params):
+    for k, (p, reals) in enumerate(zip(parameters.params, parameters.reals, strict=True)):
         last = state.get(p, {}).get(KEY)
-        rows = torch.zeros_like(p, requires_grad=False) if last is None else last.clone()
+        rows = torch.zeros_like(reals, requires_grad=False) if last is None else last.clone()
         for b, step in steps.items():
             rows[b] = step.detach().split(parameters.sizes)[k].reshape(rows[b].shape).to(rows.dtype)
         found.append(rows)

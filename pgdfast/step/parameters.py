@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import native
+from ..tape import has_complex, real_views
 
 
 class Point(NamedTuple):
@@ -23,12 +24,15 @@ class Point(NamedTuple):
 class Parameters:
     """The parameters theta of one network, or of B stacked ones, with a copy to return to.
 
-    params: the tensors; with `count` B, each has the members on its first dimension. away: the members that are not at theta.
+    params: the tensors; with `count` B, each has the members on its first dimension. reals: their real numbers, in the same
+    memory; sizes: of each, of one member. away: the members that are not at theta.
     """
 
     def __init__(self, params: list[torch.Tensor], count: int | None):
         self.params, self.count, self.stacked = params, count or 1, count is not None
-        self.sizes = [p.numel() // self.count for p in params]
+        self._complex = has_complex(params)
+        self.reals = real_views(params) if self._complex else params
+        self.sizes = [p.numel() // self.count for p in self.reals]
         self.away: set[int] = set()
         self.touched = False   # since products with J were last possible
         self._saved: list[torch.Tensor] | None = None
@@ -39,6 +43,8 @@ class Parameters:
 
     def begin(self, rates: list[list[float]], square: float | None) -> None:
         """Start a step from here, of which a copy is kept: learning rates of each parameter, by member; norm constraint."""
+        if self._complex:   # a parameter's memory may be another now
+            self.reals = real_views(self.params)
         self._rates, self._square, self._factors = rates, square, [1.0] * self.count
         self.common_rates = []
         for each in rates:
@@ -46,9 +52,9 @@ class Parameters:
         self.away.clear()
         self.touched = False
         if self._saved is None:
-            self._saved = [torch.empty_like(p, requires_grad=False) for p in self.params]
-        if not native.copy_tensors(self._saved, self.params):
-            self._copy(self._saved, self.params)
+            self._saved = [torch.empty_like(p, requires_grad=False) for p in self.reals]
+        if not native.copy_tensors(self._saved, self.reals):
+            self._copy(self._saved, self.reals)
 
     # --- learning rates ---------------------------------------------------------------------------------------------------
 
@@ -96,15 +102,15 @@ class Parameters:
                 rates = [1.0] * len(self.params)
             if point.t != 1.0:
                 rates = [rate * point.t for rate in rates]
-            if not native.subtract(self.params, rates, point.direction):
+            if not native.subtract(self.reals, rates, point.direction):
                 with torch.no_grad():
-                    for p, part, rate in zip(self.params, point.direction.split(self.sizes), rates, strict=True):
+                    for p, part, rate in zip(self.reals, point.direction.split(self.sizes), rates, strict=True):
                         p.add_(part.view(p.shape).to(p.dtype), alpha=-rate)
             return
         members = sorted(points)
         rows = _stacked([points[b].direction for b in members])
         each = {b: [1.0] * len(self.params) if points[b].displacement else self.rates(b) for b in members}
-        for k, (p, part) in enumerate(zip(self.params, rows.split(self.sizes, 1), strict=True)):
+        for k, (p, part) in enumerate(zip(self.reals, rows.split(self.sizes, 1), strict=True)):
             self._subtract_rows(p, members, part, [each[b][k] * points[b].t for b in members])
 
     @torch.no_grad()
@@ -127,7 +133,7 @@ class Parameters:
         elif members:
             places, self.touched = torch.tensor(members, device=self.params[0].device), True
             with torch.no_grad():
-                for p, saved in zip(self.params, self._saved, strict=True):
+                for p, saved in zip(self.reals, self._saved, strict=True):
                     p.index_copy_(0, places, saved.index_select(0, places))
             self.away.difference_update(members)
 
@@ -135,7 +141,7 @@ class Parameters:
         """Return all members to theta, bit for bit."""
         if self.away:
             self.touched = True
-            self._copy(self.params, self._saved)
+            self._copy(self.reals, self._saved)
             self.away.clear()
 
     @staticmethod
@@ -151,8 +157,8 @@ class Parameters:
         if not self.away:
             return None
         places = torch.tensor(sorted(self.away), device=self.params[0].device)
-        there = places, [p.index_select(0, places) for p in self.params]
-        self._copy(self.params, self._saved)
+        there = places, [p.index_select(0, places) for p in self.reals]
+        self._copy(self.reals, self._saved)
         return there
 
     @torch.no_grad()
@@ -161,7 +167,7 @@ class Parameters:
         if there is not None:
             places, values = there
             self.touched = True
-            for p, value in zip(self.params, values, strict=True):
+            for p, value in zip(self.reals, values, strict=True):
                 p.index_copy_(0, places, value)
 
     @torch.no_grad()
@@ -171,7 +177,7 @@ class Parameters:
         coefficients: by member, by parameter.
         """
         places = sorted(self.away)
-        for k, (p, saved) in enumerate(zip(self.params, self._saved, strict=True)):
+        for k, (p, saved) in enumerate(zip(self.reals, self._saved, strict=True)):
             each = [coefficients[b][k] for b in places]
             if not any(each):
                 continue

@@ -3,6 +3,10 @@
 from . import members
 from .losses import Form, UnrecognizedLoss
 from .program import Program
+from .reals import has_complex, real_gradient, real_size, real_views, shaped_as
 from .trace import CompiledTape, Trace, Tracer
 
-__all__ = ["CompiledTape", "Form", "Program", "Trace", "Tracer", "UnrecognizedLoss", "members"]
+__all__ = [
+    "CompiledTape", "Form", "Program", "Trace", "Tracer", "UnrecognizedLoss", "has_complex", "members", "real_gradient",
+    "real_size", "real_views", "shaped_as",
+]

@@ -193,6 +193,14 @@ class Record:
             return x
         return self._copy(x)
 
+    def side_by_side(self, x: Pair) -> Slot:
+        """Complex numbers as real ones with a last dimension of two."""
+        shape = torch.Size((*x.re.view.shape, 2))
+        y = whole(self.program.add_buffer(WORKSPACE, shape.numel()), shape)
+        for k, part in enumerate((x.re, x.im)):
+            self._muladd(Slot(y.buffer, y.view.select(-1, k)), part, -1, 1.0, part.view.shape)
+        return y
+
     def output(self, out=0) -> Slot:
         """The slot of an output or temporary, allocated when first asked for."""
         key = self._key(out)

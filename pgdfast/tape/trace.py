@@ -15,6 +15,7 @@ from .checkpoint import checkpoint_rule
 from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh, slot_of
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
+from .reals import real_size
 from .replay import Replay, attach, block_constants
 from .rules.complex_numbers import rule_for_complex
 from .rules.table import Keyed, plain
@@ -74,9 +75,9 @@ class Tracer:
     def __init__(self, params: list[torch.Tensor]):
         self.params = params
         self._walker = Walker(params)
-        self.dtype = params[0].dtype
+        self.dtype = params[0].dtype.to_real()
         for p in params:
-            self.dtype = torch.promote_types(self.dtype, p.dtype)
+            self.dtype = torch.promote_types(self.dtype, p.dtype.to_real())
         self._known: dict[tuple, Known] = {}
         self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
@@ -105,7 +106,7 @@ class Tracer:
 
         Raises ValueError where it may as well be one residual: a sum of squares less a constant.
         """
-        if not isinstance(result, torch.Tensor) or not result.dim() or result.numel() != 1 or not result.requires_grad:
+        if not result.requires_grad:
             return result
         with torch.no_grad():
             tape = self._tape([result])
@@ -287,8 +288,6 @@ class Tracer:
             for position in reversed(structure.wanted):
                 if position in needed:
                     needed.update(edge[0] for edge in tape.edges[position] if edge is not None)
-            if any(block.handles for block in form.blocks):
-                raise Fallback("the modulus of complex numbers")
             rules = [
                 (position, self._rule_of(tape.nodes[position], structure, position))
                 for position in structure.wanted if position in needed
@@ -308,7 +307,7 @@ class Tracer:
 
     def _record(self, tape: Tape, form: losses.Form, work) -> tuple[Known, list]:
         program = Program(self.dtype)
-        leaves = [whole(program.add_buffer(PARAMETER, p.numel()), p.shape) for p in self.params]
+        leaves = [_leaf(program, p) for p in self.params]
         slots: dict[tuple[int, int], Slot] = {}
         for position, leaf in enumerate(tape.leaf):
             if leaf >= 0:
@@ -326,7 +325,9 @@ class Tracer:
         for block in form.blocks:
             shape = block.residual.shape
             inputs = [slot_of(slots, e, tape.names) for e in block.edges]
-            if any(isinstance(x, Pair) for x in inputs):
+            if block.handles:
+                inputs = [op.side_by_side(x) for x in inputs]
+            elif any(isinstance(x, Pair) for x in inputs):
                 raise UnsupportedStructure("a loss of complex numbers")
             op.start([op.off_parameters(x) for x in inputs], [shape])
             program.residual_shapes.append(shape)
@@ -336,6 +337,15 @@ class Tracer:
             block_needs.append(op.needs)
         simplify(program)
         return Known(program, tape.structure, with_constants, block_needs), op.constants
+
+
+def _leaf(program: Program, p: torch.Tensor) -> Slot | Pair:
+    """A parameter's slot on a buffer of its own; of a complex one every other number is a real part."""
+    buffer = program.add_buffer(PARAMETER, real_size(p))
+    if not p.is_complex():
+        return whole(buffer, p.shape)
+    view = whole(buffer, (*p.shape, 2)).view
+    return Pair(Slot(buffer, view.select(-1, 0)), Slot(buffer, view.select(-1, 1)))
 
 
 def _explain_freed(error: RuntimeError) -> None:

@@ -79,7 +79,8 @@ class Structure:
         self.foreign = bool(hooked) or any(isinstance(nodes[k], BackwardCFunction) for k in self.wanted)
         types = [{m.dtype for m in node._input_metadata} for node in nodes]
         self.complex = {
-            (k, out) for k in self.wanted for out, m in enumerate(nodes[k]._input_metadata) if m.dtype.is_complex
+            (k, out) for k, node in enumerate(nodes) if self.active[k]
+            for out, m in enumerate(node._input_metadata) if m.dtype.is_complex
         }
         rounded = {dtype for k in self.wanted for dtype in types[k] if dtype.is_floating_point or dtype.is_complex}
         self.eps = max((torch.finfo(dtype).eps for dtype in rounded), default=0.0)

@@ -256,18 +256,6 @@ def test_sparse_gradients():
     assert optimizer.report.status == "accepted"
 
 
-@pytest.mark.parametrize("make", [
-    lambda w, closure: pgdfast.linearize(closure, [w]), lambda w, closure: pgdfast.LM([w]).step(closure),
-])
-def test_complex_parameters_are_told_what_to_do(make):
-    w = torch.randn(4, dtype=torch.complex128, requires_grad=True)
-    with pytest.raises(ValueError, match=r"parameter 0, of shape \(4,\), is torch.complex128; .* torch.view_as_complex"):
-        make(w, lambda: torch.view_as_real(w**2) - 1)
-    pairs = torch.view_as_real(w.detach()).clone().requires_grad_()
-    closure = lambda: torch.view_as_real(torch.view_as_complex(pairs) ** 2) - 1  # noqa: E731
-    assert jacobian_agreement(Linearizer([pairs]), closure, [pairs]) < 1e-12
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_is_not_called_converged(dtype):
     model, x = mlp(1, 10, 1, dtype=dtype), torch.linspace(-1, 1, 20)[:, None].to(dtype)

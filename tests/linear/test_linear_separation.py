@@ -7,7 +7,7 @@ from helpers import BACKENDS, TIGHT, gradient, jacobian_agreement, mlp, paramete
 
 import pgdfast
 from pgdfast import reference
-from pgdfast.linear import EnsembleLinearizer, Linearizer, linearization
+from pgdfast.linear import EnsembleLinearizer, Linearizer, plan
 
 N = 36
 MASK = (rand(9, 9, seed=5) > 0).double()
@@ -332,8 +332,8 @@ def test_rows_are_not_looked_for_at_every_step_where_products_are_cheaper(width,
     model, count = mlp(3, width, 2, dtype=torch.float32 if wide else torch.float64), []
     params, x, y = list(model.parameters()), rand(30, 3, seed=1), rand(30, 2, seed=2)
     x, y = x.to(params[0].dtype), y.to(params[0].dtype)
-    find = linearization.separation
-    monkeypatch.setattr(linearization, "separation", lambda *given: count.append(0) or find(*given))
+    find = plan.separation
+    monkeypatch.setattr(plan, "separation", lambda *given: count.append(0) or find(*given))
     linearizer = Linearizer(params, "native")
     for step in range(8):
         kept = torch.randperm(60, generator=torch.Generator().manual_seed(step)) < 40 + step % 3 * more

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import agreement, mlp, perturb, rand, relative
+from helpers import EVERYWHERE, agreement, mlp, perturb, rand, relative
 from losses import CONVEX, HOLES, LABELS, LOSSES, MONOTONE, REWEIGHTED, ROBUST, ROW, SQUARES, D, K, N, X, Y
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 
@@ -155,6 +155,17 @@ def test_no_residual_where_the_fit_is_exact(loss, backend):
     opt = LM(params, backend=backend)
     assert float(opt.step(lambda: loss(model(X) - target))) == 0
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and opt.report.status == "stalled"
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_a_hinge_is_pulled_to_its_kink(backend):
+    z, y = rand(20, seed=1).requires_grad_(), rand(20, seed=2).sign()
+    linearize = reference.linearize if backend == "reference" else pgdfast.linearize
+    lin = linearize(lambda: torch.maximum(torch.zeros_like(z), 1 - y * z).sum(), [z])
+    short = (1 - y * z.detach()).clamp(min=0)
+    found, floor = lin.dense(), 1e-3 * (1 - y * z.detach()).abs().mean()
+    expected = torch.where(short > 0, 1 / torch.maximum(short, floor), 0.0)
+    assert relative(found.T @ found, expected.diag()) < 1e-12
 
 
 # --- losses of a location, whose minimum is known -----------------------------------------------------------------------------

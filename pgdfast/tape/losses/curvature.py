@@ -172,7 +172,7 @@ def _quadratic(tail: Tail, g, W, weights, back, turned: bool):
 
 
 def is_centred(tape, cut) -> bool:
-    """Whether an operation above a cut folds it, or a multiple of it, at 0."""
+    """Whether an operation above a cut folds it, or a multiple of it, at 0; a maximum of two tells where it folds it."""
     return any(_folds(tape, position) and _straight(tape, position, cut.edge) for position in cut.new)
 
 
@@ -189,13 +189,18 @@ def _folds(tape, position: int) -> bool:
 
 
 def _straight(tape, position: int, edge) -> bool:
-    """Whether only linear operations, without a constant added, stand between the inputs of a node and an edge below."""
+    """Whether only linear operations, without a constant added, stand between the inputs of a node and an edge below.
+
+    A maximum or minimum of two has saved both, and may have constants added.
+    """
+    offsets = tape.kind(position) in ("MaximumBackward0", "MinimumBackward0")
     stack = [e for e in tape.edges[position] if e is not None]
     while stack:
         e = stack.pop()
         if e == edge:
             continue
-        if not is_linear(tape, e[0]) or (tape.kind(e[0]) in _ADDING and sum(map(bool, tape.edges[e[0]])) < 2):
+        added = tape.kind(e[0]) in _ADDING and sum(map(bool, tape.edges[e[0]])) < 2
+        if not is_linear(tape, e[0]) or (added and not offsets):
             return False
         stack += [below for below in tape.edges[e[0]] if below is not None]
     return True

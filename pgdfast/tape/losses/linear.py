@@ -77,8 +77,13 @@ class Walk:
         return weight * target.numel() / max(source.numel(), 1)
 
     def times(self, weight, factor: torch.Tensor):
-        """A weight times a constant."""
-        return weight * (float(factor) if factor.numel() == 1 and looked_at(factor, self.allow_sync) else factor)
+        """A weight times a constant, or its conjugate where it is complex: as gradients are."""
+        one = factor.numel() == 1 and looked_at(factor, self.allow_sync)
+        if factor.is_complex():
+            if not one or bool(factor.imag):
+                return weight * factor.conj()
+            factor = factor.real
+        return weight * (float(factor) if one else factor)
 
     def spread(self, position: int, node, edge, weight):
         """The weight of a sum's terms: that of the sum, repeated."""

@@ -54,6 +54,8 @@ def absolute(walk, position, node, edges, weight):
 def distance(walk, position, node, edges, weight):
     if node._saved_p != 2:
         raise UnrecognizedLoss(f"it is a distance of order {node._saved_p:g}, not 2")
+    if node._saved_self.is_complex():
+        raise UnrecognizedLoss("it is a distance of complex numbers; write torch.linalg.vector_norm(a - b)")
     walk.form.steady = False
     weight = _per_sum(weight, plain(node._saved_result).detach())
     a, b = plain(node._saved_self).detach(), plain(node._saved_other).detach()

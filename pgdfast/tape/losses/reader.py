@@ -81,7 +81,7 @@ def one_element(form: Form, tape, value: float | None, params) -> str:
     if value is None:
         return "either"
     half = 0.5 * sum(float(block.residual.double().square().sum()) for block in form.blocks)
-    half += 0.5 * sum(c * float(params[k].detach().double().square().sum()) for k, c in form.penalties.items())
+    half += 0.5 * sum(c * float(params[k].detach().abs().double().square().sum()) for k, c in form.penalties.items())
     return "loss" if abs(half - value) <= 1e-5 * abs(value) else "either"
 
 

@@ -32,12 +32,13 @@ def root_of(weight, allow_sync: bool):
 def square(walk, edge, saver: int, weight, field: str = "_saved_self"):
     """The squares of what stands at an edge; the node at `saver` saved it."""
     position = edge[0]
-    leaf = walk.tape.leaf[position]
-    if leaf >= 0 and not isinstance(weight, torch.Tensor):
-        root_of(weight, walk.allow_sync)
-        walk.form.penalties[leaf] = walk.form.penalties.get(leaf, 0.0) + 2 * weight
+    if edge in walk.tape.structure.complex:
+        raise UnrecognizedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
+    if penalty(walk, edge, weight):
         return ()
     kind = walk.tape.kind(position)
+    if kind == "ViewAsRealBackward0" and penalty(walk, walk.tape.edges[position][0], weight):
+        return ()
     if kind == "LinalgVectorNormBackward0" and walk.tape.nodes[position]._saved_ord == 2:
         node, below = walk.tape.nodes[position], walk.tape.edges[position][0]
         walk.form.consumed.add(position)
@@ -46,10 +47,7 @@ def square(walk, edge, saver: int, weight, field: str = "_saved_self"):
     if kind == "AbsBackward0" and walk.tape.nodes[position]._saved_self.is_complex():
         walk.form.consumed.add(position)
         return modulus(walk, walk.tape.edges[position][0], position, weight)
-    saved = plain(getattr(walk.tape.nodes[saver], field))
-    if saved.is_complex():
-        raise UnrecognizedLoss("one of its squares is of complex numbers; write torch.view_as_real(z).square() for |z|^2")
-    factor, value = root_of(weight, walk.allow_sync), saved.detach()
+    factor, value = root_of(weight, walk.allow_sync), plain(getattr(walk.tape.nodes[saver], field)).detach()
     residual = value * factor
     if walk.masked and isinstance(factor, torch.Tensor):
         residual = torch.where(factor == 0, 0.0, residual)
@@ -57,8 +55,20 @@ def square(walk, edge, saver: int, weight, field: str = "_saved_self"):
     return ()
 
 
+def penalty(walk, edge, weight) -> bool:
+    """Note the squares of all of a parameter's numbers, alike weighted; whether it is that which stands at an edge."""
+    leaf = walk.tape.leaf[edge[0]]
+    if leaf < 0 or isinstance(weight, torch.Tensor):
+        return False
+    root_of(weight, walk.allow_sync)
+    walk.form.penalties[leaf] = walk.form.penalties.get(leaf, 0.0) + 2 * weight
+    return True
+
+
 def modulus(walk, edge, saver: int, weight, field: str = "_saved_self"):
     """|z|^2 of the complex numbers at an edge, as the squares of their real and imaginary parts."""
+    if penalty(walk, edge, weight):
+        return ()
     if isinstance(weight, torch.Tensor):
         weight = (weight.real if weight.is_complex() else weight).unsqueeze(-1)
     factor = root_of(weight, walk.allow_sync)
