@@ -70,7 +70,7 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.reals, None, plan, self._tracer, scalar)
+            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self._tracer, scalar)
             if plan.agrees or not allow_sync:
                 return found
             again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self._tracer, scalar=scalar)
