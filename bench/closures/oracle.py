@@ -38,12 +38,13 @@ def loss_of(result) -> torch.Tensor:
 
 @dataclass
 class Truth:
-    """g, the acceptable G = J^T H J as (J, H), H a vector or a matrix, and the loss."""
+    """g, the acceptable G = J^T H J as (J, H), H a vector or a matrix, the loss and its slope by the outputs."""
 
     loss: float
     gradient: torch.Tensor
     J: torch.Tensor
     curvatures: list
+    slope: torch.Tensor
 
     def mu(self, dtype) -> float:
         """A damping that bounds the condition for each of the curvatures."""
@@ -89,7 +90,8 @@ def truth(problem, check_closure: bool = True) -> Truth:
     points = [z.detach().requires_grad_() for z in outputs]
     loss = (problem.loss or half_squares)(*points)
     slope = torch.autograd.grad(loss, points, materialize_grads=True)
-    found = Truth(float(loss.detach()), J.T @ flat(slope).double(), J, [])
+    slope = flat(slope).double()
+    found = Truth(float(loss.detach()), J.T @ slope, J, [], slope)
     if problem.loss is None:
         found.curvatures.append(torch.ones(len(J), dtype=torch.float64))
     elif problem.exact:

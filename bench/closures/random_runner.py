@@ -16,7 +16,7 @@ from .random_closures import RandomClosure, Unfit
 from .runner import EXACT_CG
 
 ROUNDS = 2   # points of each closure: the second is read from a structure that is known
-TOLERANCE, LEAST_SLOPE = 1e-9, 1e-6
+TOLERANCE, LEAST_SLOPE, ROUNDING = 1e-9, 1e-6, 1e-13
 FLOAT32_CONSTANTS, LOOSE = {"celu", "hardsigmoid"}, 1e-5   # PyTorch's own derivatives of these are 3e-8 off in float64
 AGREES, DIFFERS, RAISED, SKIPPED = "agrees", "differs", "raises", "skipped"
 
@@ -63,7 +63,9 @@ def _compare(closure, rounds):
                 raise Unfit("derivatives are not finite")
             if 0 < float(found.J.norm()) < LEAST_SLOPE:
                 raise Unfit("no slope but rounding")
-            if any(0 < found.size(H) < LEAST_SLOPE**2 * float(H.norm() * found.J.norm() ** 2) for H in found.curvatures):
+            if 0 < float(found.gradient.norm()) < ROUNDING * float(found.J.norm() * found.slope.norm()):
+                raise Unfit("no gradient but rounding")
+            if any(0 < abs(found.size(H)) < LEAST_SLOPE**2 * float(H.norm() * found.J.norm() ** 2) for H in found.curvatures):
                 raise Unfit("no curvature but rounding")
         except Unfit as reason:
             return SKIPPED, str(reason)

@@ -35,6 +35,7 @@ class Linearizer:
         self._tracer = Tracer(self.params)
         self._arbiter = Arbiter(self.params, self._tracer, check)
         self._plans: dict[int, tuple] = {}
+        self._searches: dict[tuple, int] = {}
 
     @property
     def reals(self) -> list[torch.Tensor]:
@@ -69,7 +70,7 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.reals, None, plan, self._tracer, scalar)
+            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self._tracer, scalar)
             if plan.agrees or not allow_sync:
                 return found
             again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self._tracer, scalar=scalar)
@@ -89,6 +90,7 @@ class Linearizer:
             if len(self._plans) >= 32:
                 self._plans.clear()
             plan = self._new_plan(trace)
+            plan.searches = self._searches
             self._plans[id(trace.program)] = trace.program, plan
         if plan.bound is not None:
             plan.release()
@@ -169,6 +171,8 @@ class Bound:
             return f"there is no tape rule for {self._missing}"
         if self._plan.mixing:
             return "the closure picks rows of what the model computed, and which rows decides how residuals separate"
+        if self._plan.hides:
+            return "an operation of the closure has no finite derivative where a later one does not take its result"
         return ""
 
     def widened(self):

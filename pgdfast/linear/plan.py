@@ -18,12 +18,13 @@ class Plan:
 
     bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
     others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
-    that is to be looked at. hides: were constants that are not finite behind what a `where` does not take?
+    that is to be looked at. hides: were constants that are not finite behind what a `where` does not take? searches: for rows
+    at other positions, by kinds of instructions: of all plans of a linearizer, since masks take other numbers of elements.
     """
 
     __slots__ = (
-        "_asked", "_backend", "_base", "_device", "_member", "_searches", "_separation", "_whole", "_wide", "agrees", "bound",
-        "choices", "hides", "kernels", "layout", "live", "mixing", "program",
+        "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
+        "hides", "kernels", "layout", "live", "mixing", "program", "searches",
     )
     chains = True   # may the kernels be those of a chain?
 
@@ -34,7 +35,7 @@ class Plan:
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
         self.layout, self.choices, self.live, self.agrees, self.hides = UNKNOWN, {}, None, None, False
-        self._searches = 0
+        self.searches: dict[tuple, int] = {}
 
     def bind(self, constants, member: int | None = None):
         """The kernels with these constants, of one member where these are an ensemble's."""
@@ -73,9 +74,11 @@ class Plan:
 
     def _separated(self, constants) -> Separation:
         if self._base is None:
-            self._searches += 1
-            if self._searches > _SEARCHES and self._cheap():
-                return Separation(None)
+            if self.mixing:
+                kinds = tuple([op.kind for op in self.program.instructions])
+                self.searches[kinds] = self.searches.get(kinds, 0) + 1
+                if self.searches[kinds] > _SEARCHES and self._cheap():
+                    return Separation(None)
             before = self._separation
             if before is not None and before.layout is None:   # with other positions, too, but for what the strict pass finds
                 return Separation(row_layout(self.program, constants), None, before.reason)

@@ -9,7 +9,7 @@ from bench.closures.random_closures import RandomClosure
 from bench.closures.random_runner import AGREES, DIFFERS, SKIPPED, compare, run
 from pgdfast.linear import Linearization
 
-SEEDS = (*range(60), 2884, 4545, 7319)   # in the last ones the curvature takes most, or all, of J away
+SEEDS = (*range(60), 2884, 4545, 7319, 12449, 13524)   # in the last ones J, or the gradient, is nearly or wholly cancelled
 
 
 @pytest.mark.parametrize("seed", SEEDS)

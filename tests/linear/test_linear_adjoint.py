@@ -362,6 +362,9 @@ def test_a_step_that_fails_for_what_is_not_finite_is_looked_at_the_next_time():
         optimizer.step(lambda shift=shift: (model(X) + shift).relu().square().sum(1).sqrt() - 1)
         status.append(optimizer.report.status)
     assert status == ["accepted", "failed", "accepted", "accepted"]
+    step = pgdfast.CapturedStep(pgdfast.LM(model.parameters()), lambda: SELECTED["norm of rectified"](model(X)))
+    with pytest.raises(ValueError, match="no finite derivative where a later one does not take its result"):
+        step.step()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

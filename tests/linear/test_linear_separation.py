@@ -325,9 +325,10 @@ def test_residuals_in_one_row_or_column_are_rows_of_what_makes_them(loss):
 
 
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("width, searches", [(6, 3), (400, 8)])
-def test_rows_are_not_looked_for_at_every_step_where_products_are_cheaper(width, searches, wide, monkeypatch):
-    """A mask of the residuals that changes from step to step: of small networks J is made by columns after a few steps."""
+def test_rows_are_not_looked_for_at_every_step_where_products_are_cheaper(width, searches, more, wide, monkeypatch):
+    """A mask of residuals that changes, or takes other numbers of them: of small networks J is made by columns in the end."""
     model, count = mlp(3, width, 2, dtype=torch.float32 if wide else torch.float64), []
     params, x, y = list(model.parameters()), rand(30, 3, seed=1), rand(30, 2, seed=2)
     x, y = x.to(params[0].dtype), y.to(params[0].dtype)
@@ -335,7 +336,7 @@ def test_rows_are_not_looked_for_at_every_step_where_products_are_cheaper(width,
     monkeypatch.setattr(plan, "separation", lambda *given: count.append(0) or find(*given))
     linearizer = Linearizer(params, "native")
     for step in range(8):
-        kept = torch.randperm(60, generator=torch.Generator().manual_seed(step)) < 40
+        kept = torch.randperm(60, generator=torch.Generator().manual_seed(step)) < 40 + step % 3 * more
         closure = lambda kept=kept: (model(x) - y).flatten()[kept]  # noqa: E731
         lin, ref = linearizer(closure), reference.linearize(closure, params)
         lin = lin.widened() if wide else lin
