@@ -157,6 +157,20 @@ def test_no_residual_where_the_fit_is_exact(loss, backend):
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and opt.report.status == "stalled"
 
 
+def test_another_weight_matrix_is_noticed(monkeypatch):
+    """Its eigenvectors are kept as long as it is the same."""
+    z, found = rand(12, seed=1).requires_grad_(), []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: found.append(0) or eigh(A))
+    linearizer = Linearizer([z])
+    for visit, (seed, decompositions) in enumerate([(2, 1), (2, 1), (2, 1), (3, 2), (3, 2)]):
+        root = rand(12, 12, seed=seed)
+        W = root @ root.T
+        J = linearizer(lambda W=W: (lambda r: r @ W @ r)(3 * z)).dense()
+        assert relative(J.T @ J, 18 * W) < 1e-12 and len(found) == decompositions, visit
+        perturb([z], seed=visit)
+
+
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_a_hinge_is_pulled_to_its_kink(backend):
     z, y = rand(20, seed=1).requires_grad_(), rand(20, seed=2).sign()

@@ -6,6 +6,8 @@ outside, l1, Cauchy): half h a^2 then touches f with its slope, and lies above i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..rules.table import plain, signed
@@ -133,6 +135,14 @@ def _rows(tail: Tail, g, probe, answer):
             return (t.T if turned else t).reshape(shape)
 
         x, y = rows(probe), rows(answer)
+        other = tail.probe(2)   # the weights fit the first one
+        v, product = rows(other), rows(tail.product(other))
+        kept, key = tail.tape.structure.matrices, (tail.cut.edge, turned)
+        known = kept.get(key)   # a W is mostly that of the step before, which two products tell
+        if known is not None and known.W.dtype == g.dtype:
+            weights = _weights(x @ known.W, y)
+            if _close(y, weights * (x @ known.W)) and _close(product, weights * (v @ known.W)):
+                return _quadratic(tail, rows(g), known, weights, back, turned)
         place = int(y.norm(dim=1).argmax())
 
         def unit(k, like=x, place=place, back=back):
@@ -145,16 +155,26 @@ def _rows(tail: Tail, g, probe, answer):
         else:
             products = [tail.product(unit(k)) for k in range(n)]
         W = torch.stack([rows(t)[place] for t in products])
-        form = x @ W
-        weights = (y * form).sum(1, keepdim=True) / form.square().sum(1, keepdim=True).clamp_min(tiny(g.dtype))
-        other = tail.probe(2)   # the weights fit the first one
-        if _close(y, weights * form) and _close(rows(tail.product(other)), weights * (rows(other) @ W)):
-            return _quadratic(tail, rows(g), W, weights, back, turned)
+        weights = _weights(x @ W, y)
+        if _close(y, weights * (x @ W)) and _close(product, weights * (v @ W)):
+            kept[key] = _Matrix(W, *torch.linalg.eigh(0.5 * (W + W.T)))
+            return _quadratic(tail, rows(g), kept[key], weights, back, turned)
     return None
 
 
-def _quadratic(tail: Tail, g, W, weights, back, turned: bool):
-    values, vectors = torch.linalg.eigh(0.5 * (W + W.T))
+class _Matrix(NamedTuple):
+    W: torch.Tensor
+    values: torch.Tensor
+    vectors: torch.Tensor
+
+
+def _weights(form: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of each row the w with y = w form."""
+    return (y * form).sum(1, keepdim=True) / form.square().sum(1, keepdim=True).clamp_min(tiny(y.dtype))
+
+
+def _quadratic(tail: Tail, g, matrix: _Matrix, weights, back, turned: bool):
+    W, values, vectors = matrix
     largest = float(values.abs().max())
     rounding = 1e3 * torch.finfo(W.dtype).eps
     if float(values[0]) < -rounding * largest or float(weights.min()) < -rounding:
