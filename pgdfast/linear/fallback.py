@@ -8,15 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from .adjoint import Flat, disagreement
+from .adjoint import disagreement
 from .announce import depth_of_caller, rules_disagree
 from .double_backward import DoubleBackward, Learned, double_backward
 
 _STRUCTURES_KEPT = 64
-
-
-def _flat(found) -> Flat:
-    return found.flat() if hasattr(found, "flat") else Flat(found.jvp, found.vjp)
 
 
 def _finite(trace):
@@ -54,12 +50,12 @@ class Arbiter:
         number that it does not take, where a product with zero does not. Then numbers in place of those constants do no harm.
         """
         if plan.agrees is None and self.check != "never":
-            wrong = disagreement(_flat(found), trace, self._params, result)
+            wrong = disagreement(found.flat(), trace, self._params, result)
             plan.release()
             clean = _finite(trace) if wrong is not None and wrong.finite else None
             if clean is not None:
                 found = linearize(clean)
-                wrong = disagreement(_flat(found), clean, self._params, result)
+                wrong = disagreement(found.flat(), clean, self._params, result)
                 plan.release()
                 plan.hides = wrong is None
             if wrong is not None:

@@ -10,6 +10,7 @@ from operator import attrgetter
 import torch
 
 from ..tape import Tracer, has_complex, real_size, real_views
+from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
 from .double_backward import Widened
 from .fallback import Arbiter
@@ -335,6 +336,10 @@ class Linearization(Bound, Products):
         self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
         self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
         self.scalar = scalar
+
+    def flat(self) -> Flat:
+        """The products, to be compared with autograd's."""
+        return Flat(self.jvp, self.vjp)
 
     def row_layout(self) -> RowLayout | None:
         """The row layout of the residuals, or None where they do not separate."""

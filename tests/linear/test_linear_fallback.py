@@ -6,7 +6,19 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SOLVERS, TIGHT, damping_of, forget_rules, jacobian_agreement, mlp, perturb, rand, relative, spectrum
+from helpers import (
+    SOLVERS,
+    TIGHT,
+    ByNumpy,
+    damping_of,
+    forget_rules,
+    jacobian_agreement,
+    mlp,
+    perturb,
+    rand,
+    relative,
+    spectrum,
+)
 
 import pgdfast
 from pgdfast import reference
@@ -20,18 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:pgdfast. no tape rule")
 @pytest.fixture(autouse=True)
 def no_rules(monkeypatch):
     forget_rules(monkeypatch, "CumsumBackward0", "RollBackward0", "TrilinearBackward0")
-
-
-class ByNumpy(torch.autograd.Function):
-    """Tripled, by a backward that neither autograd nor a batch can follow."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 3 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return torch.from_numpy(3 * g.detach().numpy())
 
 
 class Once(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, TIGHT, mlp, rand, relative, snapshot, unchanged
+from helpers import BACKENDS, TIGHT, ByNumpy, mlp, rand, relative, snapshot, unchanged
 from torch.utils.checkpoint import checkpoint
 
 import pgdfast
@@ -256,18 +256,6 @@ def test_two_functions_of_one_name_in_turn():
     for step in range(6):
         closure = lambda f=functions[step % 3]: F.mse_loss(f(model(X)), Y)  # noqa: E731
         assert relative(linearizer(closure).gradient(), flat_gradient(closure(), params)) < 1e-12
-
-
-class ByNumpy(torch.autograd.Function):
-    """Tripled, by a backward that autograd cannot follow."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 3 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return torch.from_numpy(3 * g.detach().numpy())
 
 
 class Once(ByNumpy):

@@ -6,6 +6,7 @@ gradient with respect to z: then J = S^T dz makes J^T r the gradient, exactly, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from ..walk import Tape, describe
 
 
-class Block:
+class Block(ABC):
     """What all blocks have; the edges are the outputs z, where two stand z is their difference.
 
     residual: r. squares: is S constant, so that J is the derivative of r? `replays`: may the core read it by itself?
@@ -23,21 +24,21 @@ class Block:
     replays = False
     handles: tuple | None = None
 
+    @abstractmethod
     def signature(self) -> tuple:
         """What decides the instructions that `apply` writes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, op) -> None:
         """Write S^T, from outputs to residual, with the verbs of `op`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, t: torch.Tensor) -> torch.Tensor:
         """S^T t."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale_transposed(self, u: torch.Tensor) -> torch.Tensor:
         """S u."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True)

@@ -137,34 +137,18 @@ def constant_pad(op, pad):
     op.add("kept", where=lambda y: without(y, 1))
 
 
-@picks("ReflectionPad1DBackward0", saved="padding self", transposed=("ReflectionPad1DBackwardBackward0", "padding"))
-def reflection_pad1d(shape, padding, sizes):
-    return _through(lambda x: aten.reflection_pad1d(x, _signed(padding)), sizes), sizes
+def _padding(kind: str, dims: int) -> None:
+    """Register the padding of the last dimensions by what stands inside."""
+    operation, node = getattr(aten, f"{kind.lower()}_pad{dims}d"), f"{kind}Pad{dims}DBackward"
+
+    @picks(f"{node}0", saved="padding self", transposed=(f"{node}Backward0", "padding"))
+    def pad(shape, padding, sizes):
+        return _through(lambda x: operation(x, _signed(padding)), sizes), sizes
 
 
-@picks("ReflectionPad2DBackward0", saved="padding self", transposed=("ReflectionPad2DBackwardBackward0", "padding"))
-def reflection_pad2d(shape, padding, sizes):
-    return _through(lambda x: aten.reflection_pad2d(x, _signed(padding)), sizes), sizes
-
-
-@picks("ReflectionPad3DBackward0", saved="padding self", transposed=("ReflectionPad3DBackwardBackward0", "padding"))
-def reflection_pad3d(shape, padding, sizes):
-    return _through(lambda x: aten.reflection_pad3d(x, _signed(padding)), sizes), sizes
-
-
-@picks("ReplicationPad1DBackward0", saved="padding self", transposed=("ReplicationPad1DBackwardBackward0", "padding"))
-def replication_pad1d(shape, padding, sizes):
-    return _through(lambda x: aten.replication_pad1d(x, _signed(padding)), sizes), sizes
-
-
-@picks("ReplicationPad2DBackward0", saved="padding self", transposed=("ReplicationPad2DBackwardBackward0", "padding"))
-def replication_pad2d(shape, padding, sizes):
-    return _through(lambda x: aten.replication_pad2d(x, _signed(padding)), sizes), sizes
-
-
-@picks("ReplicationPad3DBackward0", saved="padding self", transposed=("ReplicationPad3DBackwardBackward0", "padding"))
-def replication_pad3d(shape, padding, sizes):
-    return _through(lambda x: aten.replication_pad3d(x, _signed(padding)), sizes), sizes
+for _kind in ("Reflection", "Replication"):
+    for _dims in (1, 2, 3):
+        _padding(_kind, _dims)
 
 
 @picks("UnfoldBackward0", saved="dimension size step self_sym_sizes", transposed=("UnfoldBackwardBackward0", "dim size step"))
