@@ -12,16 +12,17 @@ from time import perf_counter
 
 import torch
 
-from ..report import EnsembleReport, Report, advice, stall
+from ..report import EnsembleReport, Report, advice, holds_few_digits, left_out, not_repeatable, stall
 from ..solve import CG, Solutions
-from .attempt import STATUS, State, Trial, advance, judge
+from .attempt import STATUS, State, Trial, Verdict, advance, judge, without_damping
+from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
 from .parameters import Parameters, Point
-from .quadratic_model import curvature, predicted_reduction
+from .quadratic_model import curvature, slope_and_bend
 from .rng_replay import MovedGenerators, RandomReplay
 from .rules import LARGEST, DampingRule
 
@@ -44,6 +45,7 @@ class StepOptions:
     solver: str
     cg: CG
     rcond: float
+    tolerances: Tolerances = field(default_factory=Tolerances)
     predicts: bool = field(init=False)   # are steps tried before they are kept?
 
     def __post_init__(self):
@@ -63,13 +65,14 @@ class StepTools:
 class Member:
     """One network in a step: its report, where its damping stands, and its last solution."""
 
-    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "wide")
+    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "why", "wide")
 
     def __init__(self, number: int, memory: dict, mu: float, report: Report):
         self.number, self.memory, self.report = number, memory, report
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
         self.prior = self.solution = self.trial = None
+        self.why = ""   # advice beside that of advice()
 
 
 class HostStep:
@@ -91,6 +94,7 @@ class HostStep:
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
+        self._eps = self._looked_at = 0.0   # relative promises up to the latter are looked at closely
         self._modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
     def undo(self) -> None:
@@ -127,6 +131,8 @@ class HostStep:
         if again:
             self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin
+        self._eps, wanted = torch.finfo(self.loss.dtype).eps, options.tolerances
+        self._looked_at = math.inf if wanted.xtol else max(rounding_of(1.0, self._eps, True), wanted.ftol or 0.0, wanted.gtol or 0.0)
         empty = lin.num_residuals == 0 and not lin.penalties
         for b, loss in enumerate(networks.losses):
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
@@ -239,7 +245,7 @@ class HostStep:
         report.attempts, report.damping = m.state.attempt + 1, mu
         report.momentum = 0.0 if m.prior is None else self.options.momentum
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
-        report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        report.iterations, report.residual_norm, report.cut = solution.iterations, solution.known_residual_norm, solution.cut
         if solution.status == "not_finite":
             self._networks.lin.doubt()
         if self.options.constraint is not None:
@@ -250,18 +256,30 @@ class HostStep:
         rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            return self._with_products(m, lambda: predicted_reduction(self._networks.member(m.number), direction, t))
+            slope, bend = self._with_products(m, lambda: slope_and_bend(self._networks.member(m.number), direction))
+            return t * slope - 0.5 * t * t * bend
         reduction = m.solution.reduction(rate * t)
         # Up to a rate of 2 and without a prior only rounding makes this negative.
         return max(reduction, 0.0) if m.prior is None and rate <= 2 else reduction
 
-    @staticmethod
-    def _trial(m: Member, after: float, predicted: float, found: bool = True) -> Trial:
+    def _trial(self, m: Member, after: float, predicted: float, found: bool = True) -> Trial:
         """The trial of member m; after: the loss there."""
-        solution = m.solution
+        solution, loss = m.solution, m.report.loss
+        promise = predicted if self.options.predicts else 0.5 * solution.gain
+        possible = math.inf if abs(promise) > self._looked_at * abs(loss) else self._possible(m, solution)
         return Trial(
-            m.report.loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated"
+            loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated", possible
         )
+
+    def _possible(self, m: Member, solution) -> float:
+        """What the model promises along a solution's step without damping."""
+        rate = self.parameters.common_rates[m.number]
+        if rate is None:
+            direction, rate = self.parameters.scaled(m.number, solution.step), max(self.parameters.rates(m.number))
+            slope, bend = self._at_theta(m, lambda: slope_and_bend(self._networks.member(m.number), direction))
+        else:
+            slope, bend = solution.gain, solution.gain - solution.damped - solution.slack
+        return without_damping(slope, bend, rate, self._eps)
 
     def _drive(self, proposals: dict[int, object]) -> None:
         """Run generators of trial points side by side: a round is one run of the closure, for all that still ask.
@@ -294,11 +312,14 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
+        return self._networks.losses_at(self._run())
+
+    def _run(self):
+        """What the closure returns where the parameters are."""
         lin = self._networks.lin
-        result = self.tools.evaluator.run(
+        return self.tools.evaluator.run(
             self.closure, self.parameters.params, lin.tape_bytes >= LARGE_TAPE and lin.tapeless, self._replay
         )
-        return self._networks.losses_at(result)
 
     def _searched(self, m: Member):
         """Line search along member m's step."""
@@ -330,7 +351,10 @@ class HostStep:
         self._note(m, solutions.damping[number], solutions[number])
         if not m.solution.usable:
             return Trial(m.report.loss, math.nan, math.nan, False, m.report.damping), None
-        return self._trial(m, loss, self._predicted(m)), Point(m.solution.step)
+        trial = self._trial(m, loss, self._predicted(m))
+        if trial.possible < math.inf:   # the winner may be the most damped
+            trial = trial._replace(possible=max(self._possible(m, s) for s in solutions if s.usable))
+        return trial, Point(m.solution.step)
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
         """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
@@ -381,11 +405,15 @@ class HostStep:
 
     def decide(self) -> None:
         """Keep or undo; the next damping; who is done."""
-        options, eps, pending = self.options, torch.finfo(self.loss.dtype).eps, []
+        options, pending = self.options, []
         for m in self.pending:
             report, trial, state = m.report, m.trial, m.state
-            first = state.mu == state.start and not trial.with_momentum
-            verdict = judge(trial, first, options.predicts, eps)
+            first = state.mu == state.start and not trial.with_momentum and not self.parameters.shortened(m.number)
+            verdict = judge(trial, first, options.predicts, self._eps, state.rejected > 0, options.rule.smallest)
+            if verdict.ended or first and verdict.tiny:
+                verdict = self._looked_into(m, verdict)
+            elif verdict.kept and options.tolerances.asked:
+                verdict = self._tested(m, verdict)
             if not verdict.kept:
                 self.parameters.back((m.number,))
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
@@ -398,11 +426,92 @@ class HostStep:
                     report.loss_after = trial.after if verdict.kept else trial.loss
             else:
                 m.failures += 1
+            if over and report.status == "rejected" and not verdict.ended and options.rule.tries:
+                self._in_vain(m)
             if not over:
                 if trial.usable and trial.with_momentum:
                     m.prior = None
                 pending.append(m)
         self.pending = pending
+
+    def _looked_into(self, m: Member, verdict: Verdict) -> Verdict:
+        """The verdict on a first step that promises no more than rounding: is it convergence, or what else?"""
+        trial, options, nothing = m.trial, self.options, float("nan")
+        m.why, by_test = self._met(m, rounding_of(trial.loss, self._eps, m.state.rejected > 0), trial.possible)
+        if m.why:
+            return verdict._replace(
+                ended=True, hidden=False, ratio=nothing, status=(6 if by_test else 4) + verdict.kept
+            )
+        cut = m.solution.cut and left_out(m.solution.cut, min(m.report.residuals, m.report.parameters), options.rcond)
+        if not options.predicts:
+            m.why = cut or ""
+            return verdict._replace(ended=False, status=5)
+        if not abs(trial.loss - trial.after) <= rounding_of(trial.loss, self._eps, True) and not self._repeats(m):
+            return verdict._replace(kept=False, ended=True, hidden=False, ratio=nothing, status=8)
+        if trial.mu > options.rule.smallest:
+            return verdict._replace(kept=False, ended=False, hidden=True, status=4)
+        if cut:
+            m.why = cut
+            return verdict._replace(ended=True, ratio=nothing, status=8 + verdict.kept)
+        kept = trial.found and trial.after < trial.loss
+        return verdict._replace(kept=kept, ended=False, status=4 + kept)
+
+    def _tested(self, m: Member, verdict: Verdict) -> Verdict:
+        """The verdict on a step that was kept, where tests wider than rounding were asked for."""
+        if worth_measuring(self._facts(m, m.trial.possible), self.options.tolerances):
+            words, by_test = self._met(m, rounding_of(m.trial.loss, self._eps, False), m.trial.possible)
+            if words and by_test:
+                m.why, verdict = words, verdict._replace(status=7)
+        return verdict
+
+    def _in_vain(self, m: Member) -> None:
+        """Why no attempt of a step descended."""
+        possible = m.state.promised if m.state.promised == m.state.promised else math.inf
+        m.trial = m.trial._replace(after=m.trial.loss)
+        m.why, by_test = self._met(m, rounding_of(m.trial.loss, self._eps, True), possible)
+        if m.why and by_test:
+            m.report.status = "converged"
+        elif not m.why and not self._repeats(m):
+            m.report.status = "stalled"
+
+    def _facts(self, m: Member, possible: float) -> Facts:
+        trial, solution = m.trial, m.solution
+        change = abs(trial.loss - trial.after) if self.options.predicts else 0.0
+        predicted = trial.predicted if self.options.predicts else math.inf
+        bend = solution.gain - solution.damped - solution.slack
+        return Facts(trial.loss, possible, change, predicted, solution.gain / bend if possible < math.inf and bend > 0 else math.inf)
+
+    def _met(self, m: Member, limit: float, possible: float) -> tuple[str, bool]:
+        """(which test of convergence the member meets, in words, or ""; is it one that was asked for?).
+
+        Cost: the gradient and diag(J^T J).
+        """
+        b, parameters, loss, tolerances = m.number, self.parameters, m.trial.loss, self.options.tolerances
+        network, step = partial(self._networks.member, b), parameters.scaled(b, m.solution.step)
+        measures = self._at_theta(m, lambda: measured(network(), loss, parameters.theta(b), step, parameters.moving(b)))
+        facts, kind = self._facts(m, possible), (self.loss.dtype, self._networks.lin.has_squares_only)
+        words = met(facts, measures, tolerances, limit, *kind)
+        if words or not met(facts, measures, Tolerances(), limit, *kind):
+            return words, True
+        return "nothing more than rounding can be gained, and the test that says so is turned off", False
+
+    def _repeats(self, m: Member) -> bool:
+        """Whether the closure returns the same loss again at theta; if not, the member's advice says so. Cost: one run."""
+        m.report.trials += 1
+        with self.parameters.home(m.number):
+            try:
+                again = self._networks.losses_at(self._run())[m.number]
+            except StopIteration:
+                again = math.nan
+        if abs(again - m.trial.loss) <= rounding_of(m.trial.loss, self._eps, True):
+            return True
+        m.why = not_repeatable(m.trial.loss, again)
+        return False
+
+    def _at_theta(self, m: Member, find):
+        """find(), which takes products with member m's J, and the member where it was."""
+        with self.parameters.home(m.number):
+            return self._with_products(m, find)
 
     def _curvature(self, m: Member) -> float:
         return self._with_products(m, partial(curvature, partial(self._networks.member, m.number), m.solution))
@@ -432,11 +541,13 @@ class HostStep:
             report.next_damping = state.mu if tries else report.damping
             if tries:
                 memory["damping"] = state.mu
-            if report.status != "accepted" or m.failures or m.solution.status != "solved":
-                report.advice = advice(report, m.solution, m.failures, dtype)
-                why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
+            if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
+                report.advice = m.why or advice(report, m.solution, m.failures)
+                why = "" if m.why else stall(report, state.rejected, state.mu >= LARGEST, self._eps)
                 if why:
                     report.status, report.advice = "stalled", why
+                elif report.status == "converged" and holds_few_digits(dtype):
+                    report.status = "stalled"
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:
