@@ -44,7 +44,8 @@ class CapturedStep:
         groups = [k for k, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad]
         linearizer = Linearizer(self._params, optimizer._tools.backend.name)
         self._linearizer = linearizer
-        self._numbers = GraphStep(closure, self._params, groups, optimizer._options.rule, linearizer, optimizer._options.tolerances)
+        options = optimizer._options
+        self._numbers = GraphStep(closure, self._params, groups, options.rule, linearizer, options.tolerances)
         self._host: dict = {}   # what the device holds of rates, decays and the mu that is given
         self._graph = self._stream = self._addresses = self._memory = None
         self._pending = self._known = self._steps = 0

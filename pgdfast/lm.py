@@ -112,8 +112,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
             <v, J^T w> and J^T r with the gradient of the loss: at the first tape of every structure, at every step, or never
             but where hooks or Functions of one's own take part. Rules that disagree are left for autograd, with a warning. The
             closure does not run again; a check takes three products and a backward pass. Not part of the state_dict.
-        ftol, xtol, gtol (None, or floats in [0, 1), default None): MINPACK's loss, step and gradient tests, relative and free of
-            units, by which `converged` speaks; LM does not stop by itself. None: what the loss's rounding allows; 0: no such
+        ftol, xtol, gtol (None, or floats in [0, 1), default None): MINPACK's loss, step and gradient tests, relative and free
+            of units, by which `converged` speaks; LM does not stop by itself. None: what the loss's rounding allows; 0: no such
             test. Numbers as in SciPy (1e-8) make it speak earlier. ftol: the loss changed, and the model without damping
             promises, at most this part of it. xtol: the step without damping is at most this part of the parameters, each in
             units of its column of J. gtol: the largest cosine of the residuals with a column of J. The tests take a gradient

@@ -20,9 +20,10 @@ class Report:
     "stalled"; "empty" (no residuals); "none" (before the first step).
     Converged: the loss, step or gradient test holds, so by the model without damping nothing more than the tolerances can be
     gained; a last step that did not raise the loss was kept. Stalled: the model promises more, and yet no step descends.
-    advice: which test was met, or what to do about a step; "" where there is nothing to say. solver and reason: what solved and why it was chosen. solve_status, iterations,
-    residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
-    cut: directions that the pseudo-inverse of damping 0 left out. correction: length of the second-order correction over that of the step, with acceleration.
+    advice: which test was met, or what to do about a step; "" where there is nothing to say. solver and reason: what solved
+    and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is known for CG and LSMR; a
+    truncated one is an earlier iterate of it). cut: directions that the pseudo-inverse of damping 0 left out.
+    correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
     dropped because a trial with it did not descend. residuals, parameters: M and P. seconds: wall time of the phases
@@ -226,7 +227,7 @@ def slope_test(cosine: float, gtol: float | None, rounding: bool, dtype: torch.d
 
 
 def loss_test(facts, ftol: float | None, dtype: torch.dtype) -> str:
-    """The loss test; ftol: None where it was met by rounding."""
+    """The loss test. ftol: None where it was met by rounding."""
     loss = abs(facts.loss)
     if ftol is None:
         return f"the predicted reduction, {facts.possible:.0e} of {loss:.3g}, is at rounding level: {_converged(dtype)}"
@@ -253,7 +254,10 @@ def holds_few_digits(dtype: torch.dtype) -> bool:
 
 
 def _converged(dtype: torch.dtype, further: bool = True) -> str:
-    """What rounding level means in a precision, and how to go on. further: is there any loss left?"""
+    """What rounding level means in a precision, and how to go on.
+
+    further: is there any loss left?
+    """
     if holds_few_digits(dtype):
         name = str(dtype).removeprefix("torch.")
         return (

@@ -100,7 +100,8 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     gains, squares = gains.tolist(), squares.tolist()
 
     def found(k):
-        return Found(Outcome(steps[k], "solved", 0, 0.0, gains[k], squares[k]), partial(again, k), False, {}, cut=0 if k else left_out)
+        outcome = Outcome(steps[k], "solved", 0, 0.0, gains[k], squares[k])
+        return Found(outcome, partial(again, k), False, {}, cut=0 if k else left_out)
 
     return OnDemand([None] * len(mus), found)
 

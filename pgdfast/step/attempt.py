@@ -58,9 +58,10 @@ class Trial(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """kept: does the trial point stand? ended: is the step over though it does not? hidden: is the promise at rounding level
+    """What becomes of a trial.
 
-    only because of the damping, so that mu must fall? tiny: is it at rounding level? ratio: rho, NaN for none.
+    kept: does the trial point stand? ended: is the step over whether or not it does? tiny: is the promise at rounding level?
+    hidden: is it so because of the damping alone, so that mu must fall? ratio: rho, NaN for none.
     """
 
     kept: bool
@@ -149,8 +150,11 @@ def advance(rule: DampingRule, state: State, trial: Trial, verdict: Verdict, cur
         return state._replace(attempt=0)
 
     over = verdict.kept | verdict.ended | (trial.usable & (not rule.tries and not trial.with_momentum))
-    in_between = lambda: cond(verdict.hidden, lowered, in_vain)  # noqa: E731
-    return cond(verdict.kept, accepted, lambda: cond(over, unchanged, in_between)), over | last
+
+    def not_kept():
+        return cond(over, unchanged, lambda: cond(verdict.hidden, lowered, in_vain))
+
+    return cond(verdict.kept, accepted, not_kept), over | last
 
 
 def _further(mu, start, stood, tiny):

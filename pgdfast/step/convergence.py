@@ -40,6 +40,10 @@ class Tolerances:
         """Whether any is more than rounding, so that steps above it are to be looked at, too."""
         return bool(self.ftol or self.xtol or self.gtol)
 
+    def looked_at(self, eps: float) -> float:
+        """Relative promises up to this may meet a test. eps: rounding unit of the loss."""
+        return math.inf if self.xtol else max(SUMS * eps, self.ftol or 0.0, self.gtol or 0.0)
+
 
 class Facts(NamedTuple):
     """What a step says of itself, without products.
@@ -55,7 +59,7 @@ class Facts(NamedTuple):
     undamped: float
 
     def level(self, limit: float) -> bool:
-        """Is the loss flat to this much, by what was seen and by the model without damping?"""
+        """Whether the loss is flat to this much, by what was seen and by the model without damping."""
         return self.possible <= limit and self.change <= limit
 
 

@@ -134,7 +134,7 @@ class GraphStep:
         """The Report of the step that left these numbers; one transfer."""
         seen = dict(zip((*self.fields, *(f"reported {name}" for name in _REPORTED)), numbers.tolist(), strict=True))
         next_mu, seen = seen["mu"], {name: seen[f"reported {name}"] for name in _REPORTED}
-        plan, dtype, tries = self.plan, self._params[0].dtype, self._rule.tries
+        plan, tries = self.plan, self._rule.tries
         number = int(seen["status"])
         failed = number == _NOT_FINITE or STATUS[number] == "failed"
         tried = tries and not failed
@@ -160,8 +160,8 @@ class GraphStep:
         eps, size, possible = torch.finfo(dtype).eps, abs(report.loss), seen["possible"]
         in_a_row, promised = int(seen["in_a_row"]), seen["promised"]
         change = 0.0 if report.loss_after is None else abs(report.loss - report.loss_after)
-        facts = Facts(report.loss, possible, change, math.inf if report.predicted_reduction is None else report.predicted_reduction,
-                      math.inf)
+        predicted = math.inf if report.predicted_reduction is None else report.predicted_reduction
+        facts = Facts(report.loss, possible, change, predicted, math.inf)
         kept, rounding = number % 2 == 1, STATUS[number] == "converged"
         if report.status == "rejected" and in_a_row and promised <= rounding_of(size, eps, True):
             rounding, facts = True, facts._replace(possible=promised)

@@ -12,10 +12,10 @@ from time import perf_counter
 
 import torch
 
-from ..report import EnsembleReport, Report, advice, holds_few_digits, left_out, not_repeatable, stall
+from ..report import EnsembleReport, Report
 from ..solve import CG, Solutions
-from .attempt import STATUS, State, Trial, Verdict, advance, judge, without_damping
-from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
+from .attempt import STATUS, State, Trial, advance, judge
+from .convergence import Tolerances
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
@@ -24,7 +24,8 @@ from .multi_damping import best_of
 from .parameters import Parameters, Point
 from .quadratic_model import curvature, slope_and_bend
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, DampingRule
+from .rules import DampingRule
+from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
@@ -88,13 +89,13 @@ class HostStep:
         self.seconds = {"linearize": 0.0, "solve": 0.0, "trial": 0.0}
         self.pending: list[Member] = []
         self.members: list[Member] = []
-        self._networks = self._replay = self._scale = self.loss = self.report = None
+        self.networks = self._replay = self._scale = self.loss = self.report = None
         self.scalar = False
         self._step, self._decaying = memory["step"], any(map(any, decays))
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
-        self._eps = self._looked_at = 0.0   # relative promises up to the latter are looked at closely
+        self.eps = self._looked_at = 0.0   # relative promises up to the latter are looked at closely
         self._modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
     def undo(self) -> None:
@@ -113,8 +114,8 @@ class HostStep:
     def release(self) -> None:
         """Let go of the tape."""
         self.parameters.away.clear()
-        if self._networks is not None:
-            self._networks.lin.release()
+        if self.networks is not None:
+            self.networks.lin.release()
 
     # --- linearize --------------------------------------------------------------------------------------------------------
 
@@ -124,15 +125,15 @@ class HostStep:
         again = options.predicts or options.acceleration is not None
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
-        self._networks = networks = self.tools.backend.networks(self.closure, parameters)
+        self.networks = networks = self.tools.backend.networks(self.closure, parameters)
         self.scalar = networks.lin.scalar
         if options.acceleration is not None and not networks.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
         if again:
             self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin
-        self._eps, wanted = torch.finfo(self.loss.dtype).eps, options.tolerances
-        self._looked_at = math.inf if wanted.xtol else max(rounding_of(1.0, self._eps, True), wanted.ftol or 0.0, wanted.gtol or 0.0)
+        self.eps, wanted = torch.finfo(self.loss.dtype).eps, options.tolerances
+        self._looked_at = wanted.looked_at(self.eps)
         empty = lin.num_residuals == 0 and not lin.penalties
         for b, loss in enumerate(networks.losses):
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
@@ -162,7 +163,7 @@ class HostStep:
     def _running_maximum(self) -> torch.Tensor:
         """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
         parameters, rows = self.parameters, []
-        parts = self._networks.lin.diagonal().split(parameters.sizes, -1)
+        parts = self.networks.lin.diagonal().split(parameters.sizes, -1)
         for p, reals, part in zip(parameters.params, parameters.reals, parts, strict=True):
             seen, known = part.reshape(reals.shape).to(reals.dtype), self.optimizer_state.get(p, {}).get("scale")
             self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
@@ -180,7 +181,7 @@ class HostStep:
             there = self._at_linearization() if self.parameters.touched else None
             for m in unsolved:
                 m.solution = None   # the memory of its factor serves the next
-            self._networks.solve(unsolved, self._scale, options, self._step)
+            self.networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
@@ -198,8 +199,8 @@ class HostStep:
 
         Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
         """
-        there = None if self._networks.separates else self.parameters.set_aside()
-        self._networks.unchanged()
+        there = None if self.networks.separates else self.parameters.set_aside()
+        self.networks.unchanged()
         self.parameters.touched = False
         return there
 
@@ -208,7 +209,7 @@ class HostStep:
     def attempt(self) -> None:
         """Go to the trial points: the steps, or where a correction or a search along them ends; see the losses there."""
         start, options, parameters = perf_counter(), self.options, self.parameters
-        self._networks.lin.before_trial()
+        self.networks.lin.before_trial()
         proposals, points = {}, {}
         for m in self.pending:
             if isinstance(m.solution, Solutions):   # not where the best of them was shortened
@@ -247,7 +248,7 @@ class HostStep:
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
         report.iterations, report.residual_norm, report.cut = solution.iterations, solution.known_residual_norm, solution.cut
         if solution.status == "not_finite":
-            self._networks.lin.doubt()
+            self.networks.lin.doubt()
         if self.options.constraint is not None:
             self.parameters.constrain(m.number, solution.step)
 
@@ -256,7 +257,7 @@ class HostStep:
         rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            slope, bend = self._with_products(m, lambda: slope_and_bend(self._networks.member(m.number), direction))
+            slope, bend = self._with_products(m, lambda: slope_and_bend(self.networks.member(m.number), direction))
             return t * slope - 0.5 * t * t * bend
         reduction = m.solution.reduction(rate * t)
         # Up to a rate of 2 and without a prior only rounding makes this negative.
@@ -266,20 +267,10 @@ class HostStep:
         """The trial of member m; after: the loss there."""
         solution, loss = m.solution, m.report.loss
         promise = predicted if self.options.predicts else 0.5 * solution.gain
-        possible = math.inf if abs(promise) > self._looked_at * abs(loss) else self._possible(m, solution)
+        possible = math.inf if abs(promise) > self._looked_at * abs(loss) else promised_without_damping(self, m, solution)
         return Trial(
             loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated", possible
         )
-
-    def _possible(self, m: Member, solution) -> float:
-        """What the model promises along a solution's step without damping."""
-        rate = self.parameters.common_rates[m.number]
-        if rate is None:
-            direction, rate = self.parameters.scaled(m.number, solution.step), max(self.parameters.rates(m.number))
-            slope, bend = self._at_theta(m, lambda: slope_and_bend(self._networks.member(m.number), direction))
-        else:
-            slope, bend = solution.gain, solution.gain - solution.damped - solution.slack
-        return without_damping(slope, bend, rate, self._eps)
 
     def _drive(self, proposals: dict[int, object]) -> None:
         """Run generators of trial points side by side: a round is one run of the closure, for all that still ask.
@@ -312,11 +303,11 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        return self._networks.losses_at(self._run())
+        return self.networks.losses_at(self.run())
 
-    def _run(self):
+    def run(self):
         """What the closure returns where the parameters are."""
-        lin = self._networks.lin
+        lin = self.networks.lin
         return self.tools.evaluator.run(
             self.closure, self.parameters.params, lin.tape_bytes >= LARGE_TAPE and lin.tapeless, self._replay
         )
@@ -326,7 +317,7 @@ class HostStep:
         rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            slope = float(torch.dot(self._networks.member(m.number).gradient(), direction))
+            slope = float(torch.dot(self.networks.member(m.number).gradient(), direction))
         else:
             slope = rate * m.solution.gain
         search = self.options.search.search(m.report.loss, slope)
@@ -353,7 +344,7 @@ class HostStep:
             return Trial(m.report.loss, math.nan, math.nan, False, m.report.damping), None
         trial = self._trial(m, loss, self._predicted(m))
         if trial.possible < math.inf:   # the winner may be the most damped
-            trial = trial._replace(possible=max(self._possible(m, s) for s in solutions if s.usable))
+            trial = trial._replace(possible=max(promised_without_damping(self, m, s) for s in solutions if s.usable))
         return trial, Point(m.solution.step)
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
@@ -363,7 +354,7 @@ class HostStep:
             return None
         report.trials += 1
         return evaluator.batched(
-            self.closure, self.parameters.params, displacements, self._replay, self._networks.lin.scalar
+            self.closure, self.parameters.params, displacements, self._replay, self.networks.lin.scalar
         )
 
     def agrees(self, batched: float, alone: float) -> bool:
@@ -374,7 +365,7 @@ class HostStep:
         """The second-order correction of member m's step."""
         parameters, b = self.parameters, m.number
         delta = parameters.scaled(b, m.solution.step)
-        model = _CorrectedStep(self._networks.member(b), m.solution, parameters, b)
+        model = _CorrectedStep(self.networks.member(b), m.solution, parameters, b)
         correct, answer = self.options.acceleration.correct(model, delta), None
         while True:
             try:
@@ -393,12 +384,12 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        lin, params = self._networks.lin, self.parameters.params
+        lin, params = self.networks.lin, self.parameters.params
         tapeless = lin.tapeless and not lin.residuals_need_tape and lin.tape_bytes >= LARGE_TAPE
         run = partial(self.tools.evaluator.run, self.closure, params, tapeless, self._replay)
-        found = self._networks.residuals_at(run)
+        found = self.networks.residuals_at(run)
         self.parameters.back(points)
-        self._networks.unchanged()
+        self.networks.unchanged()
         return found
 
     # --- decide -----------------------------------------------------------------------------------------------------------
@@ -409,11 +400,11 @@ class HostStep:
         for m in self.pending:
             report, trial, state = m.report, m.trial, m.state
             first = state.mu == state.start and not trial.with_momentum and not self.parameters.shortened(m.number)
-            verdict = judge(trial, first, options.predicts, self._eps, state.rejected > 0, options.rule.smallest)
+            verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, options.rule.smallest)
             if verdict.ended or first and verdict.tiny:
-                verdict = self._looked_into(m, verdict)
+                verdict = looked_into(self, m, verdict)
             elif verdict.kept and options.tolerances.asked:
-                verdict = self._tested(m, verdict)
+                verdict = tested(self, m, verdict)
             if not verdict.kept:
                 self.parameters.back((m.number,))
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
@@ -427,94 +418,20 @@ class HostStep:
             else:
                 m.failures += 1
             if over and report.status == "rejected" and not verdict.ended and options.rule.tries:
-                self._in_vain(m)
+                in_vain(self, m)
             if not over:
                 if trial.usable and trial.with_momentum:
                     m.prior = None
                 pending.append(m)
         self.pending = pending
 
-    def _looked_into(self, m: Member, verdict: Verdict) -> Verdict:
-        """The verdict on a first step that promises no more than rounding: is it convergence, or what else?"""
-        trial, options, nothing = m.trial, self.options, float("nan")
-        m.why, by_test = self._met(m, rounding_of(trial.loss, self._eps, m.state.rejected > 0), trial.possible)
-        if m.why:
-            return verdict._replace(
-                ended=True, hidden=False, ratio=nothing, status=(6 if by_test else 4) + verdict.kept
-            )
-        cut = m.solution.cut and left_out(m.solution.cut, min(m.report.residuals, m.report.parameters), options.rcond)
-        if not options.predicts:
-            m.why = cut or ""
-            return verdict._replace(ended=False, status=5)
-        if not abs(trial.loss - trial.after) <= rounding_of(trial.loss, self._eps, True) and not self._repeats(m):
-            return verdict._replace(kept=False, ended=True, hidden=False, ratio=nothing, status=8)
-        if trial.mu > options.rule.smallest:
-            return verdict._replace(kept=False, ended=False, hidden=True, status=4)
-        if cut:
-            m.why = cut
-            return verdict._replace(ended=True, ratio=nothing, status=8 + verdict.kept)
-        kept = trial.found and trial.after < trial.loss
-        return verdict._replace(kept=kept, ended=False, status=4 + kept)
-
-    def _tested(self, m: Member, verdict: Verdict) -> Verdict:
-        """The verdict on a step that was kept, where tests wider than rounding were asked for."""
-        if worth_measuring(self._facts(m, m.trial.possible), self.options.tolerances):
-            words, by_test = self._met(m, rounding_of(m.trial.loss, self._eps, False), m.trial.possible)
-            if words and by_test:
-                m.why, verdict = words, verdict._replace(status=7)
-        return verdict
-
-    def _in_vain(self, m: Member) -> None:
-        """Why no attempt of a step descended."""
-        possible = m.state.promised if m.state.promised == m.state.promised else math.inf
-        m.trial = m.trial._replace(after=m.trial.loss)
-        m.why, by_test = self._met(m, rounding_of(m.trial.loss, self._eps, True), possible)
-        if m.why and by_test:
-            m.report.status = "converged"
-        elif not m.why and not self._repeats(m):
-            m.report.status = "stalled"
-
-    def _facts(self, m: Member, possible: float) -> Facts:
-        trial, solution = m.trial, m.solution
-        change = abs(trial.loss - trial.after) if self.options.predicts else 0.0
-        predicted = trial.predicted if self.options.predicts else math.inf
-        bend = solution.gain - solution.damped - solution.slack
-        return Facts(trial.loss, possible, change, predicted, solution.gain / bend if possible < math.inf and bend > 0 else math.inf)
-
-    def _met(self, m: Member, limit: float, possible: float) -> tuple[str, bool]:
-        """(which test of convergence the member meets, in words, or ""; is it one that was asked for?).
-
-        Cost: the gradient and diag(J^T J).
-        """
-        b, parameters, loss, tolerances = m.number, self.parameters, m.trial.loss, self.options.tolerances
-        network, step = partial(self._networks.member, b), parameters.scaled(b, m.solution.step)
-        measures = self._at_theta(m, lambda: measured(network(), loss, parameters.theta(b), step, parameters.moving(b)))
-        facts, kind = self._facts(m, possible), (self.loss.dtype, self._networks.lin.has_squares_only)
-        words = met(facts, measures, tolerances, limit, *kind)
-        if words or not met(facts, measures, Tolerances(), limit, *kind):
-            return words, True
-        return "nothing more than rounding can be gained, and the test that says so is turned off", False
-
-    def _repeats(self, m: Member) -> bool:
-        """Whether the closure returns the same loss again at theta; if not, the member's advice says so. Cost: one run."""
-        m.report.trials += 1
-        with self.parameters.home(m.number):
-            try:
-                again = self._networks.losses_at(self._run())[m.number]
-            except StopIteration:
-                again = math.nan
-        if abs(again - m.trial.loss) <= rounding_of(m.trial.loss, self._eps, True):
-            return True
-        m.why = not_repeatable(m.trial.loss, again)
-        return False
-
-    def _at_theta(self, m: Member, find):
+    def at_theta(self, m: Member, find):
         """find(), which takes products with member m's J, and the member where it was."""
         with self.parameters.home(m.number):
             return self._with_products(m, find)
 
     def _curvature(self, m: Member) -> float:
-        return self._with_products(m, partial(curvature, partial(self._networks.member, m.number), m.solution))
+        return self._with_products(m, partial(curvature, partial(self.networks.member, m.number), m.solution))
 
     def _with_products(self, m: Member, find):
         """find(), which takes products with member m's J: the member returns to theta for them."""
@@ -542,12 +459,7 @@ class HostStep:
             if tries:
                 memory["damping"] = state.mu
             if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
-                report.advice = m.why or advice(report, m.solution, m.failures)
-                why = "" if m.why else stall(report, state.rejected, state.mu >= LARGEST, self._eps)
-                if why:
-                    report.status, report.advice = "stalled", why
-                elif report.status == "converged" and holds_few_digits(dtype):
-                    report.status = "stalled"
+                say(m, self.eps, dtype)
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:
