@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..report import PROMISE, SUMS
-from .rules import LARGEST, SMALLEST, DampingRule, Memory, bounded, select
+from .rules import LARGEST, DampingRule, Memory, bounded, select
 
 ATTEMPTS = 12      # dampings tried in one step before it is given up
 _FURTHEST = 1e4    # times the mu that a step began with: the next one goes on from there at most
@@ -84,12 +84,12 @@ def without_damping(slope, bend, rate, eps):
     return select(seen, best, select(slope > 0, float("inf"), 0.0))
 
 
-def judge(trial: Trial, first, tries: bool, eps: float, again=False, lowest: float = SMALLEST) -> Verdict:
+def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True) -> Verdict:
     """Whether the trial point stands.
 
     first: is this the step's first damping? tries: are trial points judged by their loss? eps: rounding unit of the loss.
-    again: did the steps just before find no descent? Then promises at the rounding of sums have nothing left to show. lowest:
-    mu cannot fall below it.
+    again: did the steps just before find no descent? Then promises at the rounding of sums have nothing left to show. falls:
+    can mu fall?
 
     A first step that promises less than the loss's rounding, without damping, too, means convergence, and may stand if it
     does not climb. Where only the damping makes the promise so small, mu has to fall. Later attempts are small because mu
@@ -103,7 +103,7 @@ def judge(trial: Trial, first, tries: bool, eps: float, again=False, lowest: flo
         return Verdict(usable, nothing, False, False, float("nan"), 4 * usable + 2 * nothing + usable)
     tiny = usable & (abs(predicted) <= limit)
     converged = nothing & tiny & (abs(loss - after) <= SUMS * size)
-    hidden = tiny & first & (trial.possible > limit) & (trial.mu > lowest)
+    hidden = tiny & first & (trial.possible > limit) & falls
     kept = usable & trial.found & (hidden == 0) & ((after < loss) | (converged & (after == loss)))
     comparable = (predicted > 0) & (abs(after) < float("inf"))
     ratio = select(comparable, (loss - after) / (predicted + (predicted == 0)), float("-inf"))

@@ -83,7 +83,7 @@ class GraphStep:
             self._move(found.step)
             after = self._loss_here(before, lin.scalar) if tries else torch.full_like(loss, math.nan)
             trial = Trial(loss, after, predicted, found.usable & alive, mu, possible=possible)
-            verdict = judge(trial, state.mu == state.start, tries, eps, state.rejected > 0, rule.smallest)
+            verdict = judge(trial, torch.isnan(promised), tries, eps, state.rejected > 0, state.mu > rule.smallest)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
             following = (state.mu, state.start, state.attempt, state.rejected, state.promised, *state.memory.values())

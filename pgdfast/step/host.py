@@ -342,10 +342,7 @@ class HostStep:
         self._note(m, solutions.damping[number], solutions[number])
         if not m.solution.usable:
             return Trial(m.report.loss, math.nan, math.nan, False, m.report.damping), None
-        trial = self._trial(m, loss, self._predicted(m))
-        if trial.possible < math.inf:   # the winner may be the most damped
-            trial = trial._replace(possible=max(promised_without_damping(self, m, s) for s in solutions if s.usable))
-        return trial, Point(m.solution.step)
+        return self._trial(m, loss, self._predicted(m)), Point(m.solution.step)
 
     def batched_losses(self, displacements: list[torch.Tensor]) -> list[float] | None:
         """One network's losses at theta - e for these e, in one run of the closure; None where that cannot be."""
@@ -399,10 +396,11 @@ class HostStep:
         options, pending = self.options, []
         for m in self.pending:
             report, trial, state = m.report, m.trial, m.state
-            first = state.mu == state.start and not trial.with_momentum and not self.parameters.shortened(m.number)
-            verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, options.rule.smallest)
+            first = state.promised != state.promised and not trial.with_momentum and not self.parameters.shortened(m.number)
+            falls = state.mu > options.rule.smallest
+            verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, falls)
             if verdict.ended or first and verdict.tiny:
-                verdict = looked_into(self, m, verdict)
+                verdict = looked_into(self, m, verdict, falls)
             elif verdict.kept and options.tolerances.asked:
                 verdict = tested(self, m, verdict)
             if not verdict.kept:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ..report import advice, holds_few_digits, left_out, not_repeatable, stall
+from ..report import advice, holds_few_digits, left_out, not_repeatable, stall, too_damped
 from .attempt import Verdict, without_damping
 from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
 from .quadratic_model import slope_and_bend
@@ -31,8 +31,8 @@ def promised_without_damping(step, m, solution) -> float:
     return without_damping(slope, bend, max(parameters.rates(b)), step.eps)
 
 
-def looked_into(step, m, verdict: Verdict) -> Verdict:
-    """The verdict on a first attempt that promises no more than rounding."""
+def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
+    """The verdict on a first attempt that promises no more than rounding. falls: can mu fall?"""
     trial, options = m.trial, step.options
     m.why, by_test = _met(step, m, rounding_of(trial.loss, step.eps, m.state.rejected > 0), trial.possible)
     if m.why:
@@ -43,10 +43,10 @@ def looked_into(step, m, verdict: Verdict) -> Verdict:
         return verdict._replace(ended=False, status=5)
     if not abs(trial.loss - trial.after) <= rounding_of(trial.loss, step.eps, True) and not _repeats(step, m):
         return verdict._replace(kept=False, ended=True, hidden=False, ratio=_NONE, status=8)
-    if trial.mu > options.rule.smallest:
+    if falls:
         return verdict._replace(kept=False, ended=False, hidden=True, status=4)
-    if cut:
-        m.why = cut
+    if cut or options.rule.tries and trial.possible > rounding_of(trial.loss, step.eps, True):
+        m.why = cut or too_damped(trial.mu)
         return verdict._replace(ended=True, ratio=_NONE, status=8 + verdict.kept)
     kept = trial.found and trial.after < trial.loss
     return verdict._replace(kept=kept, ended=False, status=4 + kept)
