@@ -212,7 +212,7 @@ def left_out(count: int, size: int, rcond: float) -> str:
 def too_damped(mu: float) -> str:
     """Advice where the smallest mu that the rule allows is still far above the curvature."""
     return (
-        f"the damping, {mu:.0e}, is the smallest that its rule allows, and so far above the curvature that steps have no length: "
+        f"the damping, {mu:.0e}, is the least that its rule allows, and so far above the curvature that steps have no length: "
         "the model hardly answers to its parameters here (saturated, underflow, tiny units). Start elsewhere, scale the "
         "residuals up, or allow less by the rule's `smallest`"
     )

@@ -32,7 +32,10 @@ def promised_without_damping(step, m, solution) -> float:
 
 
 def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
-    """The verdict on a first attempt that promises no more than rounding. falls: can mu fall?"""
+    """The verdict on a first attempt that promises no more than rounding.
+
+    falls: can mu fall?
+    """
     trial, options = m.trial, step.options
     m.why, by_test = _met(step, m, rounding_of(trial.loss, step.eps, m.state.rejected > 0), trial.possible)
     if m.why:
