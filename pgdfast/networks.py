@@ -20,7 +20,7 @@ class OneNetwork:
 
     def __init__(self, lin, solve):
         self.lin, self.loss, self._solve = lin, lin.loss, solve
-        exact = lin.scalar or lin.dtype == torch.float64   # else a trial at the same point may find another last digit
+        exact = lin.scalar or lin.loss.dtype == torch.float64   # else a trial at the same point may find another last digit
         self.losses = (float(lin.loss if exact else half_square(lin.residual)),)
 
     def member(self, b: int):

@@ -187,7 +187,7 @@ def stall(report: Report, in_a_row: int, at_bound: bool, eps: float) -> str:
             f"smaller damping; if it rises again, look for {_SUSPECTS}"
         )
     promised = report.predicted_reduction
-    if in_a_row < _REJECTED_IN_A_ROW or promised is None or abs(promised) > PROMISE * eps * abs(report.loss):
+    if in_a_row < _REJECTED_IN_A_ROW or promised is None or abs(promised) > SUMS * eps * abs(report.loss):
         return ""
     return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {_SUSPECTS}"
 

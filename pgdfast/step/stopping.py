@@ -71,7 +71,7 @@ def in_vain(step, m) -> None:
     m.why, by_test = _met(step, m, rounding_of(m.trial.loss, step.eps, True), math.inf if promised != promised else promised)
     if m.why and by_test:
         m.report.status = "converged"
-    elif not m.why and not _repeats(step, m):
+    elif not m.why and m.state.rejected > 1 and not _repeats(step, m):
         m.report.status = "stalled"
 
 
