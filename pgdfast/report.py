@@ -186,10 +186,15 @@ def stall(report: Report, in_a_row: int, at_bound: bool, eps: float) -> str:
             f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a "
             f"smaller damping; if it rises again, look for {_SUSPECTS}"
         )
-    promised = report.predicted_reduction
-    if in_a_row < _REJECTED_IN_A_ROW or promised is None or abs(promised) > SUMS * eps * abs(report.loss):
+    if not no_more_promised(report, in_a_row, eps):
         return ""
     return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {_SUSPECTS}"
+
+
+def no_more_promised(report: Report, in_a_row: int, eps: float) -> bool:
+    """Whether steps in a row found no descent, the last of them down to promises of rounding."""
+    promised = report.predicted_reduction
+    return in_a_row >= _REJECTED_IN_A_ROW and promised is not None and abs(promised) <= SUMS * eps * abs(report.loss)
 
 
 def not_repeatable(first: float, second: float) -> str:
@@ -243,6 +248,14 @@ def loss_test(facts, ftol: float | None, dtype: torch.dtype) -> str:
     return (
         f"converged by the loss test: the loss changed by {facts.change / loss:.0e} of itself, and the model without damping "
         f"promises {facts.possible / loss:.0e}, at most ftol = {ftol:g}{_FURTHER}"
+    )
+
+
+def no_descent(alone: float, dtype: torch.dtype) -> str:
+    """The loss test after steps in vain. alone: what the best step along one parameter promises of the loss."""
+    return (
+        f"no step lowers the loss, and a step along any one parameter promises at most {alone:.0e} of it, which is at rounding "
+        f"level: {_converged(dtype)}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..report import PROMISE, SUMS, exact, loss_test, slope_test, step_test
+from ..report import PROMISE, SUMS, exact, loss_test, no_descent, slope_test, step_test
 
 _ROUNDING = 8   # rounding units: what products with J lose, and parameters
 
@@ -99,8 +99,14 @@ def worth_measuring(facts: Facts, tolerances: Tolerances) -> bool:
     return facts.level(wider * abs(facts.loss)) or bool(tolerances.xtol) and facts.undamped < math.inf
 
 
-def met(facts: Facts, m: Measures, tolerances: Tolerances, limit: float, dtype: torch.dtype, squares: bool) -> str:
-    """Which test is met, in words; "" for none. limit: what of the loss is rounding."""
+def met(
+    facts: Facts, m: Measures, tolerances: Tolerances, limit: float, dtype: torch.dtype, squares: bool, in_vain: bool = False
+) -> str:
+    """Which test is met, in words; "" for none.
+
+    limit: what of the loss is rounding. in_vain: did steps in a row, down to promises of rounding, find no descent? Then what
+    the model promises along them is its own rounding.
+    """
     eps, size = torch.finfo(dtype).eps, abs(facts.loss)
     ftol, xtol, gtol = tolerances.ftol, tolerances.xtol, tolerances.gtol
     if not all(map(math.isfinite, m)):
@@ -117,6 +123,8 @@ def met(facts: Facts, m: Measures, tolerances: Tolerances, limit: float, dtype: 
             return loss_test(facts, None, dtype)
         if facts.change <= wide and facts.change <= 2 * facts.predicted:
             return loss_test(facts, ftol, dtype)
+    if ftol != 0 and in_vain and 0.5 * m.steepest**2 <= wide:
+        return no_descent(0.5 * m.steepest**2 / size, dtype)
     if xtol and m.step * facts.undamped <= xtol * m.parameters and m.steepest <= xtol * m.parameters:
         return step_test(m.step * facts.undamped / m.parameters, xtol)
     return ""

@@ -399,7 +399,7 @@ class HostStep:
             first = state.promised != state.promised and not trial.with_momentum and not self.parameters.shortened(m.number)
             falls = state.mu > options.rule.smallest
             verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, falls)
-            if verdict.ended or first and verdict.tiny:
+            if verdict.ended or first and (verdict.tiny or report.loss == 0):
                 verdict = looked_into(self, m, verdict, falls)
             elif verdict.kept and options.tolerances.asked:
                 verdict = tested(self, m, verdict)

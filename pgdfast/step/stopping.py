@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ..report import advice, holds_few_digits, left_out, not_repeatable, stall, too_damped
+from ..report import advice, holds_few_digits, left_out, no_more_promised, not_repeatable, stall, too_damped
 from .attempt import Verdict, without_damping
 from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
 from .quadratic_model import slope_and_bend
@@ -32,7 +32,7 @@ def promised_without_damping(step, m, solution) -> float:
 
 
 def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
-    """The verdict on a first attempt that promises no more than rounding.
+    """The verdict on a first attempt that promises no more than rounding, or from a loss of 0.
 
     falls: can mu fall?
     """
@@ -40,6 +40,8 @@ def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
     m.why, by_test = _met(step, m, rounding_of(trial.loss, step.eps, m.state.rejected > 0), trial.possible)
     if m.why:
         return verdict._replace(ended=True, hidden=False, ratio=_NONE, status=(6 if by_test else 4) + verdict.kept)
+    if not verdict.ended and not verdict.tiny:
+        return verdict
     cut = m.solution.cut and left_out(m.solution.cut, min(m.report.residuals, m.report.parameters), options.rcond)
     if not options.predicts:
         m.why = cut or ""
@@ -66,9 +68,10 @@ def tested(step, m, verdict: Verdict) -> Verdict:
 
 def in_vain(step, m) -> None:
     """Put on record why no attempt of a step descended."""
-    promised = m.state.promised
+    promised, rounding = m.state.promised, rounding_of(m.trial.loss, step.eps, True)
     m.trial = m.trial._replace(after=m.trial.loss)
-    m.why, by_test = _met(step, m, rounding_of(m.trial.loss, step.eps, True), math.inf if promised != promised else promised)
+    flat = no_more_promised(m.report, m.state.rejected, step.eps)
+    m.why, by_test = _met(step, m, rounding, math.inf if promised != promised else promised, flat)
     if m.why and by_test:
         m.report.status = "converged"
     elif not m.why and m.state.rejected > 1 and not _repeats(step, m):
@@ -96,7 +99,7 @@ def _facts(step, m, possible: float) -> Facts:
     )
 
 
-def _met(step, m, limit: float, possible: float) -> tuple[str, bool]:
+def _met(step, m, limit: float, possible: float, in_vain: bool = False) -> tuple[str, bool]:
     """(which test of convergence the member meets, in words, or ""; is it one that was asked for?).
 
     Cost: the gradient and diag(J^T J).
@@ -105,8 +108,8 @@ def _met(step, m, limit: float, possible: float) -> tuple[str, bool]:
     network, move = partial(step.networks.member, b), parameters.scaled(b, m.solution.step)
     measures = step.at_theta(m, lambda: measured(network(), loss, parameters.theta(b), move, parameters.moving(b)))
     facts, kind = _facts(step, m, possible), (step.loss.dtype, step.networks.lin.has_squares_only)
-    words = met(facts, measures, tolerances, limit, *kind)
-    if words or not met(facts, measures, Tolerances(), limit, *kind):
+    words = met(facts, measures, tolerances, limit, *kind, in_vain)
+    if words or not met(facts, measures, Tolerances(), limit, *kind, in_vain):
         return words, True
     return "nothing more than rounding can be gained, and the test that says so is turned off", False
 
