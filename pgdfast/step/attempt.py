@@ -14,6 +14,7 @@ from ..report import PROMISE, SUMS
 from .rules import LARGEST, DampingRule, Memory, bounded, select
 
 ATTEMPTS = 12      # dampings tried in one step before it is given up
+_INEXACT = 4.0     # times the slope: bends that no damped step has, its learning rates included
 _FURTHEST = 1e4    # times the mu that a step began with: the next one goes on from there at most
 
 # By 4 usable + 2 converged + kept; behind them what the host alone finds: a promise that nothing else explains, without and
@@ -76,12 +77,13 @@ def without_damping(slope, bend, rate, eps):
     """The reduction of the loss that the model without damping promises along the step d, at the learning rate.
 
     slope: g . d; bend: d . J^T J d. The best length of d promises slope^2 / (2 bend), of which a rate t < 1 takes t (2 - t).
-    Infinite where a damping far above the curvature leaves no digit of the bend: then nothing is known. numbers or tensors.
+    Infinite where nothing is known: a damping far above the curvature leaves no digit of the bend, and a solve that lost its
+    digits gives a bend well above the slope. Numbers or tensors.
     """
     t = bounded(rate, 0.0, 1.0)
-    seen = bend > PROMISE * eps * slope
+    seen = (bend > PROMISE * eps * slope) & (bend < _INEXACT * slope)
     best = t * (2 - t) * 0.5 * slope * (slope / (bend + (bend == 0)))
-    return select(seen, best, select(slope > 0, float("inf"), 0.0))
+    return select(seen, best, select(slope != 0, float("inf"), 0.0))
 
 
 def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True) -> Verdict:
@@ -101,7 +103,7 @@ def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True)
     nothing = usable & first & (trial.possible <= limit)
     if not tries:
         return Verdict(usable, nothing, False, False, float("nan"), 4 * usable + 2 * nothing + usable)
-    tiny = usable & (abs(predicted) <= limit)
+    tiny = usable & (abs(predicted) <= limit) & ((predicted > 0) | (trial.possible <= limit))   # 0 may be a lost solve's
     converged = nothing & tiny & (abs(loss - after) <= SUMS * size)
     hidden = tiny & first & (trial.possible > limit) & falls
     kept = usable & trial.found & (hidden == 0) & ((after < loss) | (converged & (after == loss)))
