@@ -99,7 +99,7 @@ def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True)
     """
     loss, after, predicted, usable = trial[:4]
     size = eps * abs(loss)
-    limit = select(again, SUMS, PROMISE) * size
+    limit = (PROMISE + again * (SUMS - PROMISE)) * size
     nothing = usable & first & (trial.possible <= limit)
     if not tries:
         return Verdict(usable, nothing, False, False, float("nan"), 4 * usable + 2 * nothing + usable)
@@ -120,7 +120,7 @@ def advance(rule: DampingRule, state: State, trial: Trial, verdict: Verdict, cur
     def accepted():
         # A truncated step leaves mu where the rejection put it: the step says nothing for less.
         mu, memory = (state.mu, state.memory) if trial.truncated else rule.accepted(trial.mu, state.memory, verdict.ratio)
-        return State(mu, memory, state.start, 0, select(verdict.ended, state.rejected, 0))
+        return State(mu, memory, state.start, 0, state.rejected * verdict.ended)
 
     def rejected():
         if trial.with_momentum:   # more damping would only lead to the prior: again without it

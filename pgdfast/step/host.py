@@ -12,7 +12,7 @@ from time import perf_counter
 
 import torch
 
-from ..report import EnsembleReport, Report
+from ..report import SUMS, EnsembleReport, Report
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
 from .convergence import Tolerances
@@ -48,9 +48,10 @@ class StepOptions:
     rcond: float
     tolerances: Tolerances = field(default_factory=Tolerances)
     predicts: bool = field(init=False)   # are steps tried before they are kept?
+    asks: bool = field(init=False)       # for tests of convergence wider than rounding?
 
     def __post_init__(self):
-        self.predicts = self.rule.tries or self.search is not None
+        self.predicts, self.asks = self.rule.tries or self.search is not None, self.tolerances.asked
 
 
 @dataclass(slots=True)
@@ -133,7 +134,7 @@ class HostStep:
             self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin
         self.eps, wanted = torch.finfo(self.loss.dtype).eps, options.tolerances
-        self._looked_at = wanted.looked_at(self.eps)
+        self._looked_at = wanted.looked_at(self.eps) if options.asks else SUMS * self.eps
         empty = lin.num_residuals == 0 and not lin.penalties
         for b, loss in enumerate(networks.losses):
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
@@ -396,12 +397,14 @@ class HostStep:
         options, pending = self.options, []
         for m in self.pending:
             report, trial, state = m.report, m.trial, m.state
-            first = state.promised != state.promised and not trial.with_momentum and not self.parameters.shortened(m.number)
+            first = state.promised != state.promised and not trial.with_momentum
+            if options.constraint is not None:   # a step that this shortened says nothing
+                first = first and not self.parameters.shortened(m.number)
             falls = state.mu > options.rule.smallest
             verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, falls)
             if verdict.ended or first and (verdict.tiny or report.loss == 0):
                 verdict = looked_into(self, m, verdict, falls)
-            elif verdict.kept and options.tolerances.asked:
+            elif verdict.kept and options.asks:
                 verdict = tested(self, m, verdict)
             if not verdict.kept:
                 self.parameters.back((m.number,))

@@ -184,13 +184,13 @@ def test_the_pseudo_inverse_says_what_it_left_out():
         assert run(optimizer, closure_of(p), 40)[-1] == "converged" and abs(p[1].item() - 5e3) < 1e-6
 
 
-# --- which test was met, and what the report says ---------------------------------------------------------------------------------
+# --- which test was met, and what the report says -----------------------------------------------------------------------------
 
 
 def noisy_decay(dtype=torch.float64):
     """A fit with residuals left over: the parameters, and closures over such."""
-    y = 3 * torch.exp(-1.5 * X) + 0.1 * rand(40)
-    return torch.tensor([1.0, 1.0, 0.0], dtype=dtype, requires_grad=True), lambda p: lambda: CURVES[0](p, X.to(dtype)) - y.to(dtype)
+    p, y = torch.tensor([1.0, 1.0, 0.0], dtype=dtype, requires_grad=True), 3 * torch.exp(-1.5 * X) + 0.1 * rand(40)
+    return p, lambda p: lambda: CURVES[0](p, X.to(dtype)) - y.to(dtype)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -326,7 +326,8 @@ def test_a_resumed_run_says_the_same():
                 optimizer.load_state_dict(state)
                 assert optimizer.converged is False
             optimizer.step(offset)
-            seen.append((optimizer.report.status, optimizer.report.attempts, optimizer.report.next_damping, optimizer.report.advice))
+            report = optimizer.report
+            seen.append((report.status, report.attempts, report.next_damping, report.advice))
         return seen
 
     whole = fitted(None)
