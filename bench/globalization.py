@@ -132,7 +132,7 @@ class Runner:
         self.solves.append(self._solves)
         self.seconds.append(self._spent)
         self.errors.append(self._error() if self._error else None)
-        self.over = report.status == "stalled" or (len(self.losses) > 5 and self.losses[-1] == self.losses[-6])
+        self.over = report.finished or (len(self.losses) > 5 and self.losses[-1] == self.losses[-6])
 
     def reaching(self, values, level):
         """(steps, solves, seconds) until `values` is at most `level`, or None."""

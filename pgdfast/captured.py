@@ -26,7 +26,8 @@ class CapturedStep:
 
     Args:
         optimizer: a pgdfast.LM with direct solves, mu > 0, a damping rule that does not sweep, and none of ensemble,
-            line_search, acceleration, momentum, norm_constraint and Marquardt scaling. A rule of one's own must compute by
+            line_search, acceleration, momentum, norm_constraint, Marquardt scaling, xtol and gtol (whose tests need products
+            with J; the report says "converged" by the loss test alone). A rule of one's own must compute by
             operations that tensors have, too.
         closure: as for LM.step. A graph repeats what it did when it was captured, so it reads its batch from tensors that stay
             where they are (copy_ new data into them), draws no random numbers where trials are judged, and does not branch on
@@ -43,7 +44,8 @@ class CapturedStep:
         groups = [k for k, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad]
         linearizer = Linearizer(self._params, optimizer._tools.backend.name)
         self._linearizer = linearizer
-        self._numbers = GraphStep(closure, self._params, groups, optimizer._options.rule, linearizer)
+        options = optimizer._options
+        self._numbers = GraphStep(closure, self._params, groups, options.rule, linearizer, options.tolerances)
         self._host: dict = {}   # what the device holds of rates, decays and the mu that is given
         self._graph = self._stream = self._addresses = self._memory = None
         self._pending = self._known = self._steps = 0
@@ -213,6 +215,7 @@ def _check(optimizer) -> None:
         "momentum": bool(options.momentum),
         "norm_constraint": options.constraint is not None,
         "scaling='marquardt'": options.scaling != "identity",
+        "xtol or gtol": bool(options.tolerances.xtol or options.tolerances.gtol),
         f"solver={options.solver!r}": options.solver in ("cg", "lsmr", "eigh"),
         "backend='reference'": optimizer._tools.backend.name == "reference",
         f"damping rule {type(options.rule).__name__}": options.rule.sweeps,

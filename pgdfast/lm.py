@@ -23,6 +23,7 @@ from .step import (
     Parameters,
     StepOptions,
     StepTools,
+    Tolerances,
     checked,
     checked_constraint,
     checked_momentum,
@@ -111,6 +112,12 @@ class LM(torch.optim.Optimizer, Generic[R]):
             <v, J^T w> and J^T r with the gradient of the loss: at the first tape of every structure, at every step, or never
             but where hooks or Functions of one's own take part. Rules that disagree are left for autograd, with a warning. The
             closure does not run again; a check takes three products and a backward pass. Not part of the state_dict.
+        ftol, xtol, gtol (None, or floats in [0, 1), default None): MINPACK's loss, step and gradient tests, relative and free
+            of units, by which `converged` speaks; LM does not stop by itself. None: what the loss's rounding allows; 0: no such
+            test. Numbers as in SciPy (1e-8) make it speak earlier. ftol: the loss changed, and the model without damping
+            promises, at most this part of it. xtol: the step without damping is at most this part of the parameters, each in
+            units of its column of J. gtol: the largest cosine of the residuals with a column of J. The tests take a gradient
+            and diag(J^T J) at steps where the numbers at hand allow them to hold. Not part of the state_dict.
 
     Raises ValueError or TypeError for options out of these ranges; RuntimeError for a backend that cannot be used here.
 
@@ -127,7 +134,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None, check: Check = "first",
+        norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
+        gtol: float | None = None,
     ) -> None: ...
 
     @overload
@@ -136,18 +144,20 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None, check: Check = "first",
+        norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
+        gtol: float | None = None,
     ) -> None: ...
 
     def __init__(
         self, params, lr=1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None, scaling="identity",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
-        norm_constraint=None, check="first",
+        norm_constraint=None, check="first", ftol=None, xtol=None, gtol=None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._options = StepOptions(
             chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration),
             checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
+            Tolerances(ftol, xtol, gtol),
         )
         _check_together(self._options)
         self._tools = StepTools(choose_backend(backend, checked_check(check, "LM")))
@@ -195,6 +205,15 @@ class LM(torch.optim.Optimizer, Generic[R]):
     def predicts(self) -> bool:
         """Whether steps are tried before they are kept, and the report predicts their reduction."""
         return self._options.predicts
+
+    @property
+    def converged(self) -> bool | list[bool]:
+        """Whether the last step's report says "converged"; a list of B for an ensemble, False before the first step.
+
+        Of a captured step it waits for the device.
+        """
+        status = self.report.status
+        return [each == "converged" for each in status] if isinstance(status, list) else status == "converged"
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs."""

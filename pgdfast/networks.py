@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from .linear import losses_of
 from .solve import solve, solve_members
-from .step.evaluate import loss_at
+from .step.evaluate import half_square, loss_at
 
 
 class OneNetwork:
@@ -18,7 +20,8 @@ class OneNetwork:
 
     def __init__(self, lin, solve):
         self.lin, self.loss, self._solve = lin, lin.loss, solve
-        self.losses = (float(lin.loss),)
+        exact = lin.scalar or lin.loss.dtype == torch.float64   # else a trial at the same point may find another last digit
+        self.losses = (float(lin.loss if exact else half_square(lin.residual)),)
 
     def member(self, b: int):
         """The linearization."""

@@ -11,7 +11,7 @@ from . import reference
 from .linear import losses_of, split_result
 from .networks import OneNetwork
 from .solve import CG, Solution, Solutions
-from .step.evaluate import Substituted
+from .step.evaluate import Substituted, half_square
 from .step.rng_replay import MovedGenerators, RandomReplay
 
 
@@ -72,7 +72,6 @@ class ReferenceNetworks:
             self._members = [self._linearized(closure, replay, b, loss) for b, loss in enumerate(self.losses)]
         finally:
             replay.finish()
-        self.losses = [float(m.loss) if m is not None else loss for m, loss in zip(self._members, self.losses, strict=True)]
         first = self._params[0]
         self.loss = torch.tensor(self.losses, dtype=torch.float64, device=first.device).to(first.dtype.to_real())
         self.lin = self
@@ -173,7 +172,8 @@ class _ReferenceLinearization:
 
     def __init__(self, found, params: list[torch.Tensor]):
         self.reference, self._params = found, params
-        self.loss = found.loss.detach().to(params[0].dtype.to_real())
+        loss = found.loss.detach() if found.scalar else half_square(found.residual)   # as at trial points, to the bit
+        self.loss = loss.to(params[0].dtype.to_real())
         self.num_residuals, self.num_parameters = found.num_residuals, found.num_parameters
 
     def before_trial(self) -> None:

@@ -16,11 +16,13 @@ class Report:
 
     loss: before the step. loss_after: of the point kept, None where no trial was evaluated. gain_ratio: actual over
     predicted reduction, None without a trial. damping: mu of the step; next_damping: mu to start from next.
-    status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "stalled" (the
-    predicted reduction is at rounding level; a step that did not raise the loss was kept; or no step descends any more: three
-    rejected in a row, or mu at its bound); "empty" (no residuals); "none" (before the first step).
-    advice: what to do about it, or "". solver and reason: what solved and why it was chosen. solve_status, iterations,
-    residual_norm: of the last solve (the norm is known for CG and LSMR; a truncated one is an earlier iterate of it).
+    status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "converged";
+    "stalled"; "empty" (no residuals); "none" (before the first step).
+    Converged: the loss, step or gradient test holds, so by the model without damping nothing more than the tolerances can be
+    gained; a last step that did not raise the loss was kept. Stalled: the model promises more, and yet no step descends.
+    advice: which test was met, or what to do about a step; "" where there is nothing to say. solver and reason: what solved
+    and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is known for CG and LSMR; a
+    truncated one is an earlier iterate of it). cut: directions that the pseudo-inverse of damping 0 left out.
     correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
@@ -46,9 +48,15 @@ class Report:
     line_search: float | None = None
     momentum: float = 0.0
     correction: float | None = None
+    cut: int = 0
     residuals: int = 0
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether further steps are expected to gain nothing: converged or stalled. The optimizer goes on if it is asked."""
+        return self.status in ("converged", "stalled")
 
     def __str__(self) -> str:
         """One line, and the advice on a second if there is any."""
@@ -61,6 +69,9 @@ class Report:
             work = f" ({self.iterations} iterations, residual {self.residual_norm:.1e})"
         text = f"{self.status}: loss {self.loss:.6g}{after}{rho}, mu {self.damping:.3g}, {self.solver}{work}"
         return text + (f"\n{self.advice}" if self.advice else "")
+
+
+_FIELDS = (*Report.__slots__, "finished")
 
 
 class LateReport:
@@ -84,7 +95,7 @@ class LateReport:
 
     def __getattr__(self, name: str):
         """A field of the Report."""
-        if name not in Report.__slots__:
+        if name not in _FIELDS:
             raise AttributeError(f"a report has no {name!r}")
         return getattr(self._report, name)
 
@@ -117,7 +128,7 @@ class EnsembleReport(Sequence[Report]):
 
     def __getattr__(self, name: str) -> list[Any]:
         """A field of every member's report."""
-        if name.startswith("_") or name not in Report.__slots__:
+        if name.startswith("_") or name not in _FIELDS:
             raise AttributeError(f"neither a report nor one of an ensemble has {name!r}")
         return [getattr(member, name) for member in self._members]
 
@@ -140,14 +151,18 @@ def _others(members: list[int]) -> str:
     return f" and {len(members) - 1} more" if len(members) > 1 else ""
 
 
+PROMISE = 8              # rounding units of the loss: a step that promises less has nothing to gain
+SUMS = 1e3               # rounding units of the loss: what sums of many squares lose
 _REJECTED_IN_A_ROW = 3   # steps without descent that are a stall
-_ROUNDING = 1e3          # times the rounding unit: what sums of many squares lose
+
+_SUSPECTS = (
+    "a closure that takes another batch at every call, from an iterator or a generator of its own (fetch it before the step), "
+    "residuals that jump or have a kink here, or residuals of very different size (scale them, or use scaling='marquardt')"
+)
 
 
-def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
+def advice(report: Report, solution, failures: int) -> str:
     """What to do about a step; empty where nothing is to be done. failures: solves of it that gave no usable step."""
-    if report.status == "stalled":
-        return f"the predicted reduction is at rounding level: {_converged(dtype)}"
     if report.status == "rejected":
         return (
             f"no trial lowered the loss at {report.attempts} damping(s); the parameters are unchanged. If this repeats, "
@@ -160,39 +175,120 @@ def advice(report: Report, solution, failures: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def stall(report: Report, promised: float, in_a_row: int, at_bound: bool, dtype: torch.dtype) -> str:
-    """Why a step that was not kept, or moved nothing, means that the run has stalled, and what to do; "" where it may go on.
+def stall(report: Report, in_a_row: int, at_bound: bool, eps: float) -> str:
+    """Why a step that was rejected means that the run has stalled, and what to do; "" where it may go on.
 
-    promised: predicted reduction of the first, longest step tried, NaN if none was rejected. in_a_row: rejected steps up to
-    this one, 0 if it was not. at_bound: is mu at its upper bound?
+    in_a_row: rejected steps up to this one. at_bound: is mu at its upper bound? Steps in vain whose last promise was still
+    above rounding are none: mu goes on rising.
     """
-    suspects = (
-        "a closure that takes another batch at every call, from an iterator or a generator of its own (fetch it before the "
-        "step), residuals that jump or have a kink here, or residuals of very different size (scale them, or use "
-        "scaling='marquardt')"
-    )
-    if at_bound and report.status in ("rejected", "stalled"):
+    if at_bound:
         return (
             f"the damping is at its bound, {report.next_damping:.0e}, where steps have no length left: start again from a "
-            f"smaller damping; if it rises again, look for {suspects}"
+            f"smaller damping; if it rises again, look for {_SUSPECTS}"
         )
-    if not in_a_row:
+    if not no_more_promised(report, in_a_row, eps):
         return ""
-    if abs(promised) <= _ROUNDING * torch.finfo(dtype).eps * abs(report.loss):
-        return f"no step lowers the loss, and the longest promised {promised:.0e} of {report.loss:.0e}: {_converged(dtype)}"
-    if in_a_row >= _REJECTED_IN_A_ROW:
-        return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {suspects}"
-    return ""
+    return f"{in_a_row} steps in a row found no descent at any of {report.attempts} dampings; look for {_SUSPECTS}"
 
 
-def _converged(dtype: torch.dtype) -> str:
-    if dtype in (torch.float16, torch.bfloat16):
+def no_more_promised(report: Report, in_a_row: int, eps: float) -> bool:
+    """Whether steps in a row found no descent, the last of them down to promises of rounding."""
+    promised = report.predicted_reduction
+    return in_a_row >= _REJECTED_IN_A_ROW and promised is not None and abs(promised) <= SUMS * eps * abs(report.loss)
+
+
+def not_repeatable(first: float, second: float) -> str:
+    """Advice where the closure gave two losses at the same parameters."""
+    return (
+        f"the closure returned the loss {first:.6g} and then {second:.6g} at the same parameters: it takes another batch at "
+        "every call, from an iterator or a generator of its own, or changes what it reads. Fetch the batch before the step"
+    )
+
+
+def left_out(count: int, size: int, rcond: float) -> str:
+    """Advice where the pseudo-inverse left out directions along which the loss still falls."""
+    return (
+        f"this is not convergence: damping=0 takes a pseudo-inverse, which leaves out {count} of {size} directions "
+        f"(eigenvalues below rcond = {rcond:.0e} of the largest), and the loss still falls along them. Lower rcond, use "
+        "scaling='marquardt', or a damping above 0"
+    )
+
+
+def too_damped(mu: float) -> str:
+    """Advice where the smallest mu that the rule allows is still far above the curvature."""
+    return (
+        f"the damping, {mu:.0e}, is the least that its rule allows, and so far above the curvature that steps have no length: "
+        "the model hardly answers to its parameters here (saturated, underflow, tiny units). Start elsewhere, scale the "
+        "residuals up, or allow less by the rule's `smallest`"
+    )
+
+
+# --- which test of convergence was met ----------------------------------------------------------------------------------------
+
+
+def exact(loss: float, dtype: torch.dtype) -> str:
+    """The residuals vanish."""
+    what = "the loss is 0" if loss == 0 else "the residuals are zero to rounding"
+    return f"{what}: {_converged(dtype, further=False)}"
+
+
+def slope_test(cosine: float, gtol: float | None, rounding: bool, dtype: torch.dtype) -> str:
+    """The gradient test. cosine: the largest of the residuals with a column of J."""
+    what = f"the largest cosine of the residuals with a column of J is {cosine:.0e}"
+    if rounding:
+        return f"the gradient is zero to rounding ({what}): {_converged(dtype)}"
+    return f"converged by the gradient test: {what}, at most gtol = {gtol:g}{_FURTHER}"
+
+
+def loss_test(facts, ftol: float | None, dtype: torch.dtype) -> str:
+    """The loss test. ftol: None where it was met by rounding."""
+    loss = abs(facts.loss)
+    if ftol is None:
+        return f"the predicted reduction, {facts.possible:.0e} of {loss:.3g}, is at rounding level: {_converged(dtype)}"
+    return (
+        f"converged by the loss test: the loss changed by {facts.change / loss:.0e} of itself, and the model without damping "
+        f"promises {facts.possible / loss:.0e}, at most ftol = {ftol:g}{_FURTHER}"
+    )
+
+
+def no_descent(alone: float, dtype: torch.dtype) -> str:
+    """The loss test after steps in vain. alone: what the best step along one parameter promises of the loss."""
+    return (
+        f"no step lowers the loss, and a step along any one parameter promises at most {alone:.0e} of it, which is at rounding "
+        f"level: {_converged(dtype)}"
+    )
+
+
+def step_test(share: float, xtol: float) -> str:
+    """The step test."""
+    return (
+        f"converged by the step test: without damping, the step is {share:.0e} of the parameters, each in units of its column "
+        f"of J, at most xtol = {xtol:g}{_FURTHER}"
+    )
+
+
+_FURTHER = "; further steps may be taken, and smaller tolerances, or None, ask for more"
+
+
+def holds_few_digits(dtype: torch.dtype) -> bool:
+    """Whether rounding at this precision says nothing about convergence."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _converged(dtype: torch.dtype, further: bool = True) -> str:
+    """What rounding level means in a precision, and how to go on.
+
+    further: is there any loss left?
+    """
+    if holds_few_digits(dtype):
         name = str(dtype).removeprefix("torch.")
         return (
             f"this is not convergence: parameters and loss in {name} hold {2 if dtype == torch.bfloat16 else 3} digits, and "
             "shorter steps are lost. Keep the parameters in float32 (model.float()); torch.autocast may still run the "
             f"closure's products in {name}"
         )
-    if dtype == torch.float64:
-        return "converged for float64; a smaller loss takes another start, a larger model or other residuals"
-    return f"converged for {str(dtype).removeprefix('torch.')}; use float64 to go further"
+    name = str(dtype).removeprefix("torch.")
+    way_on = "; a smaller loss takes another start, a larger model or other residuals" if further else ""
+    if dtype != torch.float64:
+        way_on = "; use float64 to go further"
+    return f"converged for {name}. Check the error on fresh points or data, which these say nothing about{way_on}"

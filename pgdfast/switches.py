@@ -210,7 +210,9 @@ class Plateau:
 
 def _reduction(report) -> float:
     """The predicted reduction of a step that was kept, 0 for one that was not."""
-    return 0.0 if report.status in ("rejected", "failed") else report.predicted_reduction
+    if report.status in ("rejected", "failed") or report.loss_after == report.loss:
+        return 0.0
+    return report.predicted_reduction
 
 
 def _parameters(lm) -> list[torch.Tensor]:

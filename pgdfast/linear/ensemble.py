@@ -28,6 +28,13 @@ class EnsembleLinearizer(Linearizer):
         """The linearization of what the closure returned, B losses or residuals with the members first."""
         self._check_device(result)
         losses, total = split_result(result, self.count)
+        found = self._read(losses, total)
+        if losses is None:   # summed as at trial points, so that a step of no length changes no bit
+            found.sums = half_squares(total, self.count)
+            found.loss = found.sums.to(found.dtype)
+        return found
+
+    def _read(self, losses, total) -> EnsembleLinearization:
         trace = self._tracer.trace(total)
         if trace.program is not None:
             plan = self._plan_of(trace)
@@ -162,7 +169,7 @@ class EnsembleLinearization(Bound):
         self.num_residuals = self.residual.shape[1]
         self.num_parameters = sum(p.numel() for p in self.params) // self.count
         self.tape_bytes *= self.count if self.separates else 1
-        self._losses = None
+        self._losses, self.sums = None, self.loss   # sums: the losses in all the digits there are
         self._forget()
 
     def flat(self) -> Flat:
@@ -183,7 +190,7 @@ class EnsembleLinearization(Bound):
     def losses(self) -> list[float]:
         """The losses as numbers."""
         if self._losses is None:
-            self._losses = self.loss.tolist()
+            self._losses = self.sums.tolist()
         return self._losses
 
     def widened(self):
@@ -384,8 +391,13 @@ def losses_of(result, count: int) -> list[float]:
     losses, residuals = split_result(result, count)
     if losses is not None:
         return losses.tolist()
+    return half_squares(residuals, count).tolist()
+
+
+def half_squares(residuals, count: int) -> torch.Tensor:
+    """1/2 ||r_b||^2 of residual tensors with the members first, (B,), float64, detached."""
     parts = residuals if isinstance(residuals, (tuple, list)) else [residuals]
-    return sum(0.5 * part.detach().double().reshape(count, -1).square().sum(1) for part in parts).tolist()
+    return sum(0.5 * part.detach().double().reshape(count, -1).square().sum(1) for part in parts)
 
 
 def gathered(flat: torch.Tensor, order: torch.Tensor | None, count: int) -> torch.Tensor:

@@ -107,7 +107,7 @@ def solution(name: str, reason: str, problem: Problem, found: Found, dtype: torc
 
     dtype: that precision, where the problem's linearization is a function that makes it, as of a member of an ensemble.
     """
-    lin, prior, (outcome, again, wide, keep, path) = problem.linearization, problem.prior, found
+    lin, prior, (outcome, again, wide, keep, path, cut) = problem.linearization, problem.prior, found
     if prior is not None:
         path = ()   # earlier iterates lead away from p, not from zero
         if outcome.status != "not_positive_definite":
@@ -121,7 +121,7 @@ def solution(name: str, reason: str, problem: Problem, found: Found, dtype: torc
     return Solution(
         step if step.dtype is dtype else step.to(dtype), status, iterations, name, reason, gain,
         problem.mu * square if problem.scale is None else problem.damped(step, square), lin, damping,
-        norm if name in ("cg", "lsmr") else None, wide, slack, path, keep or {}, prior, again, detail,
+        norm if name in ("cg", "lsmr") else None, wide, slack, path, keep or {}, prior, again, detail, cut,
     )
 
 

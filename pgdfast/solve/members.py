@@ -163,7 +163,7 @@ class _Together:
             if name == "cg":
                 keep = {"iterations": numbers[1]}
             again, wide = partial(self._again, b, widened), widened and numbers[5] > NARROW_CONDITION
-            one = Outcome(rows[b], *numbers), again, wide, keep, ()   # as Found has it
+            one = Outcome(rows[b], *numbers), again, wide, keep, (), 0   # as Found has it
             found[b] = made = solution(name, self.reason, problem, one, lin.dtype)
             if made.status == "not_finite":
                 steps[b] = 0

@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
     outcome: of kernels.protocol. again: u -> (damped matrix)^-1 J^T u, (M,) -> (P,), see Solution.solve_with_same_factor.
     wide: did a float32 problem take float64 sums, and will the next? keep: what the next solve may start from. path: earlier
-    iterates as (iteration, step, gain, square, slack), the shortest first.
+    iterates as (iteration, step, gain, square, slack), the shortest first. cut: directions left out by a pseudo-inverse.
     """
 
     outcome: Outcome
@@ -28,6 +28,7 @@ class Found(NamedTuple):
     wide: bool = False
     keep: dict | None = None
     path: tuple = ()
+    cut: int = 0
 
 
 class Solver(Protocol):

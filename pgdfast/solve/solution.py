@@ -48,6 +48,7 @@ class Solution:
     prior: torch.Tensor | None = field(repr=False, default=None)
     same_factor: Callable | None = field(repr=False, default=None)   # u -> (damped matrix)^-1 J^T u
     detail: str = field(repr=False, default="")            # advice for this solve alone
+    cut: int = 0                        # directions that the pseudo-inverse of mu = 0 left out
 
     @property
     def usable(self) -> bool:

@@ -65,6 +65,7 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
         values, vectors = torch.linalg.eigh(0.5 * (K + K.T))
     largest = float(values[-1]) if len(values) else 0.0
     cut = max(rcond, 16 * torch.finfo(lin.loss.dtype).eps) * largest
+    left_out = int((values <= cut).sum()) if mus[0] == 0 else 0
 
     def parameters(coordinates):
         """Coordinates along the eigenvectors, (K, n), as steps (K, P)."""
@@ -99,7 +100,8 @@ def eigh(problem: Problem, mus: list[float], rcond: float, dtype: torch.dtype | 
     gains, squares = gains.tolist(), squares.tolist()
 
     def found(k):
-        return Found(Outcome(steps[k], "solved", 0, 0.0, gains[k], squares[k]), partial(again, k), False, {})
+        outcome = Outcome(steps[k], "solved", 0, 0.0, gains[k], squares[k])
+        return Found(outcome, partial(again, k), False, {}, cut=0 if k else left_out)
 
     return OnDemand([None] * len(mus), found)
 

@@ -139,6 +139,7 @@ def loss_at(result, scalar: bool) -> torch.Tensor:
 
 
 def half_square(result) -> torch.Tensor:
-    """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached."""
-    parts = result if isinstance(result, (tuple, list)) else [result]
-    return 0.5 * sum(part.detach().double().square().sum() for part in parts)
+    """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached; summed as a linearization does, to the bit."""
+    parts = [part.detach().reshape(-1) for part in (result if isinstance(result, (tuple, list)) else [result])]
+    r = (parts[0] if len(parts) == 1 else torch.cat(parts)).double()
+    return torch.dot(r, r) * 0.5

@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..report import Report, advice, stall
+from ..report import Report, advice, holds_few_digits, loss_test, stall
 from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
-from .attempt import STATUS, State, Trial, advance, judge
+from .attempt import STATUS, State, Trial, advance, judge, without_damping
+from .convergence import Facts, Tolerances, rounding_of
 from .evaluate import loss_at
 from .rules import LARGEST, DampingRule
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
-_REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised")
+_REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised", "possible")
 
 
 class StepPlan(NamedTuple):
@@ -32,11 +33,13 @@ class StepPlan(NamedTuple):
 class GraphStep:
     """The numbers of a step on the device, and the operations that take one from the next.
 
-    params: tensors that stay where they are. groups: for each its parameter group. rule: of the optimizer. linearizer: a
-    Linearizer of its own, since a graph holds its plans' memory.
+    params: tensors that stay where they are. groups: for each its parameter group. rule, tolerances: of the optimizer.
+    linearizer: a Linearizer of its own, since a graph holds its plans' memory.
     """
 
-    def __init__(self, closure, params: list[torch.Tensor], groups: list[int], rule: DampingRule, linearizer):
+    def __init__(self, closure, params: list[torch.Tensor], groups: list[int], rule: DampingRule, linearizer,
+                 tolerances: Tolerances):
+        self._tolerances = tolerances
         self._closure, self._groups, self._rule, self._linearizer = closure, groups, rule, linearizer
         self._given, self._params = params, real_views(params)
         self._remembered = tuple(rule.memory())
@@ -74,32 +77,35 @@ class GraphStep:
             start, promised = torch.where(fresh, mu, start), torch.where(fresh, math.nan, promised)
             state = State(mu, memory, start, attempt, rejected, promised)
             found = solve_direct(lin, mu, self.plan.solve.method, self.plan.solve.wide)
-            predicted = self._predicted(lin, found)
+            eps = torch.finfo(lin.loss.dtype).eps
+            predicted, possible = self._predicted(lin, found, eps)
             before = [p.detach().clone() for p in self._params]
             self._move(found.step)
             after = self._loss_here(before, lin.scalar) if tries else torch.full_like(loss, math.nan)
-            trial = Trial(loss, after, predicted, found.usable & alive, mu)
-            verdict = judge(trial, state.mu == state.start, tries, torch.finfo(lin.loss.dtype).eps)
+            trial = Trial(loss, after, predicted, found.usable & alive, mu, possible=possible)
+            verdict = judge(trial, torch.isnan(promised), tries, eps, state.rejected > 0, state.mu > rule.smallest)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
             following = (state.mu, state.start, state.attempt, state.rejected, state.promised, *state.memory.values())
             status = torch.where(alive, verdict.status, _NOT_FINITE)
             ratio = torch.where(trial.usable, verdict.ratio, math.nan)
             report = (loss, torch.where(verdict.kept, after, loss), ratio, trial.predicted, mu, status, attempt + 1,
-                      torch.where(over, state.rejected, 0.0), state.promised)
+                      torch.where(over, state.rejected, 0.0), state.promised, possible)
             following, report = (torch.stack([x.double() for x in numbers]) for numbers in (following, report))
             self.numbers.copy_(torch.cat([torch.where(alive, following, old), report]))
             lin.release()
 
-    def _predicted(self, lin, found) -> torch.Tensor:
-        """The predicted reduction of theta - rates * delta."""
+    def _predicted(self, lin, found, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predicted reduction of theta - rates * delta, and that without damping."""
         if len(self.rates) == 1:
-            rate = self.rates[0]
-            reduction = rate * found.gain - 0.5 * rate * rate * (found.gain - found.damped)
-            return torch.where(rate <= 2, reduction.clamp_min(0.0), reduction)   # where only rounding makes it negative
+            rate, slope, bend = self.rates[0], found.gain, found.gain - found.damped
+            reduction = rate * slope - 0.5 * rate * rate * bend
+            reduction = torch.where(rate <= 2, reduction.clamp_min(0.0), reduction)   # where only rounding makes it negative
+            return reduction, without_damping(slope, bend, rate, eps)
         parts = found.step.split([p.numel() for p in self._params])
         d = torch.cat([self.rates[k] * part for k, part in zip(self._groups, parts, strict=True)])
-        return torch.dot(lin.gradient(), d).double() - 0.5 * torch.dot(d, lin.ggn(d)).double()
+        slope, bend = torch.dot(lin.gradient(), d).double(), torch.dot(d, lin.ggn(d)).double()
+        return slope - 0.5 * bend, without_damping(slope, bend, self.rates.max(), eps)
 
     def _move(self, step: torch.Tensor) -> None:
         parts = step.split([p.numel() for p in self._params])
@@ -128,7 +134,7 @@ class GraphStep:
         """The Report of the step that left these numbers; one transfer."""
         seen = dict(zip((*self.fields, *(f"reported {name}" for name in _REPORTED)), numbers.tolist(), strict=True))
         next_mu, seen = seen["mu"], {name: seen[f"reported {name}"] for name in _REPORTED}
-        plan, dtype, tries = self.plan, self._params[0].dtype, self._rule.tries
+        plan, tries = self.plan, self._rule.tries
         number = int(seen["status"])
         failed = number == _NOT_FINITE or STATUS[number] == "failed"
         tried = tries and not failed
@@ -143,11 +149,35 @@ class GraphStep:
             report.solve_status = "not_finite"
             report.advice = "the loss before the step is not finite; nothing was changed. Check the data and the parameters"
             return report
-        report.advice = advice(report, _Solved(report.solve_status), 0, dtype)
-        why = stall(report, seen["promised"], int(seen["in_a_row"]), next_mu >= LARGEST, dtype)
-        if why:
-            report.status, report.advice = "stalled", why
+        report.advice = advice(report, _Solved(report.solve_status), 0)
+        if not failed:
+            self._convergence(report, seen, number)
         return report
+
+    def _convergence(self, report: Report, seen: dict[str, float], number: int) -> None:
+        """Put on record a step that converged by the loss test, or stalled; the other tests need products with J."""
+        dtype, ftol = self._params[0].dtype, self._tolerances.ftol
+        eps, size, possible = torch.finfo(dtype).eps, abs(report.loss), seen["possible"]
+        in_a_row, promised = int(seen["in_a_row"]), seen["promised"]
+        change = 0.0 if report.loss_after is None else abs(report.loss - report.loss_after)
+        predicted = math.inf if report.predicted_reduction is None else report.predicted_reduction
+        facts = Facts(report.loss, possible, change, predicted, math.inf)
+        kept, rounding = number % 2 == 1, STATUS[number] == "converged"
+        if report.status == "rejected" and in_a_row and promised <= rounding_of(size, eps, True):
+            rounding, facts = True, facts._replace(possible=promised)
+        if ftol == 0:
+            if rounding:
+                report.status, report.advice = "accepted" if kept else "rejected", ""
+        elif rounding:
+            report.status, report.advice = "converged", loss_test(facts, None, dtype)
+        elif ftol and kept and facts.level(ftol * size) and change <= 2 * facts.predicted:
+            report.status, report.advice = "converged", loss_test(facts, ftol, dtype)
+        if report.status == "rejected" and not rounding:
+            why = stall(report, in_a_row, report.next_damping >= LARGEST, eps)
+            if why:
+                report.status, report.advice = "stalled", why
+        if report.status == "converged" and holds_few_digits(dtype):
+            report.status = "stalled"
 
 
 class _Solved:

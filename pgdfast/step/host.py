@@ -12,18 +12,20 @@ from time import perf_counter
 
 import torch
 
-from ..report import EnsembleReport, Report, advice, stall
+from ..report import SUMS, EnsembleReport, Report
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
+from .convergence import Tolerances
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
 from .parameters import Parameters, Point
-from .quadratic_model import curvature, predicted_reduction
+from .quadratic_model import curvature, slope_and_bend
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, DampingRule
+from .rules import DampingRule
+from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
@@ -44,10 +46,12 @@ class StepOptions:
     solver: str
     cg: CG
     rcond: float
+    tolerances: Tolerances = field(default_factory=Tolerances)
     predicts: bool = field(init=False)   # are steps tried before they are kept?
+    asks: bool = field(init=False)       # for tests of convergence wider than rounding?
 
     def __post_init__(self):
-        self.predicts = self.rule.tries or self.search is not None
+        self.predicts, self.asks = self.rule.tries or self.search is not None, self.tolerances.asked
 
 
 @dataclass(slots=True)
@@ -63,13 +67,14 @@ class StepTools:
 class Member:
     """One network in a step: its report, where its damping stands, and its last solution."""
 
-    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "wide")
+    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "why", "wide")
 
     def __init__(self, number: int, memory: dict, mu: float, report: Report):
         self.number, self.memory, self.report = number, memory, report
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
         self.prior = self.solution = self.trial = None
+        self.why = ""   # advice beside that of advice()
 
 
 class HostStep:
@@ -85,12 +90,13 @@ class HostStep:
         self.seconds = {"linearize": 0.0, "solve": 0.0, "trial": 0.0}
         self.pending: list[Member] = []
         self.members: list[Member] = []
-        self._networks = self._replay = self._scale = self.loss = self.report = None
+        self.networks = self._replay = self._scale = self.loss = self.report = None
         self.scalar = False
         self._step, self._decaying = memory["step"], any(map(any, decays))
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
         self._settled: dict[int, Point] = {}
+        self.eps = self._looked_at = 0.0   # relative promises up to the latter are looked at closely
         self._modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
     def undo(self) -> None:
@@ -109,8 +115,8 @@ class HostStep:
     def release(self) -> None:
         """Let go of the tape."""
         self.parameters.away.clear()
-        if self._networks is not None:
-            self._networks.lin.release()
+        if self.networks is not None:
+            self.networks.lin.release()
 
     # --- linearize --------------------------------------------------------------------------------------------------------
 
@@ -120,13 +126,15 @@ class HostStep:
         again = options.predicts or options.acceleration is not None
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
-        self._networks = networks = self.tools.backend.networks(self.closure, parameters)
+        self.networks = networks = self.tools.backend.networks(self.closure, parameters)
         self.scalar = networks.lin.scalar
         if options.acceleration is not None and not networks.lin.has_squares_only:
             raise ValueError(_NO_SQUARES)
         if again:
             self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin
+        self.eps, wanted = torch.finfo(self.loss.dtype).eps, options.tolerances
+        self._looked_at = wanted.looked_at(self.eps) if options.asks else SUMS * self.eps
         empty = lin.num_residuals == 0 and not lin.penalties
         for b, loss in enumerate(networks.losses):
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
@@ -156,7 +164,7 @@ class HostStep:
     def _running_maximum(self) -> torch.Tensor:
         """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
         parameters, rows = self.parameters, []
-        parts = self._networks.lin.diagonal().split(parameters.sizes, -1)
+        parts = self.networks.lin.diagonal().split(parameters.sizes, -1)
         for p, reals, part in zip(parameters.params, parameters.reals, parts, strict=True):
             seen, known = part.reshape(reals.shape).to(reals.dtype), self.optimizer_state.get(p, {}).get("scale")
             self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
@@ -174,7 +182,7 @@ class HostStep:
             there = self._at_linearization() if self.parameters.touched else None
             for m in unsolved:
                 m.solution = None   # the memory of its factor serves the next
-            self._networks.solve(unsolved, self._scale, options, self._step)
+            self.networks.solve(unsolved, self._scale, options, self._step)
             if there is not None:
                 self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
@@ -192,8 +200,8 @@ class HostStep:
 
         Those that ask for products are at theta. Others must be only where the kernels do not know members apart.
         """
-        there = None if self._networks.separates else self.parameters.set_aside()
-        self._networks.unchanged()
+        there = None if self.networks.separates else self.parameters.set_aside()
+        self.networks.unchanged()
         self.parameters.touched = False
         return there
 
@@ -202,7 +210,7 @@ class HostStep:
     def attempt(self) -> None:
         """Go to the trial points: the steps, or where a correction or a search along them ends; see the losses there."""
         start, options, parameters = perf_counter(), self.options, self.parameters
-        self._networks.lin.before_trial()
+        self.networks.lin.before_trial()
         proposals, points = {}, {}
         for m in self.pending:
             if isinstance(m.solution, Solutions):   # not where the best of them was shortened
@@ -239,9 +247,9 @@ class HostStep:
         report.attempts, report.damping = m.state.attempt + 1, mu
         report.momentum = 0.0 if m.prior is None else self.options.momentum
         report.solver, report.reason, report.solve_status = solution.solver, solution.reason, solution.status
-        report.iterations, report.residual_norm = solution.iterations, solution.known_residual_norm
+        report.iterations, report.residual_norm, report.cut = solution.iterations, solution.known_residual_norm, solution.cut
         if solution.status == "not_finite":
-            self._networks.lin.doubt()
+            self.networks.lin.doubt()
         if self.options.constraint is not None:
             self.parameters.constrain(m.number, solution.step)
 
@@ -250,17 +258,19 @@ class HostStep:
         rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            return self._with_products(m, lambda: predicted_reduction(self._networks.member(m.number), direction, t))
+            slope, bend = self._with_products(m, lambda: slope_and_bend(self.networks.member(m.number), direction))
+            return t * slope - 0.5 * t * t * bend
         reduction = m.solution.reduction(rate * t)
         # Up to a rate of 2 and without a prior only rounding makes this negative.
         return max(reduction, 0.0) if m.prior is None and rate <= 2 else reduction
 
-    @staticmethod
-    def _trial(m: Member, after: float, predicted: float, found: bool = True) -> Trial:
+    def _trial(self, m: Member, after: float, predicted: float, found: bool = True) -> Trial:
         """The trial of member m; after: the loss there."""
-        solution = m.solution
+        solution, loss = m.solution, m.report.loss
+        promise = predicted if self.options.predicts else 0.5 * solution.gain
+        possible = math.inf if abs(promise) > self._looked_at * abs(loss) else promised_without_damping(self, m, solution)
         return Trial(
-            m.report.loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated"
+            loss, after, predicted, True, m.report.damping, found, m.prior is not None, solution.status == "truncated", possible
         )
 
     def _drive(self, proposals: dict[int, object]) -> None:
@@ -294,18 +304,21 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        lin = self._networks.lin
-        result = self.tools.evaluator.run(
+        return self.networks.losses_at(self.run())
+
+    def run(self):
+        """What the closure returns where the parameters are."""
+        lin = self.networks.lin
+        return self.tools.evaluator.run(
             self.closure, self.parameters.params, lin.tape_bytes >= LARGE_TAPE and lin.tapeless, self._replay
         )
-        return self._networks.losses_at(result)
 
     def _searched(self, m: Member):
         """Line search along member m's step."""
         rate = self.parameters.common_rates[m.number]
         if rate is None:
             direction = self.parameters.scaled(m.number, m.solution.step)
-            slope = float(torch.dot(self._networks.member(m.number).gradient(), direction))
+            slope = float(torch.dot(self.networks.member(m.number).gradient(), direction))
         else:
             slope = rate * m.solution.gain
         search = self.options.search.search(m.report.loss, slope)
@@ -339,7 +352,7 @@ class HostStep:
             return None
         report.trials += 1
         return evaluator.batched(
-            self.closure, self.parameters.params, displacements, self._replay, self._networks.lin.scalar
+            self.closure, self.parameters.params, displacements, self._replay, self.networks.lin.scalar
         )
 
     def agrees(self, batched: float, alone: float) -> bool:
@@ -350,7 +363,7 @@ class HostStep:
         """The second-order correction of member m's step."""
         parameters, b = self.parameters, m.number
         delta = parameters.scaled(b, m.solution.step)
-        model = _CorrectedStep(self._networks.member(b), m.solution, parameters, b)
+        model = _CorrectedStep(self.networks.member(b), m.solution, parameters, b)
         correct, answer = self.options.acceleration.correct(model, delta), None
         while True:
             try:
@@ -369,23 +382,30 @@ class HostStep:
         self.parameters.go(points)
         for b in points:
             self.members[b].report.trials += 1
-        lin, params = self._networks.lin, self.parameters.params
+        lin, params = self.networks.lin, self.parameters.params
         tapeless = lin.tapeless and not lin.residuals_need_tape and lin.tape_bytes >= LARGE_TAPE
         run = partial(self.tools.evaluator.run, self.closure, params, tapeless, self._replay)
-        found = self._networks.residuals_at(run)
+        found = self.networks.residuals_at(run)
         self.parameters.back(points)
-        self._networks.unchanged()
+        self.networks.unchanged()
         return found
 
     # --- decide -----------------------------------------------------------------------------------------------------------
 
     def decide(self) -> None:
         """Keep or undo; the next damping; who is done."""
-        options, eps, pending = self.options, torch.finfo(self.loss.dtype).eps, []
+        options, pending = self.options, []
         for m in self.pending:
             report, trial, state = m.report, m.trial, m.state
-            first = state.mu == state.start and not trial.with_momentum
-            verdict = judge(trial, first, options.predicts, eps)
+            first = state.promised != state.promised and not trial.with_momentum
+            if options.constraint is not None:   # a step that this shortened says nothing
+                first = first and not self.parameters.shortened(m.number)
+            falls = state.mu > options.rule.smallest
+            verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, falls)
+            if verdict.ended or first and (verdict.tiny or report.loss == 0):
+                verdict = looked_into(self, m, verdict, falls)
+            elif verdict.kept and options.asks:
+                verdict = tested(self, m, verdict)
             if not verdict.kept:
                 self.parameters.back((m.number,))
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
@@ -398,14 +418,21 @@ class HostStep:
                     report.loss_after = trial.after if verdict.kept else trial.loss
             else:
                 m.failures += 1
+            if over and report.status == "rejected" and not verdict.ended and options.rule.tries:
+                in_vain(self, m)
             if not over:
                 if trial.usable and trial.with_momentum:
                     m.prior = None
                 pending.append(m)
         self.pending = pending
 
+    def at_theta(self, m: Member, find):
+        """find(), which takes products with member m's J, and the member where it was."""
+        with self.parameters.home(m.number):
+            return self._with_products(m, find)
+
     def _curvature(self, m: Member) -> float:
-        return self._with_products(m, partial(curvature, partial(self._networks.member, m.number), m.solution))
+        return self._with_products(m, partial(curvature, partial(self.networks.member, m.number), m.solution))
 
     def _with_products(self, m: Member, find):
         """find(), which takes products with member m's J: the member returns to theta for them."""
@@ -432,11 +459,8 @@ class HostStep:
             report.next_damping = state.mu if tries else report.damping
             if tries:
                 memory["damping"] = state.mu
-            if report.status != "accepted" or m.failures or m.solution.status != "solved":
-                report.advice = advice(report, m.solution, m.failures, dtype)
-                why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
-                if why:
-                    report.status, report.advice = "stalled", why
+            if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
+                say(m, self.eps, dtype)
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:

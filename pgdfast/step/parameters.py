@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,24 @@ class Parameters:
         """Member b's learning rates, one per parameter, shortened by the norm constraint."""
         factor, rates = self._factors[b], self._rates[b]
         return rates if factor == 1 else [factor * rate for rate in rates]
+
+    def theta(self, b: int) -> torch.Tensor:
+        """Member b's parameters before the step, (P,), float64."""
+        saved = self._saved or self.reals
+        return torch.cat([(p[b] if self.stacked else p).detach().reshape(-1).double() for p in saved])
+
+    def moving(self, b: int) -> torch.Tensor | None:
+        """Which of member b's parameters have a learning rate above 0, (P,); None for all."""
+        if all(self._rates[b]):
+            return None
+        return torch.cat([
+            p.new_full((size,), rate != 0, dtype=torch.bool)
+            for p, size, rate in zip(self.reals, self.sizes, self._rates[b], strict=True)
+        ])
+
+    def shortened(self, b: int) -> bool:
+        """Whether the norm constraint makes member b's step shorter."""
+        return self._factors[b] != 1
 
     def scaled(self, b: int, direction: torch.Tensor) -> torch.Tensor:
         """A direction with each parameter's part times its learning rate, (P,)."""
@@ -136,6 +155,22 @@ class Parameters:
                 for p, saved in zip(self.reals, self._saved, strict=True):
                     p.index_copy_(0, places, saved.index_select(0, places))
             self.away.difference_update(members)
+
+    @contextmanager
+    def home(self, b: int):
+        """With member b at theta; then it is where it was."""
+        if b not in self.away:
+            yield
+            return
+        places = [p.detach()[b] if self.stacked else p for p in self.reals]
+        there = [p.detach().clone() for p in places]
+        self.back((b,))
+        yield
+        self.away.add(b)
+        self.touched = True
+        with torch.no_grad():
+            for p, value in zip(places, there, strict=True):
+                p.copy_(value)
 
     def all_back(self) -> None:
         """Return all members to theta, bit for bit."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 
-def predicted_reduction(lin, direction: torch.Tensor, t: float) -> float:
-    """The reduction of the loss that the model promises of theta - t d, for any d, (P,). Cost: a product with J and J^T."""
-    slope, curvature = torch.dot(lin.gradient(), direction), torch.dot(direction, lin.ggn(direction))
-    return t * float(slope) - 0.5 * t * t * float(curvature)
+def slope_and_bend(lin, direction: torch.Tensor) -> tuple[float, float]:
+    """(g . d, d . (J^T J + penalty) d) of any direction d, (P,): the model promises t g.d - t^2/2 d.J^T J d of theta - t d.
+
+    Cost: a product with J and two with J^T.
+    """
+    return float(torch.dot(lin.gradient(), direction)), float(torch.dot(direction, lin.ggn(direction)))
 
 
 def curvature(lin, solution) -> float:

@@ -42,11 +42,12 @@ class DampingRule(ABC):
     scale of mu when mu itself is 0.
 
     Attributes: tries, may the rule reject a step? If not, every usable step is kept. sweeps, does it try several dampings at
-    once?
+    once? smallest: mu never falls below it.
     """
 
     tries = True
     sweeps = False
+    smallest = SMALLEST
 
     def memory(self) -> Memory:
         """What the rule remembers beside mu before the first step."""
@@ -65,8 +66,15 @@ class DampingRule(ABC):
         return self.rejected(mu, memory, float("-inf"), curvature)
 
     def exhausted(self, mu, memory: Memory):
-        """After the last attempt; mu: that of the first. Ten times it: a burst of rejections must not freeze the run."""
+        """After the last attempt; mu: that of the first. Ten times it: a burst of rejections must not freeze the run.
+
+        The step goes on from where its attempts stood instead, if that is more and their promises were still real.
+        """
         return bounded(10 * mu, 0.0, LARGEST), memory
+
+    def lowered(self, mu, memory: Memory):
+        """After an attempt at a mu so far above the curvature that its promise is lost in the loss's rounding."""
+        return bounded(mu / 1000, self.smallest, LARGEST), memory
 
     def dampings(self, mu: float) -> list[float]:
         """The dampings to try at once around mu, ascending, for a rule that `sweeps`."""
@@ -83,6 +91,7 @@ class Constant(DampingRule):
     """mu as given; every finite step is taken (the paper's plain LM). A failed factorization tries 10 mu, this step only."""
 
     tries = False
+    smallest = LARGEST   # it never falls
 
     def accepted(self, mu, memory, rho):
         """Unchanged."""

@@ -143,11 +143,11 @@ class Worked:
                        slower if method.kind == "adam" else lambda share: None, outcome)
 
     def _done(self, variant, row, lm):
-        """Whether LM has what is asked of this variant, or has converged."""
+        """Whether LM has what is asked of this variant, or nothing more to gain."""
         asked = [(goal.column, goal.error) for goal in self.goals if goal.variant == variant]
         if self.truth is None and asked and all(row[column] <= 0.5 * error for column, error in asked):
             return True
-        return lm.report is not None and lm.report.status == "stalled"
+        return lm.report is not None and lm.report.finished
 
     def summarize(self, runs, settings):
         """Return, by optimizer and variant: errors, seconds, steps, and the seconds to each error that is asked."""
