@@ -21,9 +21,10 @@ from .line_search import LineSearch
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
 from .parameters import Parameters, Point
-from .quadratic_model import curvature, predicted_reduction
+from .quadratic_model import curvature, gradient_curvature, predicted_reduction
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, DampingRule
+from .rules import HELD, RANGE, RESOLVED, START, DampingRule, bounded, bounds
+from .scaling import chosen_scaling, marquardt
 
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
@@ -63,12 +64,15 @@ class StepTools:
 class Member:
     """One network in a step: its report, where its damping stands, and its last solution."""
 
-    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "wide")
+    __slots__ = (
+        "curvature", "failures", "keep", "memory", "number", "prior", "report", "scaling", "solution", "state", "trial", "wide"
+    )
 
     def __init__(self, number: int, memory: dict, mu: float, report: Report):
         self.number, self.memory, self.report = number, memory, report
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
+        self.curvature, self.scaling = memory.get("curvature", math.nan), memory.get("scaling")   # states of old have none
         self.prior = self.solution = self.trial = None
 
 
@@ -146,23 +150,28 @@ class HostStep:
         if not self.pending:
             return
         parameters.begin(self._rates, options.constraint)
-        if options.scaling == "marquardt":
-            self._scale = self._running_maximum()
+        scaled = False
+        for m in self.pending:
+            if m.scaling is None or options.scaling != "auto":
+                m.scaling = chosen_scaling(options.scaling, m.scaling, lin.num_parameters)
+            scaled |= m.scaling == "marquardt"
+            if m.curvature != m.curvature and options.rule.tries:
+                self._first_look(m)
+        if scaled:
+            self._scale, self._scales = marquardt(lin.diagonal(), parameters, self.optimizer_state, self.pending)
         if options.momentum:
             for member in self.pending:
                 if member.memory["momentum"]:
                     member.prior = prior(options.momentum, parameters, self.optimizer_state, member.number)
 
-    def _running_maximum(self) -> torch.Tensor:
-        """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
-        parameters, rows = self.parameters, []
-        parts = self._networks.lin.diagonal().split(parameters.sizes, -1)
-        for p, reals, part in zip(parameters.params, parameters.reals, parts, strict=True):
-            seen, known = part.reshape(reals.shape).to(reals.dtype), self.optimizer_state.get(p, {}).get("scale")
-            self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
-            rows.append(self._scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
-        scale = torch.cat(rows, -1)
-        return torch.where(scale > 0, scale, 1.0)
+    def _first_look(self, m: Member) -> None:
+        """The scale of member m's mu, where it is not known yet, and mu from it where none was given."""
+        scale = 1.0 if m.scaling == "marquardt" else gradient_curvature(self._networks.member(m.number))
+        if scale:
+            m.curvature = scale
+        if m.state.mu != m.state.mu:
+            mu = START * (scale or 1.0)
+            m.state = m.state._replace(mu=mu, start=mu)
 
     # --- solve ------------------------------------------------------------------------------------------------------------
 
@@ -429,12 +438,24 @@ class HostStep:
             moved = m.number in parameters.away
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
-            report.next_damping = state.mu if tries else report.damping
+            mu, at_bound, solution = report.damping, False, m.solution
+            report.scaling = memory["scaling"] = m.scaling
             if tries:
-                memory["damping"] = state.mu
+                curved = solution.gain - solution.damped - solution.slack
+                if curved > RESOLVED * solution.gain and solution.damped > 0:
+                    m.curvature = mu * curved / solution.damped
+                mu, scale = state.mu, m.curvature
+                if not max(scale / RANGE, 1 / HELD) < mu < min(scale * RANGE, HELD):
+                    low, high = bounds(state.start, scale, dtype)
+                    mu = bounded(mu, low, high)
+                    at_bound = mu >= high
+                if scale == scale or memory["damping"] == memory["damping"]:   # else the next step looks for both again
+                    memory["damping"] = mu
+                memory["curvature"] = scale
+            report.next_damping = mu
             if report.status != "accepted" or m.failures or m.solution.status != "solved":
                 report.advice = advice(report, m.solution, m.failures, dtype)
-                why = stall(report, state.promised, state.rejected, state.mu >= LARGEST, dtype)
+                why = stall(report, state.promised, state.rejected, at_bound, dtype)
                 if why:
                     report.status, report.advice = "stalled", why
             if moved:
