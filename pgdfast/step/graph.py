@@ -15,7 +15,7 @@ from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, judge
 from .evaluate import loss_at
-from .rules import LARGEST, DampingRule
+from .rules import RESOLVED, DampingRule, bounded, bounds
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
 _REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised")
@@ -40,7 +40,7 @@ class GraphStep:
         self._closure, self._groups, self._rule, self._linearizer = closure, groups, rule, linearizer
         self._given, self._params = params, real_views(params)
         self._remembered = tuple(rule.memory())
-        self.fields = ("mu", "start", "attempt", "rejected", "promised", *self._remembered)
+        self.fields = ("mu", "start", "attempt", "rejected", "promised", "curvature", *self._remembered)
         # What a step leaves for the next one, and what it reports besides, side by side in one tensor.
         self.numbers = torch.zeros(len(self.fields) + len(_REPORTED), dtype=torch.float64, device=params[0].device)
         count = max(groups) + 1
@@ -61,7 +61,7 @@ class GraphStep:
         """One attempt: linearize, solve, try, keep or undo, decide."""
         tries, rule, self._params = self._rule.tries, self._rule, real_views(self._given)   # which may lie elsewhere now
         old = self.numbers[: len(self.fields)]
-        mu, start, attempt, rejected, promised, *remembered = old.unbind()
+        mu, start, attempt, rejected, promised, curvature, *remembered = old.unbind()
         with torch.enable_grad():
             result = self._closure()
         with torch.no_grad():
@@ -82,7 +82,14 @@ class GraphStep:
             verdict = judge(trial, state.mu == state.start, tries, torch.finfo(lin.loss.dtype).eps)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
-            following = (state.mu, state.start, state.attempt, state.rejected, state.promised, *state.memory.values())
+            if tries:
+                curved = found.gain - found.damped
+                curvature = torch.where(curved > RESOLVED * found.gain, mu * curved / found.damped, curvature)
+                low, high = bounds(state.start, curvature, lin.loss.dtype)
+                state = state._replace(mu=torch.where(over, bounded(state.mu, low, high), state.mu))
+            following = (
+                state.mu, state.start, state.attempt, state.rejected, state.promised, curvature, *state.memory.values()
+            )
             status = torch.where(alive, verdict.status, _NOT_FINITE)
             ratio = torch.where(trial.usable, verdict.ratio, math.nan)
             report = (loss, torch.where(verdict.kept, after, loss), ratio, trial.predicted, mu, status, attempt + 1,
@@ -127,8 +134,9 @@ class GraphStep:
     def report(self, numbers: torch.Tensor) -> Report:
         """The Report of the step that left these numbers; one transfer."""
         seen = dict(zip((*self.fields, *(f"reported {name}" for name in _REPORTED)), numbers.tolist(), strict=True))
-        next_mu, seen = seen["mu"], {name: seen[f"reported {name}"] for name in _REPORTED}
         plan, dtype, tries = self.plan, self._params[0].dtype, self._rule.tries
+        next_mu, (_, high) = seen["mu"], bounds(seen["start"], seen["curvature"], dtype)
+        seen = {name: seen[f"reported {name}"] for name in _REPORTED}
         number = int(seen["status"])
         failed = number == _NOT_FINITE or STATUS[number] == "failed"
         tried = tries and not failed
@@ -137,14 +145,14 @@ class GraphStep:
             seen["predicted"] if tried else None, seen["damping"], next_mu, "failed" if failed else STATUS[number],
             solver=plan.solve.method, reason=plan.solve.reason,
             solve_status="not_positive_definite" if failed else "solved", attempts=int(seen["attempts"]), trials=int(tries),
-            residuals=plan.residuals, parameters=plan.parameters,
+            residuals=plan.residuals, parameters=plan.parameters, scaling="identity",
         )
         if number == _NOT_FINITE:
             report.solve_status = "not_finite"
             report.advice = "the loss before the step is not finite; nothing was changed. Check the data and the parameters"
             return report
         report.advice = advice(report, _Solved(report.solve_status), 0, dtype)
-        why = stall(report, seen["promised"], int(seen["in_a_row"]), next_mu >= LARGEST, dtype)
+        why = stall(report, seen["promised"], int(seen["in_a_row"]), next_mu >= high, dtype)
         if why:
             report.status, report.advice = "stalled", why
         return report

@@ -9,7 +9,7 @@ _FALL = 0.5  # what a step leaves of D where diag(J^T J) has fallen
 
 
 def chosen_scaling(asked: str, before: str | None, parameters: int) -> str:
-    """ "identity" or "marquardt" for a network of so many parameters; before: what was chosen at earlier steps."""
+    """The scaling of a network of so many parameters; before: what earlier steps have chosen."""
     if asked != "auto":
         return asked
     return before or ("marquardt" if parameters <= FEW else "identity")
