@@ -95,7 +95,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
         scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is a running maximum of diag(J^T J) that
             falls by no more than half a step, for parameters of very different size; "auto" takes it for up to 16 parameters,
-            as in curve fits, and the identity for more. `report.scaling` says which.
+            as in curve fits, where the rule adapts mu, and the identity elsewhere. `report.scaling` says which.
         weight_decay (float >= 0, default 0): decoupled, as in AdamW.
         solver ("auto", "dual", "primal", "cg", "lsmr" or "eigh", default "auto"): "auto" compares predicted costs.
         line_search (None, "armijo" or a LineSearch): backtracking along the step.

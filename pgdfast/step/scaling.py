@@ -8,11 +8,14 @@ FEW = 16     # "auto" scales so many parameters: those of curve fits, each with 
 _FALL = 0.5  # what a step leaves of D where diag(J^T J) has fallen
 
 
-def chosen_scaling(asked: str, before: str | None, parameters: int) -> str:
-    """The scaling of a network of so many parameters; before: what earlier steps have chosen."""
+def chosen_scaling(asked: str, before: str | None, adaptive: bool, parameters: int) -> str:
+    """The scaling of a network of so many parameters.
+
+    before: what earlier steps have chosen. adaptive: does the rule move mu? One that is given is that of the identity.
+    """
     if asked != "auto":
         return asked
-    return before or ("marquardt" if parameters <= FEW else "identity")
+    return before or ("marquardt" if adaptive and parameters <= FEW else "identity")
 
 
 def marquardt(diagonal: torch.Tensor, parameters, state, members) -> tuple[torch.Tensor, list[torch.Tensor]]:
