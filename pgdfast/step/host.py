@@ -153,7 +153,7 @@ class HostStep:
         scaled = False
         for m in self.pending:
             if m.scaling is None or options.scaling != "auto":
-                m.scaling = chosen_scaling(options.scaling, m.scaling, options.rule.tries, lin.num_parameters)
+                m.scaling = chosen_scaling(options.scaling, m.scaling, options.rule.tries, networks.member(m.number))
             scaled |= m.scaling == "marquardt"
             if m.curvature != m.curvature and options.rule.tries:
                 self._first_look(m)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import torch
 
-FEW = 16     # "auto" scales so many parameters: those of curve fits, each with a unit of its own
-_FALL = 0.5  # what a step leaves of D where diag(J^T J) has fallen
+# "auto" scales so few parameters whose diag(J^T J) differs so much: those of curve fits, each with a unit of its own. It harms
+# networks, even small ones.
+FEW, SPREAD = 32, 1e6
+_FALL = 0.5   # what a step leaves of D where diag(J^T J) has fallen
 
 
-def chosen_scaling(asked: str, before: str | None, adaptive: bool, parameters: int) -> str:
-    """The scaling of a network of so many parameters.
+def chosen_scaling(asked: str, before: str | None, adaptive: bool, lin) -> str:
+    """The scaling of a network.
 
-    before: what earlier steps have chosen. adaptive: does the rule move mu? One that is given is that of the identity.
+    before: what earlier steps have chosen. adaptive: does the rule move mu? One that is given is that of the identity. lin: the
+    linearization, of whose J^T J the diagonal is taken where there are few parameters.
     """
     if asked != "auto":
         return asked
-    return before or ("marquardt" if adaptive and parameters <= FEW else "identity")
+    if before or not adaptive or lin.num_parameters > FEW:
+        return before or "identity"
+    diagonal = lin.diagonal()
+    reached = diagonal[diagonal > 0].double()
+    wide = reached.numel() > 1 and float(reached.max() / reached.min()) >= SPREAD
+    return "marquardt" if wide else "identity"
 
 
 def marquardt(diagonal: torch.Tensor, parameters, state, members) -> tuple[torch.Tensor, list[torch.Tensor]]:
