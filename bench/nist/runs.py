@@ -8,16 +8,16 @@ import torch
 
 import pgdfast
 
-from . import PROBLEMS, Problem
+from . import Problem
 
-STEPS = 2000   # the most that a fit may take
-MINPACK_EVALUATIONS = 20000
+STEPS = 10_000   # the most that a fit may take
+MINPACK_EVALUATIONS = 20_000
 HAS_MINPACK = importlib.util.find_spec("scipy") is not None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a fit ended. digits: of its worst parameter. steps: of LM, or Jacobians of MINPACK. loss: 1/2 ||r||^2."""
+    """Where a fit ended. digits: of its worst parameter. steps: of LM, or Jacobians of MINPACK. loss: 1/2 ||r||^2. scaling: LM's."""
 
     name: str
     start: int
@@ -25,6 +25,7 @@ class Fit:
     steps: int
     loss: float
     status: str
+    scaling: str = ""
 
 
 def by_lm(problem: Problem, start: int, steps: int = STEPS, **options) -> Fit:
@@ -36,7 +37,7 @@ def by_lm(problem: Problem, start: int, steps: int = STEPS, **options) -> Fit:
         taken += 1
         if optimizer.report.status in ("stalled", "converged"):
             break
-    return _fit(problem, start, b, taken, optimizer.report.status)
+    return _fit(problem, start, b, taken, optimizer.report.status, optimizer.report.scaling)
 
 
 def by_minpack(problem: Problem, start: int) -> Fit:
@@ -59,14 +60,7 @@ def by_minpack(problem: Problem, start: int) -> Fit:
     return _fit(problem, start, torch.from_numpy(found.x), found.njev or 0, "ended" if found.status > 0 else "evaluations")
 
 
-def _fit(problem: Problem, start: int, b: torch.Tensor, steps: int, status: str) -> Fit:
+def _fit(problem: Problem, start: int, b: torch.Tensor, steps: int, status: str, scaling: str = "") -> Fit:
     with torch.no_grad():
         loss = 0.5 * float(problem.residuals(b).square().sum())
-    return Fit(problem.name, start, problem.digits(b.tolist()), steps, loss, status)
-
-
-def all_fits(fit, names=PROBLEMS):
-    """Generator of fit(problem, start) over the data sets and both starts."""
-    for name in names:
-        for start in (0, 1):
-            yield fit(PROBLEMS[name], start)
+    return Fit(problem.name, start, problem.digits(b.tolist()), steps, loss, status, scaling)
