@@ -86,7 +86,7 @@ class CapturedStep:
             if self._tries:
                 member["damping"] = state["mu"]
             member["rule"] = {name: state[name] for name in member["rule"]}
-            member.update(rejected=int(state["rejected"]), curvature=state["curvature"], scaling="identity")
+            member.update(rejected=int(state["rejected"]), curvature=state["curvature"], scaled=False)
             self._known = memory["step"] + self._pending
             member["captured"] = state | {"step": self._known}
             memory.update(step=self._known, members=[member])
@@ -103,7 +103,7 @@ class CapturedStep:
         member = memory["members"][0]
         mu = member["damping"] if self._tries else self._optimizer._scheduled(memory["step"])[0]
         curvature = member.get("curvature", math.nan)
-        if member.get("scaling") == "marquardt":
+        if member.get("scaled"):
             raise ValueError(
                 f"pgdfast.CapturedStep: {_SCALED} does not work in it, and this LM's ordinary steps have chosen it for few "
                 "parameters; make the LM with scaling='identity', or take ordinary steps, optimizer.step(closure)."

@@ -17,7 +17,10 @@ HAS_MINPACK = importlib.util.find_spec("scipy") is not None
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a fit ended. digits: of its worst parameter. steps: of LM, or Jacobians of MINPACK. loss: 1/2 ||r||^2. scaling: LM's."""
+    """Where a fit ended.
+
+    digits: of its worst parameter. steps: of LM, or Jacobians of MINPACK. loss: 1/2 ||r||^2. scaling: LM's.
+    """
 
     name: str
     start: int

@@ -24,7 +24,7 @@ from .parameters import Parameters, Point
 from .quadratic_model import curvature, gradient_curvature, predicted_reduction
 from .rng_replay import MovedGenerators, RandomReplay
 from .rules import HELD, RANGE, RESOLVED, START, DampingRule, bounded, bounds
-from .scaling import chosen_scaling, marquardt
+from .scaling import is_scaled, marquardt
 
 _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
@@ -65,14 +65,14 @@ class Member:
     """One network in a step: its report, where its damping stands, and its last solution."""
 
     __slots__ = (
-        "curvature", "failures", "keep", "memory", "number", "prior", "report", "scaling", "solution", "state", "trial", "wide"
+        "curvature", "failures", "keep", "memory", "number", "prior", "report", "scaled", "solution", "state", "trial", "wide"
     )
 
     def __init__(self, number: int, memory: dict, mu: float, report: Report):
         self.number, self.memory, self.report = number, memory, report
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
-        self.curvature, self.scaling = memory.get("curvature", math.nan), memory.get("scaling")   # states of old have none
+        self.curvature, self.scaled = memory.get("curvature", math.nan), memory.get("scaled")   # states of old have none
         self.prior = self.solution = self.trial = None
 
 
@@ -152,9 +152,9 @@ class HostStep:
         parameters.begin(self._rates, options.constraint)
         scaled = False
         for m in self.pending:
-            if m.scaling is None or options.scaling != "auto":
-                m.scaling = chosen_scaling(options.scaling, m.scaling, options.rule.tries, networks.member(m.number))
-            scaled |= m.scaling == "marquardt"
+            if m.scaled is None or options.scaling != "auto":
+                m.scaled = is_scaled(options.scaling, m.scaled, options.rule.tries, networks.member(m.number))
+            scaled |= m.scaled
             if m.curvature != m.curvature and options.rule.tries:
                 self._first_look(m)
         if scaled:
@@ -166,7 +166,7 @@ class HostStep:
 
     def _first_look(self, m: Member) -> None:
         """The scale of member m's mu, where it is not known yet, and mu from it where none was given."""
-        scale = 1.0 if m.scaling == "marquardt" else gradient_curvature(self._networks.member(m.number))
+        scale = 1.0 if m.scaled else gradient_curvature(self._networks.member(m.number))
         if scale:
             m.curvature = scale
         if m.state.mu != m.state.mu:
@@ -439,7 +439,7 @@ class HostStep:
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
             mu, at_bound, solution = report.damping, False, m.solution
-            report.scaling = memory["scaling"] = m.scaling
+            report.scaling, memory["scaled"] = "marquardt" if m.scaled else "identity", m.scaled
             if tries:
                 curved = solution.gain - solution.damped - solution.slack
                 if curved > RESOLVED * solution.gain and solution.damped > 0:

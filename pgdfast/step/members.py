@@ -21,7 +21,7 @@ def new_memory(rule: DampingRule, dampings: list[float] | None) -> dict:
 def _fresh(rule: DampingRule, mu: float | None) -> dict:
     return {
         "damping": mu, "rule": rule.memory(), "wide": False, "keep": {}, "rejected": 0, "momentum": False,
-        "curvature": math.nan, "scaling": None,
+        "curvature": math.nan, "scaled": None,
     }
 
 

@@ -10,26 +10,27 @@ FEW, SPREAD = 32, 1e6
 _FALL = 0.5   # what a step leaves of D where diag(J^T J) has fallen
 
 
-def chosen_scaling(asked: str, before: str | None, adaptive: bool, lin) -> str:
-    """The scaling of a network.
+def is_scaled(asked: str, before: bool | None, adaptive: bool, lin) -> bool:
+    """Whether a network's D is Marquardt's.
 
-    before: what earlier steps have chosen. adaptive: does the rule move mu? One that is given is that of the identity. lin: the
+    before: what earlier steps have chosen, None at the first. adaptive: does the rule move mu? One that is given is that of the identity. lin: the
     linearization, of whose J^T J the diagonal is taken where there are few parameters.
     """
     if asked != "auto":
-        return asked
-    if before or not adaptive or lin.num_parameters > FEW:
-        return before or "identity"
+        return asked == "marquardt"
+    if before is not None:
+        return before
+    if not adaptive or lin.num_parameters > FEW:
+        return False
     diagonal = lin.diagonal()
     reached = diagonal[diagonal > 0].double()
-    wide = reached.numel() > 1 and float(reached.max() / reached.min()) >= SPREAD
-    return "marquardt" if wide else "identity"
+    return reached.numel() > 1 and float(reached.max() / reached.min()) >= SPREAD
 
 
 def marquardt(diagonal: torch.Tensor, parameters, state, members) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(D, (P,) or (B, P); what is kept of it for the next step, a tensor for each parameter).
 
-    diagonal: of J^T J. state: the optimizer's, by parameter. members: those whose scaling is not "marquardt" get ones.
+    diagonal: of J^T J. state: the optimizer's, by parameter. members: those that are not `scaled` get ones.
 
     D is the running maximum of the diagonal, which falls by no more than half a step: MINPACK's, which never falls, keeps for
     ever what a step through a region of huge derivatives has left. 1 where the loss has not reached a parameter.
@@ -44,6 +45,6 @@ def marquardt(diagonal: torch.Tensor, parameters, state, members) -> tuple[torch
     D = torch.cat(rows, -1)
     D = torch.where(D > 0, D, 1.0)
     for m in members:
-        if m.scaling != "marquardt":
+        if not m.scaled:
             D[m.number] = 1.0
     return D, scales
