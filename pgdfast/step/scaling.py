@@ -13,8 +13,8 @@ _FALL = 0.5   # what a step leaves of D where diag(J^T J) has fallen
 def is_scaled(asked: str, before: bool | None, adaptive: bool, lin) -> bool:
     """Whether a network's D is Marquardt's.
 
-    before: what earlier steps have chosen, None at the first. adaptive: does the rule move mu? One that is given is that of the identity. lin: the
-    linearization, of whose J^T J the diagonal is taken where there are few parameters.
+    before: what earlier steps have chosen, None at the first. adaptive: does the rule move mu? One that is given is that of
+    the identity. lin: the linearization, of whose J^T J the diagonal is taken where there are few parameters.
     """
     if asked != "auto":
         return asked == "marquardt"
