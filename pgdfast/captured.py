@@ -10,8 +10,10 @@ from .linear import Linearizer
 from .lm import LM
 from .report import LateReport
 from .solve import direct
+from .step import START, gradient_curvature
 from .step.graph import GraphStep, StepPlan
 
+_SCALED = "scaling='marquardt'"
 _WARM_UP = 3   # steps on the stream that is then captured, as torch.cuda.graphs wants them
 
 
@@ -26,9 +28,9 @@ class CapturedStep:
 
     Args:
         optimizer: a pgdfast.LM with direct solves, mu > 0, a damping rule that does not sweep, and none of ensemble,
-            line_search, acceleration, momentum, norm_constraint, Marquardt scaling, xtol and gtol (whose tests need products
-            with J; the report says "converged" by the loss test alone). A rule of one's own must compute by
-            operations that tensors have, too.
+            line_search, acceleration, momentum, norm_constraint, xtol and gtol (whose tests need products with J; the report
+            says "converged" by the loss test alone) and Marquardt scaling (its scaling="auto" means the identity here, and
+            from then on). A rule of one's own must compute by operations that tensors have, too.
         closure: as for LM.step. A graph repeats what it did when it was captured, so it reads its batch from tensors that stay
             where they are (copy_ new data into them), draws no random numbers where trials are judged, and does not branch on
             values.
@@ -47,7 +49,7 @@ class CapturedStep:
         options = optimizer._options
         self._numbers = GraphStep(closure, self._params, groups, options.rule, linearizer, options.tolerances)
         self._host: dict = {}   # what the device holds of rates, decays and the mu that is given
-        self._graph = self._stream = self._addresses = self._memory = None
+        self._graph = self._stream = self._addresses = self._memory = self._first = None
         self._pending = self._known = self._steps = 0
 
     def step(self) -> torch.Tensor:
@@ -66,6 +68,7 @@ class CapturedStep:
         self._set_numbers()
         if device_step.plan is None:
             device_step.plan = self._find_plan()
+        self._first = None
         if self._device.type == "cuda":
             self._launch()
         else:
@@ -85,7 +88,7 @@ class CapturedStep:
             if self._tries:
                 member["damping"] = state["mu"]
             member["rule"] = {name: state[name] for name in member["rule"]}
-            member["rejected"] = int(state["rejected"])
+            member.update(rejected=int(state["rejected"]), curvature=state["curvature"], scaled=False)
             self._known = memory["step"] + self._pending
             member["captured"] = state | {"step": self._known}
             memory.update(step=self._known, members=[member])
@@ -101,11 +104,23 @@ class CapturedStep:
         memory = self._optimizer._memory()
         member = memory["members"][0]
         mu = member["damping"] if self._tries else self._optimizer._scheduled(memory["step"])[0]
+        curvature = member.get("curvature", math.nan)
+        if member.get("scaled"):
+            raise ValueError(
+                f"pgdfast.CapturedStep: {_SCALED} does not work in it, and this LM's ordinary steps have chosen it for few "
+                "parameters; make the LM with scaling='identity', or take ordinary steps, optimizer.step(closure)."
+            )
+        if self._tries and curvature != curvature:
+            curvature = gradient_curvature(self._look()) or 1.0
+            mu = mu if mu == mu else START * curvature
         _check_positive(mu)
-        state = {"mu": mu, "start": mu, "attempt": 0, "rejected": member["rejected"], "promised": math.nan, **member["rule"]}
+        state = {
+            "mu": mu, "start": mu, "attempt": 0, "rejected": member["rejected"], "promised": math.nan, "curvature": curvature,
+            **member["rule"],
+        }
         kept = member.get("captured")
         if kept is not None and kept["step"] == memory["step"]:   # amid attempts that were rejected
-            state = kept
+            state = state | kept
         self._numbers.load(state)
         self._memory, self._known, self._pending = memory, memory["step"], 0
 
@@ -143,12 +158,18 @@ class CapturedStep:
                 "was changed. Make a new pgdfast.CapturedStep(optimizer, closure)."
             )
 
+    def _look(self):
+        """The closure's problem, read as the host may: finite, of a form that is known, by rules that agree with autograd."""
+        if self._first is None:
+            backend = self._optimizer._tools.backend
+            with torch.enable_grad():
+                self._first = Linearizer(self._params, backend.name, backend.check).read(self._closure())
+        return self._first
+
     def _find_plan(self) -> StepPlan:
-        """Look at the closure's problem once, as the host may: two runs of it."""
-        optimizer, before = self._optimizer, _generators(self._device)
+        """Look at the closure's problem once: two runs of it."""
+        optimizer, first, before = self._optimizer, self._look(), _generators(self._device)
         with torch.enable_grad():
-            backend = optimizer._tools.backend   # finite, of a form that is known, by rules that agree with autograd
-            first = Linearizer(self._params, backend.name, backend.check).read(self._closure())
             result = self._closure()
         after = _generators(self._device)
         moved = [name for name, state in before.items() if not torch.equal(state, after[name])]
@@ -214,7 +235,7 @@ def _check(optimizer) -> None:
         "acceleration": options.acceleration is not None,
         "momentum": bool(options.momentum),
         "norm_constraint": options.constraint is not None,
-        "scaling='marquardt'": options.scaling != "identity",
+        _SCALED: options.scaling == "marquardt",
         "xtol or gtol": bool(options.tolerances.xtol or options.tolerances.gtol),
         f"solver={options.solver!r}": options.solver in ("cg", "lsmr", "eigh"),
         "backend='reference'": optimizer._tools.backend.name == "reference",
@@ -226,7 +247,7 @@ def _check(optimizer) -> None:
                 f"pgdfast.CapturedStep: {what} does not work in it; make the LM without, or take ordinary steps, "
                 "optimizer.step(closure)."
             )
-    if not callable(optimizer._damping):
+    if optimizer._damping is not None and not callable(optimizer._damping):
         _check_positive(optimizer._damping)
 
 

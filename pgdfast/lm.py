@@ -45,7 +45,7 @@ R = TypeVar("R", Report, EnsembleReport)   # Report for one network
 Rule = Literal["gain-ratio", "delayed", "sweep", "constant"] | DampingRule
 Correction = Literal["geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
-Scaling = Literal["identity", "marquardt"]
+Scaling = Literal["auto", "identity", "marquardt"]
 Solver = Literal["auto", "dual", "primal", "cg", "lsmr", "eigh"]
 Check = Literal["first", "every", "never"]
 Backend = Literal["auto", "native", "triton", "torch", "reference"]
@@ -86,14 +86,18 @@ class LM(torch.optim.Optimizer, Generic[R]):
             and imaginary parts, as in torch.optim: two numbers for each entry, each with a column of J.
         lr (float or tensor, default 1): step length. 1 is the full step; smaller for new batches at every step. A rate kept
             from Adam, such as 1e-3, makes LM a thousand times slower.
-        damping (float >= 0 or callable, default 1e-2): mu to begin with; a callable step -> mu goes with
-            damping_rule="constant". 0 means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
+        damping (None, float >= 0 or callable, default None): mu to begin with. None finds it at the first step: 1e-3 with
+            Marquardt's D, else 1e-3 times the loss's curvature along its gradient, for two products with J; then c times the
+            residuals take the same steps. For "constant", None is 1e-2; a callable step -> mu goes with that rule alone. 0
+            means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
         damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
             and never go uphill; "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
         acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
-        scaling ("identity" or "marquardt", default "identity"): D; "marquardt" is the running maximum of diag(J^T J), for
-            parameters of very different size.
+        scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is a running maximum of diag(J^T J) that
+            falls by no more than half a step, for parameters of very different size. "auto" takes it where the rule adapts mu
+            and the first step meets up to 32 parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits;
+            elsewhere the identity. `report.scaling` says which.
         weight_decay (float >= 0, default 0): decoupled, as in AdamW.
         solver ("auto", "dual", "primal", "cg", "lsmr" or "eigh", default "auto"): "auto" compares predicted costs.
         line_search (None, "armijo" or a LineSearch): backtracking along the step.
@@ -130,8 +134,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
 
     @overload
     def __init__(
-        self: LM[Report], params: _Params, lr: float | torch.Tensor = 1.0, damping: _Mu = 1e-2, *,
-        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
+        self: LM[Report], params: _Params, lr: float | torch.Tensor = 1.0, damping: _Mu | None = None, *,
+        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
@@ -140,8 +144,9 @@ class LM(torch.optim.Optimizer, Generic[R]):
 
     @overload
     def __init__(
-        self: LM[EnsembleReport], params: _Params, lr: float | torch.Tensor | list[float] = 1.0, damping: _Mu = 1e-2, *,
-        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "identity",
+        self: LM[EnsembleReport], params: _Params, lr: float | torch.Tensor | list[float] = 1.0,
+        damping: _Mu | None = None, *,
+        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
@@ -149,7 +154,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     ) -> None: ...
 
     def __init__(
-        self, params, lr=1.0, damping=1e-2, *, damping_rule="gain-ratio", acceleration=None, scaling="identity",
+        self, params, lr=1.0, damping=None, *, damping_rule="gain-ratio", acceleration=None, scaling="auto",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
         norm_constraint=None, check="first", ftol=None, xtol=None, gtol=None,
     ):
@@ -164,7 +169,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
-        self._damping: Any = damping
+        self._damping: Any = _GIVEN if damping is None and not self._options.rule.tries else damping
         self.ensemble: int | None = ensemble
         none = [Report(math.nan, status="none", advice="no step was taken yet") for _ in range(ensemble or 1)]
         self.report = none[0] if ensemble is None else EnsembleReport(none, {})
@@ -303,7 +308,9 @@ class LM(torch.optim.Optimizer, Generic[R]):
                 break
         if "step" not in memory:
             count, rule = self.ensemble or 1, self._options.rule
-            mus = each_of(self._damping, count, "damping") if rule.tries else [None] * count
+            mus = [None] * count
+            if rule.tries:   # NaN: the first step finds it
+                mus = [math.nan] * count if self._damping is None else each_of(self._damping, count, "damping")
             memory.update(new_memory(rule, mus))
         return memory
 
@@ -322,6 +329,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         return [float(mu)]
 
 
+_GIVEN = 1e-2   # mu of the constant rule
 _FLOAT32 = torch.finfo(torch.float32).max
 
 
@@ -340,7 +348,7 @@ def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, 
         if not isinstance(ensemble, int) or isinstance(ensemble, bool) or ensemble < 1:
             raise ValueError(f"pgdfast.LM: ensemble is {ensemble!r}; it must be None or the number of members, 1 or more.")
         each_of(lr, ensemble, "lr")
-        if not callable(damping):
+        if damping is not None and not callable(damping):
             damping = max(each_of(damping, ensemble, "damping"))
         lr = 1.0
     if not (isinstance(lr, (int, float, torch.Tensor)) and 0 <= float(lr) < math.inf):
@@ -351,10 +359,10 @@ def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, 
                 f"pgdfast.LM: damping is a schedule but damping_rule is {rule!r}, which sets mu itself; use "
                 "damping_rule='constant' with a schedule."
             )
-    elif not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"pgdfast.LM: damping is {damping!r}; it must be a finite number >= 0 or a callable step -> mu.")
-    if scaling not in ("identity", "marquardt"):
-        raise ValueError(f"pgdfast.LM: unknown scaling {scaling!r}; use 'identity' or 'marquardt'.")
+    elif damping is not None and not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise ValueError(f"pgdfast.LM: damping is {damping!r}; it must be None, a finite number >= 0 or a callable step -> mu.")
+    if scaling not in ("auto", "identity", "marquardt"):
+        raise ValueError(f"pgdfast.LM: unknown scaling {scaling!r}; use 'auto', 'identity' or 'marquardt'.")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"pgdfast.LM: weight_decay is {weight_decay!r}; it must be a finite number that is not negative.")
     if solver not in SOLVERS:

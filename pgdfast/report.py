@@ -26,8 +26,8 @@ class Report:
     correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
-    dropped because a trial with it did not descend. residuals, parameters: M and P. seconds: wall time of the phases
-    linearize, solve, trial.
+    dropped because a trial with it did not descend. residuals, parameters: M and P. scaling: D. seconds: wall time of the
+    phases linearize, solve, trial.
     """
 
     loss: float
@@ -51,6 +51,7 @@ class Report:
     cut: int = 0
     residuals: int = 0
     parameters: int = 0
+    scaling: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

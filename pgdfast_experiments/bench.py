@@ -33,7 +33,8 @@ problems:
   sweeps     width, depth, rows
   memory     peak memory of exact steps
 
-`pgdfast bench closures` runs the corpus of closures instead; `pgdfast bench closures --help` says how.
+`pgdfast bench closures` runs the corpus of closures instead, and `pgdfast bench nist` NIST's curve fits; `--help` behind
+either says how.
 
 bench/README.md says more."""
 

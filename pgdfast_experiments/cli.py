@@ -72,10 +72,10 @@ def _verify(argv):
 
 
 def _bench(argv):
-    """`pgdfast bench [PROBLEM ...]`, or `pgdfast bench closures`, whose options are its own."""
+    """`pgdfast bench [PROBLEM ...]`, or `pgdfast bench closures` and `nist`, whose options are their own."""
     from pgdfast_experiments import bench
 
-    if argv[:1] == ["closures"]:
+    if argv[:1] in (["closures"], ["nist"]):
         return bench.in_tree(argv)
     return _with_own_options("pgdfast bench", bench, argv)
 

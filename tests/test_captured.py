@@ -178,7 +178,7 @@ def test_twelve_rejections_end_as_in_an_ordinary_step():
         with torch.no_grad():
             model.weight.fill_(0.7)
             model.bias.fill_(0.2)
-        lm = pgdfast.LM(model.parameters(), damping_rule="delayed")
+        lm = pgdfast.LM(model.parameters(), damping_rule="delayed", scaling="identity")
         closure = rising(model)
         step = pgdfast.CapturedStep(lm, closure) if capture else None
         for _ in range(5):

@@ -250,7 +250,7 @@ OPTIONS = {
     "lr text": (dict(lr="1"), "lr is '1'"),
     "damping": (
         dict(damping=-1e-3),
-        "damping is -0.001; it must be a finite number >= 0 or a callable",
+        "damping is -0.001; it must be None, a finite number >= 0 or a callable",
     ),
     "damping infinite": (dict(damping=math.inf), "damping is inf"),
     "damping text": (dict(damping="small"), "damping is 'small'"),
@@ -264,7 +264,7 @@ OPTIONS = {
     ),
     "scaling": (
         dict(scaling="diagonal"),
-        "unknown scaling 'diagonal'; use 'identity' or 'marquardt'",
+        "unknown scaling 'diagonal'; use 'auto', 'identity' or 'marquardt'",
     ),
     "weight_decay": (dict(weight_decay=-0.1), "weight_decay is -0.1"),
     "solver": (

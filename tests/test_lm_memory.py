@@ -39,7 +39,8 @@ def test_the_memory_is_one_step_count_and_one_entry_a_member(rule):
     member, = state[0]["members"]
     assert set(state[0]) == {"step", "members", "momentum", "scale"} and state[0]["step"] == 2
     assert all(set(state[k]) == {"momentum", "scale"} for k in (1, 2, 3))
-    assert set(member) == {"damping", "rule", "wide", "keep", "rejected", "momentum"} and member["momentum"]
+    names = {"damping", "rule", "wide", "keep", "rejected", "momentum", "curvature", "scaled"}
+    assert set(member) == names and member["momentum"] and member["scaled"]
     assert member["damping"] == (None if rule == "constant" else optimizer.report.next_damping)
     assert member["rule"] == ({"nu": 2.0} if rule == "gain-ratio" else {})
 

@@ -10,13 +10,14 @@ from .line_search import Armijo, LineSearch, chosen_search
 from .members import checked, each_of, joined, new_memory, share_of
 from .momentum import checked_constraint, checked_momentum
 from .parameters import Parameters, Point
+from .quadratic_model import gradient_curvature
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
+from .rules import RULES, START, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
 
 __all__ = [
-    "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
+    "ACCELERATIONS", "ATTEMPTS", "RULES", "START", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
     "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict", "advance", "checked",
     "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
-    "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
+    "gradient_curvature", "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
 ]

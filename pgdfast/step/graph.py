@@ -16,7 +16,7 @@ from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, judge, without_damping
 from .convergence import Facts, Tolerances, rounding_of
 from .evaluate import loss_at
-from .rules import LARGEST, DampingRule
+from .rules import RESOLVED, DampingRule, bounded, bounds
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
 _REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised", "possible")
@@ -43,7 +43,7 @@ class GraphStep:
         self._closure, self._groups, self._rule, self._linearizer = closure, groups, rule, linearizer
         self._given, self._params = params, real_views(params)
         self._remembered = tuple(rule.memory())
-        self.fields = ("mu", "start", "attempt", "rejected", "promised", *self._remembered)
+        self.fields = ("mu", "start", "attempt", "rejected", "promised", "curvature", *self._remembered)
         # What a step leaves for the next one, and what it reports besides, side by side in one tensor.
         self.numbers = torch.zeros(len(self.fields) + len(_REPORTED), dtype=torch.float64, device=params[0].device)
         count = max(groups) + 1
@@ -64,7 +64,7 @@ class GraphStep:
         """One attempt: linearize, solve, try, keep or undo, decide."""
         tries, rule, self._params = self._rule.tries, self._rule, real_views(self._given)   # which may lie elsewhere now
         old = self.numbers[: len(self.fields)]
-        mu, start, attempt, rejected, promised, *remembered = old.unbind()
+        mu, start, attempt, rejected, promised, curvature, *remembered = old.unbind()
         with torch.enable_grad():
             result = self._closure()
         with torch.no_grad():
@@ -86,7 +86,14 @@ class GraphStep:
             verdict = judge(trial, torch.isnan(promised), tries, eps, state.rejected > 0, state.mu > rule.smallest)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
-            following = (state.mu, state.start, state.attempt, state.rejected, state.promised, *state.memory.values())
+            if tries:
+                curved = found.gain - found.damped
+                curvature = torch.where(curved > RESOLVED * found.gain, mu * curved / found.damped, curvature)
+                low, high = bounds(state.start, curvature, lin.loss.dtype)
+                state = state._replace(mu=torch.where(over, bounded(state.mu, low, high), state.mu))
+            following = (
+                state.mu, state.start, state.attempt, state.rejected, state.promised, curvature, *state.memory.values()
+            )
             status = torch.where(alive, verdict.status, _NOT_FINITE)
             ratio = torch.where(trial.usable, verdict.ratio, math.nan)
             report = (loss, torch.where(verdict.kept, after, loss), ratio, trial.predicted, mu, status, attempt + 1,
@@ -133,8 +140,9 @@ class GraphStep:
     def report(self, numbers: torch.Tensor) -> Report:
         """The Report of the step that left these numbers; one transfer."""
         seen = dict(zip((*self.fields, *(f"reported {name}" for name in _REPORTED)), numbers.tolist(), strict=True))
-        next_mu, seen = seen["mu"], {name: seen[f"reported {name}"] for name in _REPORTED}
-        plan, tries = self.plan, self._rule.tries
+        plan, dtype, tries = self.plan, self._params[0].dtype, self._rule.tries
+        next_mu, (_, high) = seen["mu"], bounds(seen["start"], seen["curvature"], dtype)
+        seen = {name: seen[f"reported {name}"] for name in _REPORTED}
         number = int(seen["status"])
         failed = number == _NOT_FINITE or STATUS[number] == "failed"
         tried = tries and not failed
@@ -143,7 +151,7 @@ class GraphStep:
             seen["predicted"] if tried else None, seen["damping"], next_mu, "failed" if failed else STATUS[number],
             solver=plan.solve.method, reason=plan.solve.reason,
             solve_status="not_positive_definite" if failed else "solved", attempts=int(seen["attempts"]), trials=int(tries),
-            residuals=plan.residuals, parameters=plan.parameters,
+            residuals=plan.residuals, parameters=plan.parameters, scaling="identity",
         )
         if number == _NOT_FINITE:
             report.solve_status = "not_finite"
@@ -151,11 +159,14 @@ class GraphStep:
             return report
         report.advice = advice(report, _Solved(report.solve_status), 0)
         if not failed:
-            self._convergence(report, seen, number)
+            self._convergence(report, seen, number, next_mu >= high)
         return report
 
-    def _convergence(self, report: Report, seen: dict[str, float], number: int) -> None:
-        """Put on record a step that converged by the loss test, or stalled; the other tests need products with J."""
+    def _convergence(self, report: Report, seen: dict[str, float], number: int, at_bound: bool) -> None:
+        """Put on record a step that converged by the loss test, or stalled; the other tests need products with J.
+
+        at_bound: is mu at its upper bound?
+        """
         dtype, ftol = self._params[0].dtype, self._tolerances.ftol
         eps, size, possible = torch.finfo(dtype).eps, abs(report.loss), seen["possible"]
         in_a_row, promised = int(seen["in_a_row"]), seen["promised"]
@@ -173,7 +184,7 @@ class GraphStep:
         elif ftol and kept and facts.level(ftol * size) and change <= 2 * facts.predicted:
             report.status, report.advice = "converged", loss_test(facts, ftol, dtype)
         if report.status == "rejected" and not rounding:
-            why = stall(report, in_a_row, report.next_damping >= LARGEST, eps)
+            why = stall(report, in_a_row, at_bound, eps)
             if why:
                 report.status, report.advice = "stalled", why
         if report.status == "converged" and holds_few_digits(dtype):

@@ -14,17 +14,20 @@ import torch
 
 from ..report import SUMS, EnsembleReport, Report
 from ..solve import CG, Solutions
-from .attempt import STATUS, State, Trial, advance, judge
+from .attempt import STATUS, Trial, advance, judge
 from .convergence import Tolerances
+from .corrected import CorrectedStep
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
+from .member import Member
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
 from .parameters import Parameters, Point
-from .quadratic_model import curvature, slope_and_bend
+from .quadratic_model import curvature, gradient_curvature, slope_and_bend
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import DampingRule
+from .rules import START, DampingRule
+from .scaling import is_scaled, marquardt
 from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
 _NO_SQUARES = (
@@ -62,19 +65,6 @@ class StepTools:
     evaluator: Evaluator = field(default_factory=Evaluator)
     replays: MovedGenerators = field(default_factory=MovedGenerators)
     parameters: Parameters | None = None
-
-
-class Member:
-    """One network in a step: its report, where its damping stands, and its last solution."""
-
-    __slots__ = ("failures", "keep", "memory", "number", "prior", "report", "solution", "state", "trial", "why", "wide")
-
-    def __init__(self, number: int, memory: dict, mu: float, report: Report):
-        self.number, self.memory, self.report = number, memory, report
-        self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
-        self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
-        self.prior = self.solution = self.trial = None
-        self.why = ""   # advice beside that of advice()
 
 
 class HostStep:
@@ -154,23 +144,28 @@ class HostStep:
         if not self.pending:
             return
         parameters.begin(self._rates, options.constraint)
-        if options.scaling == "marquardt":
-            self._scale = self._running_maximum()
+        scaled = False
+        for m in self.pending:
+            if m.scaled is None or options.scaling != "auto":
+                m.scaled = is_scaled(options.scaling, m.scaled, options.rule.tries, networks.member(m.number))
+            scaled |= m.scaled
+            if m.curvature != m.curvature and options.rule.tries:
+                self._first_look(m)
+        if scaled:
+            self._scale, self._scales = marquardt(lin.diagonal(), parameters, self.optimizer_state, self.pending)
         if options.momentum:
             for member in self.pending:
                 if member.memory["momentum"]:
                     member.prior = prior(options.momentum, parameters, self.optimizer_state, member.number)
 
-    def _running_maximum(self) -> torch.Tensor:
-        """Marquardt's D, (P,) or (B, P): the running maximum of diag(J^T J), 1 where the loss does not reach a parameter."""
-        parameters, rows = self.parameters, []
-        parts = self.networks.lin.diagonal().split(parameters.sizes, -1)
-        for p, reals, part in zip(parameters.params, parameters.reals, parts, strict=True):
-            seen, known = part.reshape(reals.shape).to(reals.dtype), self.optimizer_state.get(p, {}).get("scale")
-            self._scales.append(seen.clone() if known is None else torch.maximum(known, seen))
-            rows.append(self._scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
-        scale = torch.cat(rows, -1)
-        return torch.where(scale > 0, scale, 1.0)
+    def _first_look(self, m: Member) -> None:
+        """The scale of member m's mu, where it is not known yet, and mu from it where none was given."""
+        scale = 1.0 if m.scaled else gradient_curvature(self.networks.member(m.number))
+        if scale:
+            m.curvature = scale
+        if m.state.mu != m.state.mu:
+            mu = START * (scale or 1.0)
+            m.state = m.state._replace(mu=mu, start=mu)
 
     # --- solve ------------------------------------------------------------------------------------------------------------
 
@@ -363,7 +358,7 @@ class HostStep:
         """The second-order correction of member m's step."""
         parameters, b = self.parameters, m.number
         delta = parameters.scaled(b, m.solution.step)
-        model = _CorrectedStep(self.networks.member(b), m.solution, parameters, b)
+        model = CorrectedStep(self.networks.member(b), m.solution, parameters, b)
         correct, answer = self.options.acceleration.correct(model, delta), None
         while True:
             try:
@@ -456,11 +451,16 @@ class HostStep:
             moved = m.number in parameters.away
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
-            report.next_damping = state.mu if tries else report.damping
+            mu, at_bound = report.damping, False
+            report.scaling, memory["scaled"] = "marquardt" if m.scaled else "identity", m.scaled
             if tries:
-                memory["damping"] = state.mu
+                mu, at_bound = m.settled(dtype)
+                memory["curvature"] = m.curvature
+                if m.curvature == m.curvature or memory["damping"] == memory["damping"]:   # else the next step looks for both
+                    memory["damping"] = mu
+            report.next_damping = mu
             if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
-                say(m, self.eps, dtype)
+                say(m, at_bound, self.eps, dtype)
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:
@@ -476,23 +476,3 @@ class HostStep:
         else:
             self.report = self.members[0].report
         self.memory.update(step=self._step + 1, members=memories)
-
-
-class _CorrectedStep:
-    """What a correction asks of a step; see correction.CorrectionModel. tried, residual: the last displacement and r there."""
-
-    def __init__(self, lin, solution, parameters: Parameters, b: int):
-        self._lin, self._solution, self._parameters, self._b = lin, solution, parameters, b
-        self.tried = self.residual = None
-
-    def missed(self) -> torch.Tensor:
-        return self.residual - self._lin.residual + self._lin.jvp(self.tried)
-
-    def correction(self, m: torch.Tensor) -> torch.Tensor:
-        found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
-        return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
-
-    def size(self, e: torch.Tensor) -> float:
-        D, e = self._solution.damping_diagonal, e.double()
-        scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
-        return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))

@@ -11,12 +11,18 @@ from .rules import DampingRule
 
 
 def new_memory(rule: DampingRule, dampings: list[float] | None) -> dict:
-    """The memory of an optimizer before its first step. dampings: mu by member; None where mu is given anew at every step."""
+    """The memory of an optimizer before its first step.
+
+    dampings: mu by member; None where mu is given anew at every step, NaN where the first step is to find it.
+    """
     return {"step": 0, "members": [_fresh(rule, mu) for mu in dampings]}
 
 
 def _fresh(rule: DampingRule, mu: float | None) -> dict:
-    return {"damping": mu, "rule": rule.memory(), "wide": False, "keep": {}, "rejected": 0, "momentum": False}
+    return {
+        "damping": mu, "rule": rule.memory(), "wide": False, "keep": {}, "rejected": 0, "momentum": False,
+        "curvature": math.nan, "scaled": None,
+    }
 
 
 def checked(memory: dict, rule: DampingRule, count: int) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -21,7 +23,20 @@ def curvature(lin, solution) -> float:
     square = float(solution.step.double().square().sum())
     if square > 0 and solution.gain > 0:
         return solution.gain / square
-    lin = lin()
+    return gradient_curvature(lin()) or 1.0
+
+
+def gradient_curvature(lin) -> float:
+    """The model's curvature along its gradient, g . H g / ||g||^2, the inverse of the length of Cauchy's step; 0 without one.
+
+    The scale of mu for the identity: c^2 times it for c times the residuals, bit for bit where c is a power of two. Cost: a
+    product with J and two with J^T.
+    """
     g = lin.gradient()
-    square = float(torch.dot(g, g))
-    return float(torch.dot(g, lin.ggn(g))) / square if square > 0 else 1.0
+    size = float(g.abs().max())
+    if not 0 < size < math.inf:
+        return 0.0
+    d = g / size
+    wide = d.double()
+    found = float(torch.dot(wide, lin.ggn(d).double())) / float(torch.dot(wide, wide))
+    return found if 0 < found < math.inf else 0.0

@@ -11,7 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-SMALLEST, LARGEST = 1e-20, 1e20
+SMALLEST, LARGEST = 1e-250, 1e250   # they keep mu and its products finite, and bind on no sensible scale
+START = 1e-3   # the first mu over its scale, where none is given
+RESOLVED = 1e-3   # part of g . delta that the loss's own curvature must make up to be told from rounding
+RANGE = 1e20   # how far from the curvature along a step mu may go
+HELD = 1e36    # that float32 holds, with its inverse
 
 Memory = dict[str, float]
 
@@ -24,6 +28,21 @@ def select(condition, a, b):
 def bounded(x, low: float, high: float):
     """x, but at least `low` and at most `high`: for numbers and for tensors."""
     return x.clamp(low, high) if isinstance(x, torch.Tensor) else min(max(x, low), high)
+
+
+def bounds(before, curvature, dtype: torch.dtype):
+    """(least, largest) mu after a step that began at the mu `before`, for numbers and for tensors.
+
+    curvature: of the loss along the last step, in the norm of the damping, the scale of mu; NaN where it is not known. From
+    RANGE times it mu goes no further away; it is never moved by its bounds, as curvatures of single steps may be anything.
+    """
+    low, high = (SMALLEST, LARGEST) if dtype == torch.float64 else (1 / HELD, HELD)
+    if isinstance(before, torch.Tensor):
+        least, most = (curvature / RANGE).clamp_min(low), (curvature * RANGE).clamp_max(high)
+        return torch.minimum(before, least), torch.maximum(before, most)
+    if curvature != curvature:
+        return min(before, low), max(before, high)
+    return min(before, max(curvature / RANGE, low)), max(before, min(curvature * RANGE, high))
 
 
 def raised(mu, factor, curvature: Callable[[], float]):

@@ -9,8 +9,9 @@ import torch
 from pgdfast import Constant, Delayed, GainRatio, Sweep
 from pgdfast.step import ATTEMPTS, STATUS, State, Trial, advance, judge
 from pgdfast.step.attempt import without_damping
+from pgdfast.step.rules import LARGEST, SMALLEST
 
-MUS = (1e-20, 3e-20, 1e-9, 0.01, 1.0, 1e5, 6e19, 1e20)
+MUS = (SMALLEST, 3 * SMALLEST, 1e-20, 1e-9, 0.01, 1.0, 1e5, 0.6 * LARGEST, LARGEST)
 RULES = {
     "gain-ratio": GainRatio(), "gain-ratio, bounded": GainRatio(1e-3), "delayed": Delayed(), "delayed, bounded": Delayed(1e-3),
     "constant": Constant(), "sweep": Sweep(),
@@ -44,7 +45,7 @@ def same_state(found, expected):
 @pytest.mark.parametrize("mu", MUS)
 def test_rules_agree(name, mu):
     rule = RULES[name]
-    for rho, nu in itertools.product((-math.inf, -2.0, 0.0, 0.1, 0.5, 0.77, 1.0, 3.0, math.nan), (2.0, 8.0, 1e20)):
+    for rho, nu in itertools.product((-math.inf, -2.0, 0.0, 0.1, 0.5, 0.77, 1.0, 3.0, math.nan), (2.0, 8.0, LARGEST)):
         memory = dict.fromkeys(rule.memory(), nu)
         there = {key: number(value) for key, value in memory.items()}
         for verb in (
@@ -144,7 +145,7 @@ def test_states_agree(name, truncated, with_momentum):
     memory = dict.fromkeys(rule.memory(), 4.0)
     before = dict(vars(rule))
     for mu, attempt, rejected, promised, (kind, seen) in itertools.product(
-        (1e-20, 0.3, 1e20), (0, 5, ATTEMPTS - 1), (0, 3), (math.nan, 0.2), TRIALS.items()
+        (SMALLEST, 0.3, LARGEST), (0, 5, ATTEMPTS - 1), (0, 3), (math.nan, 0.2), TRIALS.items()
     ):
         first = attempt == 0
         state = State(mu, memory, mu if first else 0.5, attempt, rejected, promised)

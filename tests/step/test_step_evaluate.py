@@ -200,7 +200,7 @@ def test_a_batched_trial_that_lacks_memory_is_tried_again_at_the_next_step(error
             raise error
         return inner()
 
-    optimizer = pgdfast.LM(params, damping_rule="sweep")
+    optimizer = pgdfast.LM(params, damping=1e-2, damping_rule="sweep")
     optimizer.step(closure)
     assert runs == [False, True] + [False] * 5 and optimizer.report.status == "accepted"
     del runs[:]

@@ -28,6 +28,7 @@ def on_meta(name, solver, rule):
     real = pgdfast.CapturedStep(lm, closure)
     real.step()
     lm, closure = fit_by(name, "meta", solver=solver, damping_rule=rule, backend="torch")
+    lm._memory()["members"][0].update(curvature=1.0, damping=None if rule == "constant" else 1e-2)   # which ask for values
     step = pgdfast.CapturedStep(lm, closure)
     step._numbers.plan = real._numbers.plan
     return step

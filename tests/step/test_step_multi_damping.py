@@ -25,6 +25,7 @@ from torch import nn
 
 import pgdfast
 from pgdfast import Sweep
+from pgdfast.step.rules import LARGEST
 
 
 class Counted:
@@ -337,7 +338,7 @@ def test_resumes_bit_for_bit(dtype):
 def test_options():
     assert Sweep(factors=[2, 0.5]).dampings(1.0) == [0.5, 2.0]
     assert Sweep(factors=[0.1, 1], smallest=0.5).dampings(0.5) == [0.5]
-    assert Sweep().dampings(1e20)[-1] == 1e20
+    assert Sweep().dampings(LARGEST)[-1] == LARGEST
     for bad in ((), (0.0,), (1.0, math.inf), ("a",)):
         with pytest.raises(ValueError, match="factors are .*; they must be positive numbers, at least one"):
             Sweep(factors=bad)
@@ -347,7 +348,7 @@ def test_options():
             pgdfast.LM(params, damping_rule="sweep", **other)
     with pytest.raises(ValueError, match="damping is a schedule"):
         pgdfast.LM(params, damping=lambda step: 1.0, damping_rule="sweep")
-    optimizer = pgdfast.LM(params, damping_rule=Sweep(factors=(0.5, 2.0)))
+    optimizer = pgdfast.LM(params, damping=1e-2, damping_rule=Sweep(factors=(0.5, 2.0)))
     optimizer.step(closure)
     tried = [0.005, 0.02]
     for _ in range(optimizer.report.attempts - 1):

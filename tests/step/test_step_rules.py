@@ -3,15 +3,17 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgdfast
 from pgdfast import Constant, Delayed, GainRatio, Sweep
 from pgdfast.step import RULES, chosen_rule
+from pgdfast.step.rules import LARGEST, SMALLEST, bounds
 
 ratios = st.floats(-1e300, 1e300) | st.sampled_from([-math.inf, math.nan, 0.0, 0.5, 1.0, 1e-300])
-dampings = st.floats(0, 1e20)
+dampings = st.floats(0, LARGEST)
 bounded = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
 
@@ -56,8 +58,8 @@ def test_mu_of_zero_grows_to_the_curvature_along_the_step(name):
     assert rule.accepted(0.0, rule.memory(), 1.0)[0] == 0.0
     for verb in (rule.rejected, lambda mu, memory, _, curvature: rule.failed(mu, memory, curvature)):
         assert verb(0.0, rule.memory(), -1.0, lambda: 7.0)[0] == 7.0
-        assert verb(0.0, rule.memory(), -1.0, lambda: 0.0)[0] == 1e-20
-        assert verb(0.0, rule.memory(), -1.0, lambda: 1e30)[0] == 1e20
+        assert verb(0.0, rule.memory(), -1.0, lambda: 0.0)[0] == SMALLEST
+        assert verb(0.0, rule.memory(), -1.0, lambda: 1e300)[0] == LARGEST
         verb(1.0, rule.memory(), -1.0, lambda: pytest.fail("the curvature costs two products, and mu is not 0"))
 
 
@@ -71,7 +73,7 @@ def test_mu_stays_finite_and_never_negative(name, mu, rho, curvature):
         for found in (rule.accepted(mu, memory, rho), (higher, following), rule.failed(mu, memory, lambda: curvature),
                       rule.exhausted(mu, memory)):
             assert 0 <= found[0] < math.inf and set(found[1]) == set(rule.memory())
-        assert higher > mu or mu >= 1e20 or not rule.tries
+        assert higher > mu or mu >= LARGEST or not rule.tries
         memory = following
 
 
@@ -121,3 +123,19 @@ def test_rules_that_are_none():
 
     with pytest.raises(TypeError, match="rejected"):
         Lacking()
+
+
+@pytest.mark.parametrize(("before", "curvature", "dtype", "least", "most"), [
+    (1.0, 7.0, torch.float64, 7e-20, 7e20),
+    (1.0, math.nan, torch.float64, SMALLEST, LARGEST),
+    (1e-30, 1e5, torch.float64, 1e-30, 1e25),    # never moved by its bounds
+    (1e30, 1e5, torch.float64, 1e-15, 1e30),
+    (1.0, 1e20, torch.float32, 1.0, 1e36),       # that float32 holds
+    (1.0, 1e-20, torch.float32, 1e-36, 1.0),
+    (0.0, 1.0, torch.float64, 0.0, 1e20),
+])
+def test_bounds_of_mu(before, curvature, dtype, least, most):
+    assert bounds(before, curvature, dtype) == pytest.approx((least, most), rel=1e-15)
+    if curvature == curvature:   # a graph's is known
+        there = bounds(*(torch.tensor(x, dtype=torch.float64) for x in (before, curvature)), dtype)
+        assert [float(x) for x in there] == pytest.approx((least, most), rel=1e-15)

@@ -1,0 +1,29 @@
+"""What a second-order correction may ask of the step that it corrects."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .parameters import Parameters
+
+
+class CorrectedStep:
+    """What a correction asks of a step; see correction.CorrectionModel. tried, residual: the last displacement and r there."""
+
+    def __init__(self, lin, solution, parameters: Parameters, b: int):
+        self._lin, self._solution, self._parameters, self._b = lin, solution, parameters, b
+        self.tried = self.residual = None
+
+    def missed(self) -> torch.Tensor:
+        return self.residual - self._lin.residual + self._lin.jvp(self.tried)
+
+    def correction(self, m: torch.Tensor) -> torch.Tensor:
+        found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
+        return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
+
+    def size(self, e: torch.Tensor) -> float:
+        D, e = self._solution.damping_diagonal, e.double()
+        scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
+        return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))
