@@ -211,6 +211,7 @@ def _check(optimizer) -> None:
         "a line_search": options.search is not None,
         "acceleration": options.acceleration is not None,
         "momentum": bool(options.momentum),
+        "balance": options.balance is not None,
         "norm_constraint": options.constraint is not None,
         "scaling='marquardt'": options.scaling != "identity",
         f"solver={options.solver!r}": options.solver in ("cg", "lsmr", "eigh"),

@@ -2,6 +2,7 @@
 
 from ..kernels.errors import out_of_memory
 from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
+from .balance import Balance, Weighted, check_balance, chosen_balance
 from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
 from .evaluate import Evaluator, half_square
 from .host import HostStep, StepOptions, StepTools
@@ -13,9 +14,9 @@ from .rng_replay import MovedGenerators, RandomReplay
 from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
 
 __all__ = [
-    "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
-    "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
-    "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked",
-    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
-    "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
+    "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Balance", "Chord", "Constant",
+    "DampingRule", "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters",
+    "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "Weighted", "advance",
+    "check_balance", "checked", "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_balance",
+    "chosen_rule", "chosen_search", "each_of", "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
 ]

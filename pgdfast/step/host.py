@@ -15,6 +15,7 @@ import torch
 from ..report import EnsembleReport, Report, advice, stall
 from ..solve import CG, Solutions
 from .attempt import STATUS, State, Trial, advance, judge
+from .balance import Balance
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
@@ -44,6 +45,7 @@ class StepOptions:
     solver: str
     cg: CG
     rcond: float
+    balance: Balance | None = None
     predicts: bool = field(init=False)   # are steps tried before they are kept?
 
     def __post_init__(self):
@@ -75,8 +77,8 @@ class Member:
 class HostStep:
     """One step: `undo` it where an exception leaves it, `release` it at its end.
 
-    closure: LM's. rates, decays: by member, by parameter. memory: what the optimizer remembers; state: by parameter. mus: each
-    member's damping to begin with.
+    closure: LM's, a balance.Weighted with `balance`. rates, decays: by member, by parameter. memory: what the optimizer
+    remembers; state: by parameter. mus: each member's damping to begin with.
     """
 
     def __init__(self, options: StepOptions, tools: StepTools, closure, rates, decays, memory: dict, state, mus: list[float]):
@@ -142,6 +144,8 @@ class HostStep:
                 )
             else:
                 self.pending.append(member)
+                if options.balance is not None:
+                    self.closure.note(report, b, networks.member(b).residual)
         self.seconds["linearize"] = perf_counter() - start
         if not self.pending:
             return
@@ -175,6 +179,8 @@ class HostStep:
             for m in unsolved:
                 m.solution = None   # the memory of its factor serves the next
             self._networks.solve(unsolved, self._scale, options, self._step)
+            if options.balance is not None:
+                self.closure.measure(unsolved, self._networks, self._step)
             if there is not None:
                 self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
@@ -429,6 +435,8 @@ class HostStep:
             moved = m.number in parameters.away
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
+            if options.balance is not None:
+                memory["weights"] = self.closure.next[m.number]
             report.next_damping = state.mu if tries else report.damping
             if tries:
                 memory["damping"] = state.mu
