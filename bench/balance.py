@@ -85,9 +85,9 @@ def distance(u, truth):
 
 CASES = [
     *[Case("Poisson 2-64-1", lambda seed: poisson_2d.problem(poisson_2d.SMALL, seed), 1.5, f) for f in (1.0, 1e-2, 1e2)],
-    *[Case("Poisson 2-64-64-48-48-1", lambda seed: poisson_2d.problem(poisson_2d.LARGE, seed), 10.0, f)
+    *[Case("Poisson 2-64-64-48-48-1", lambda seed: poisson_2d.problem(poisson_2d.LARGE, seed), 6.0, f)
       for f in (1.0, 1e-2, 1e2)],
-    Case("Burgers, soft conditions", burgers, 16.0),
+    Case("Burgers, soft conditions", burgers, 8.0),
     Case("convection, beta = 30", convection, 16.0),
 ]
 

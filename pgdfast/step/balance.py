@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 
@@ -24,15 +25,15 @@ _PROBES = 16   # products with J^T that estimate a trace: to within 2^(1/2) / 4 
 
 @dataclass(frozen=True)
 class Balance:
-    """How term weights follow the terms; `balance="trace"` is Balance(), "gradient" is Balance("gradient").
+    """How term weights follow the terms; `balance="trace"` is Balance("trace"), and "gradient" Balance().
 
     Args:
-        by: "trace" equalises tr(J_k J_k^T), the rates at which terms fall in gradient flow (Wang, Yu and Perdikaris, J. Comput.
-            Phys. 449, 2022, arXiv 2007.14527, equation 6.5); "gradient" equalises ||J_k^T r_k||, the pull of the terms
-            on the parameters (Wang, Teng and Perdikaris, SIAM J. Sci. Comput. 43, 2021, arXiv 2001.04536, algorithm 1, with
-            norms in place of maximum and mean).
-        every (int >= 1): steps between two updates. The first step is unweighted, the second takes the measured weights as
-            they are.
+        by: "gradient" equalises ||J_k^T r_k||, the pull of the terms on the parameters (Wang, Teng and Perdikaris, SIAM J. Sci.
+            Comput. 43, 2021, arXiv 2001.04536, algorithm 1, with norms in place of maximum and mean); "trace" equalises
+            tr(J_k J_k^T), the rates at which the terms fall in gradient flow (Wang, Yu and Perdikaris, J. Comput. Phys. 449,
+            2022, arXiv 2007.14527, algorithm 1).
+        every (int >= 1): steps between two updates. The first step is unweighted; the second takes the weights measured in
+            the first as they are.
         momentum (float in [0, 1)): share of the old weight in a new one, of their logarithms.
         largest (float > 1): bound of a weight; 1/K is its lower bound by itself.
 
@@ -41,9 +42,9 @@ class Balance:
     Raises ValueError for values out of these ranges.
     """
 
-    by: str = "trace"
-    every: int = 10
-    momentum: float = 0.9
+    by: Literal["gradient", "trace"] = "gradient"
+    every: int = 5
+    momentum: float = 0.5
     largest: float = 1e8
 
     def __post_init__(self):
