@@ -58,9 +58,9 @@ def burgers(seed, count=1000, edge=100, stretch=0.01):
     return net, closure, lambda: distance(net(2 * test - 1), truth)
 
 
-def convection(seed, beta=30.0, count=1600, edge=100):
+def convection(seed, beta=30.0, count=600, edge=60):
     """u_t + beta u_x = 0 on [0, 2 pi] x [0, 1], u(x, 0) = sin x, periodic in x (Krishnapriyan et al., NeurIPS 2021)."""
-    net, points = mlp([2, 40, 40, 40, 1], seed), sobol(count, seed)
+    net, points = mlp([2, 30, 30, 30, 1], seed), sobol(count, seed)
     line = torch.linspace(0, 1, edge, dtype=torch.float64)[:, None]
     start, left = torch.cat([line, 0 * line], 1), torch.cat([0 * line, line], 1)
     right = torch.cat([1 + 0 * line, line], 1)
@@ -88,7 +88,7 @@ CASES = [
     *[Case("Poisson 2-64-64-48-48-1", lambda seed: poisson_2d.problem(poisson_2d.LARGE, seed), 6.0, f)
       for f in (1.0, 1e-2, 1e2)],
     Case("Burgers, soft conditions", burgers, 8.0),
-    Case("convection, beta = 30", convection, 16.0),
+    Case("convection, beta = 30", convection, 12.0),
 ]
 
 
