@@ -19,7 +19,8 @@ import torch
 
 from ..solve import Solutions
 
-_FORM_GRAM = ("dual", "eigh")   # solvers that form J J^T
+_DIRECT = ("dual", "primal", "eigh")   # solvers that form J J^T or J^T J, next to which the norms of J's rows cost little
+_LARGEST_J = 1 << 23   # elements of a J that is made for the norms of its rows
 _PROBES = 16   # products with J^T that estimate a trace: to within 2^(1/2) / 4 of it, one standard deviation at most
 
 
@@ -37,8 +38,9 @@ class Balance:
         momentum (float in [0, 1)): share of the old weight in a new one, of their logarithms.
         largest (float > 1): bound of a weight; 1/K is its lower bound by itself.
 
-    Cost of an update: "gradient", K products with J^T. "trace": exact from one Gram matrix where the step's solver formed it
-    too; elsewhere estimated by 16 K products with J^T (Hutchinson 1989), within a third of it.
+    Cost of an update: "gradient", K products with J^T. "trace": with a direct solver, exact from J J^T, or from J where that
+    is smaller; with others, and where J is too large, 16 K products with J^T for an estimate (Hutchinson 1989), within a
+    third of it.
     Raises ValueError for values out of these ranges.
     """
 
@@ -154,7 +156,7 @@ class Weighted:
             quantities = [math.sqrt(q) / w for q, w in zip(squares, weights, strict=True)]
         else:
             solver = solution[0].solver if isinstance(solution, Solutions) else solution.solver
-            traces = self._traces(lin, solver in _FORM_GRAM, step)
+            traces = self._traces(lin, solver in _DIRECT, step)
             quantities = [q / w for q, w in zip(traces, weights, strict=True)]
         return self._balance.updated(weights, quantities, self._known[b] is None)
 
@@ -170,11 +172,12 @@ class Weighted:
     def _slices(self) -> list[slice]:
         return [slice(end - size, end) for end, size in zip(accumulate(self._sizes), self._sizes, strict=True)]
 
-    def _traces(self, lin, exact: bool, step: int) -> list[float]:
-        """tr(J_k J_k^T) of every weighted term."""
-        if exact:
-            diagonal = lin.gram().diagonal().double()
-            return torch.stack([part.sum() for part in diagonal.split(self._sizes)]).tolist()
+    def _traces(self, lin, direct: bool, step: int) -> list[float]:
+        """tr(J_k J_k^T) of every weighted term; direct: was the step solved by a factorization?"""
+        M, P = lin.num_residuals, lin.num_parameters
+        if direct and (M <= P or M * P <= _LARGEST_J):
+            rows = lin.gram().diagonal() if M <= P else lin.dense().square().sum(1)
+            return torch.stack([part.sum() for part in rows.double().split(self._sizes)]).tolist()
         generator, total = torch.Generator().manual_seed(step), [0.0] * len(self._sizes)
         for _ in range(_PROBES):
             signs = 2.0 * torch.randint(2, (lin.num_residuals,), generator=generator) - 1.0
