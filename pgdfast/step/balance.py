@@ -21,7 +21,7 @@ from ..solve import Solutions
 
 _DIRECT = ("dual", "primal", "eigh")   # solvers that form J J^T or J^T J, next to which the norms of J's rows cost little
 _LARGEST_J = 1 << 23   # elements of a J that is made for the norms of its rows
-_PROBES = 16   # products with J^T that estimate a trace: to within 2^(1/2) / 4 of it, one standard deviation at most
+_PROBES = 16   # products with J^T that estimate a trace: its standard deviation is at most (2 / 16)^(1/2) of it
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Balance:
         largest (float > 1): bound of a weight; 1/K is its lower bound by itself.
 
     Cost of an update: "gradient", K products with J^T. "trace": with a direct solver, exact from J J^T, or from J where that
-    is smaller; with others, and where J is too large, 16 K products with J^T for an estimate (Hutchinson 1989), within a
-    third of it.
+    is smaller; with others, and where J is too large, 16 K products with J^T for an estimate (Hutchinson 1989),
+    whose standard deviation is at most 36 % of it.
     Raises ValueError for values out of these ranges.
     """
 
@@ -173,7 +173,10 @@ class Weighted:
         return [slice(end - size, end) for end, size in zip(accumulate(self._sizes), self._sizes, strict=True)]
 
     def _traces(self, lin, direct: bool, step: int) -> list[float]:
-        """tr(J_k J_k^T) of every weighted term; direct: was the step solved by a factorization?"""
+        """tr(J_k J_k^T) of every weighted term. direct: was the step solved by a factorization?
+
+        Else from products with J^T, E[||J_k^T s||^2] of random signs s.
+        """
         M, P = lin.num_residuals, lin.num_parameters
         if direct and (M <= P or M * P <= _LARGEST_J):
             rows = lin.gram().diagonal() if M <= P else lin.dense().square().sum(1)
