@@ -14,9 +14,10 @@ from .rng_replay import MovedGenerators, RandomReplay
 from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
 
 __all__ = [
-    "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Balance", "Chord", "Constant",
-    "DampingRule", "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters",
-    "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "Weighted", "advance",
-    "check_balance", "checked", "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_balance",
-    "chosen_rule", "chosen_search", "each_of", "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
+    "Balance", "Weighted", "check_balance", "chosen_balance",
+    "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
+    "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
+    "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked",
+    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
+    "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
 ]

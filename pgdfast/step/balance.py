@@ -173,10 +173,7 @@ class Weighted:
         return [slice(end - size, end) for end, size in zip(accumulate(self._sizes), self._sizes, strict=True)]
 
     def _traces(self, lin, direct: bool, step: int) -> list[float]:
-        """tr(J_k J_k^T) of every weighted term. direct: was the step solved by a factorization?
-
-        Else from products with J^T, E[||J_k^T s||^2] of random signs s.
-        """
+        """The traces tr(J_k J_k^T) of weighted terms, E[||J_k^T s||^2] of random signs s; direct: is the solver so."""
         M, P = lin.num_residuals, lin.num_parameters
         if direct and (M <= P or M * P <= _LARGEST_J):
             rows = lin.gram().diagonal() if M <= P else lin.dense().square().sum(1)
