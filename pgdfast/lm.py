@@ -156,7 +156,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         self._options = StepOptions(
             chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration),
             checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
-            chosen_balance(balance),
+            balance=chosen_balance(balance),
         )
         _check_together(self._options)
         self._tools = StepTools(choose_backend(backend, checked_check(check, "LM")))
