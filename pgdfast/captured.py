@@ -234,6 +234,7 @@ def _check(optimizer) -> None:
         "a line_search": options.search is not None,
         "acceleration": options.acceleration is not None,
         "momentum": bool(options.momentum),
+        "balance": options.balance is not None,
         "norm_constraint": options.constraint is not None,
         _SCALED: options.scaling == "marquardt",
         "xtol or gtol": bool(options.tolerances.xtol or options.tolerances.gtol),

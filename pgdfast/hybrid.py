@@ -208,6 +208,11 @@ def _check(lm, first_order) -> None:
             f"pgdfast.Hybrid: lm trains an ensemble of {lm.ensemble}, whose members would switch apart; build one Hybrid per "
             "network, or an LM without ensemble."
         )
+    if lm._options.balance is not None:
+        raise ValueError(
+            "pgdfast.Hybrid: lm weights the terms of the loss (balance), and first_order would minimize them unweighted; use "
+            "balance=None and multiply the residuals by roots of fixed weights in the closure."
+        )
     if not isinstance(first_order, torch.optim.Optimizer):
         raise TypeError(
             f"pgdfast.Hybrid: first_order is {_kind(first_order)}; it must be a torch.optim.Optimizer over LM's parameters."

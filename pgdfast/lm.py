@@ -17,6 +17,7 @@ from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
     Acceleration,
+    Balance,
     DampingRule,
     HostStep,
     LineSearch,
@@ -24,10 +25,13 @@ from .step import (
     StepOptions,
     StepTools,
     Tolerances,
+    Weighted,
+    check_balance,
     checked,
     checked_constraint,
     checked_momentum,
     chosen_acceleration,
+    chosen_balance,
     chosen_rule,
     chosen_search,
     each_of,
@@ -46,6 +50,7 @@ Rule = Literal["gain-ratio", "delayed", "sweep", "constant"] | DampingRule
 Correction = Literal["geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
 Scaling = Literal["auto", "identity", "marquardt"]
+Weights = Literal["trace", "gradient"] | Balance | None
 Solver = Literal["auto", "dual", "primal", "cg", "lsmr", "eigh"]
 Check = Literal["first", "every", "never"]
 Backend = Literal["auto", "native", "triton", "torch", "reference"]
@@ -112,6 +117,9 @@ class LM(torch.optim.Optimizer, Generic[R]):
             delta_last on the right. Two more products with J a solve.
         norm_constraint (None or float > 0): the largest ||lr delta||^2; longer moves are shortened to it, corrections of
             acceleration included.
+        balance (None, "trace", "gradient" or a Balance): weights w_k of the terms of a closure that returns several
+            residual tensors, found from step to step. `step` returns the weighted loss, sum_k w_k/2 ||r_k||^2, which it
+            minimizes; the report has `weights` and the unweighted `terms`. See pgdfast.Balance.
         check ("first", "every" or "never", default "first"): when products with J are compared with autograd, <J v, w> with
             <v, J^T w> and J^T r with the gradient of the loss: at the first tape of every structure, at every step, or never
             but where hooks or Functions of one's own take part. Rules that disagree are left for autograd, with a warning. The
@@ -138,8 +146,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
-        gtol: float | None = None,
+        norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
+        xtol: float | None = None, gtol: float | None = None,
     ) -> None: ...
 
     @overload
@@ -149,20 +157,20 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
-        norm_constraint: float | None = None, check: Check = "first", ftol: float | None = None, xtol: float | None = None,
-        gtol: float | None = None,
+        norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
+        xtol: float | None = None, gtol: float | None = None,
     ) -> None: ...
 
     def __init__(
         self, params, lr=1.0, damping=None, *, damping_rule="gain-ratio", acceleration=None, scaling="auto",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
-        norm_constraint=None, check="first", ftol=None, xtol=None, gtol=None,
+        norm_constraint=None, balance=None, check="first", ftol=None, xtol=None, gtol=None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         self._options = StepOptions(
             chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration),
             checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
-            Tolerances(ftol, xtol, gtol),
+            Tolerances(ftol, xtol, gtol), chosen_balance(balance),
         )
         _check_together(self._options)
         self._tools = StepTools(choose_backend(backend, checked_check(check, "LM")))
@@ -230,6 +238,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         for values in state_dict.get("state", {}).values():
             if "step" in values:
                 checked(values, self._options.rule, self.ensemble or 1)
+                check_balance(values, self._options.balance)
         super().load_state_dict(state_dict)
 
     def member_state_dicts(self) -> list[dict]:
@@ -277,6 +286,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
             mus = self._scheduled(memory["step"])
         if max(mus) > _FLOAT32:
             _check_range(max(mus), params)
+        if self._options.balance is not None:
+            closure = Weighted(closure, self._options.balance, memory["members"], params[0], self.ensemble is not None)
         return HostStep(self._options, tools, closure, rates, decays, memory, self.state, mus)
 
     def _trainable(self) -> tuple[list[torch.Tensor], list[list[float]], list[list[float]]]:

@@ -26,8 +26,9 @@ class Report:
     correction: length of the second-order correction over that of the step, with acceleration.
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
-    dropped because a trial with it did not descend. residuals, parameters: M and P. scaling: D. seconds: wall time of the
-    phases linearize, solve, trial.
+    dropped because a trial with it did not descend. weights, terms: with `balance`, w_k and the unweighted 1/2 ||r_k||^2 of
+    each residual tensor before the step; `loss` is the weighted sum. residuals, parameters: M and P. scaling: D. seconds: wall
+    time of the phases linearize, solve, trial.
     """
 
     loss: float
@@ -49,6 +50,8 @@ class Report:
     momentum: float = 0.0
     correction: float | None = None
     cut: int = 0
+    weights: tuple[float, ...] = ()
+    terms: tuple[float, ...] = ()
     residuals: int = 0
     parameters: int = 0
     scaling: str = ""

@@ -41,6 +41,9 @@ for rule in (pgdfast.Constant(), pgdfast.GainRatio(smallest=1e-3), pgdfast.Delay
     pgdfast.LM(model.parameters(), damping_rule=rule)
 for accel in (pgdfast.Geodesic(), pgdfast.Chord(rounds=3)):
     pgdfast.LM(model.parameters(), acceleration=accel)
+balanced = pgdfast.LM(model.parameters(), balance=pgdfast.Balance("trace", every=5))
+balanced.step(lambda: (model(x) - y, model(x[:1])))
+weights: tuple[float, ...] = balanced.report.weights + balanced.report.terms
 search: pgdfast.LineSearch = pgdfast.Armijo()
 correction: pgdfast.Acceleration = pgdfast.Chord()
 

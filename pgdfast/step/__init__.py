@@ -2,6 +2,7 @@
 
 from ..kernels.errors import out_of_memory
 from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
+from .balance import Balance, Weighted, check_balance, chosen_balance
 from .convergence import Tolerances
 from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
 from .evaluate import Evaluator, half_square
@@ -15,7 +16,8 @@ from .rng_replay import MovedGenerators, RandomReplay
 from .rules import RULES, START, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
 
 __all__ = [
-    "ACCELERATIONS", "ATTEMPTS", "RULES", "START", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
+    "ACCELERATIONS", "ATTEMPTS", "RULES", "START", "STATUS", "Acceleration", "Armijo", "Balance", "Chord", "Constant",
+    "DampingRule", "Weighted", "check_balance", "chosen_balance",
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
     "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict", "advance", "checked",
     "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",

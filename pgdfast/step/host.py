@@ -15,6 +15,7 @@ import torch
 from ..report import SUMS, EnsembleReport, Report
 from ..solve import CG, Solutions
 from .attempt import STATUS, Trial, advance, judge
+from .balance import Balance
 from .convergence import Tolerances
 from .corrected import CorrectedStep
 from .correction import Acceleration
@@ -50,6 +51,7 @@ class StepOptions:
     cg: CG
     rcond: float
     tolerances: Tolerances = field(default_factory=Tolerances)
+    balance: Balance | None = None
     predicts: bool = field(init=False)   # are steps tried before they are kept?
     asks: bool = field(init=False)       # for tests of convergence wider than rounding?
 
@@ -70,8 +72,8 @@ class StepTools:
 class HostStep:
     """One step: `undo` it where an exception leaves it, `release` it at its end.
 
-    closure: LM's. rates, decays: by member, by parameter. memory: what the optimizer remembers; state: by parameter. mus: each
-    member's damping to begin with.
+    closure: LM's, a balance.Weighted with `balance`. rates, decays: by member, by parameter. memory: what the optimizer
+    remembers; state: by parameter. mus: each member's damping to begin with.
     """
 
     def __init__(self, options: StepOptions, tools: StepTools, closure, rates, decays, memory: dict, state, mus: list[float]):
@@ -140,6 +142,8 @@ class HostStep:
                 )
             else:
                 self.pending.append(member)
+                if options.balance is not None:
+                    self.closure.note(report, b, networks.member(b).residual)
         self.seconds["linearize"] = perf_counter() - start
         if not self.pending:
             return
@@ -178,6 +182,8 @@ class HostStep:
             for m in unsolved:
                 m.solution = None   # the memory of its factor serves the next
             self.networks.solve(unsolved, self._scale, options, self._step)
+            if options.balance is not None:
+                self.closure.measure(unsolved, self.networks, self._step)
             if there is not None:
                 self.parameters.forward(there)
         self.seconds["solve"] += perf_counter() - start
@@ -451,6 +457,8 @@ class HostStep:
             moved = m.number in parameters.away
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
+            if options.balance is not None:
+                memory["weights"] = self.closure.next[m.number]
             mu, at_bound = report.damping, False
             report.scaling, memory["scaled"] = "marquardt" if m.scaled else "identity", m.scaled
             if tries:
