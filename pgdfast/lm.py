@@ -41,7 +41,7 @@ _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str
 _Mu = float | torch.Tensor | list[float] | Callable[[int], Any]
 _Result = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
 R = TypeVar("R", Report, EnsembleReport)   # Report for one network
-Rule = Literal["gain-ratio", "delayed", "sweep", "constant"] | DampingRule
+Rule = Literal["gain-ratio", "delayed", "longest", "sweep", "constant"] | DampingRule
 Correction = Literal["geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
 Scaling = Literal["identity", "marquardt"]
@@ -88,7 +88,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping (float >= 0 or callable, default 1e-2): mu to begin with; a callable step -> mu goes with
             damping_rule="constant". 0 means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
         damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
-            and never go uphill; "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
+            and never go uphill; "longest" demands half of the predicted reduction, and takes the least mu that gives it;
+            "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
         acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
         scaling ("identity" or "marquardt", default "identity"): D; "marquardt" is the running maximum of diag(J^T J), for

@@ -1,7 +1,7 @@
 """One step: damping rules, attempts and their verdict, corrections, line search, bit-exact undo."""
 
 from ..kernels.errors import out_of_memory
-from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
+from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, demanded, judge
 from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
 from .evaluate import Evaluator, half_square
 from .host import HostStep, StepOptions, StepTools
@@ -10,12 +10,12 @@ from .members import checked, each_of, joined, new_memory, share_of
 from .momentum import checked_constraint, checked_momentum
 from .parameters import Parameters, Point
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
+from .rules import LARGEST, RULES, Constant, DampingRule, Delayed, GainRatio, Longest, Sweep, chosen_rule
 
 __all__ = [
     "ACCELERATIONS", "ATTEMPTS", "LARGEST", "RULES", "STATUS", "Acceleration", "Armijo", "Chord", "Constant", "DampingRule",
-    "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
-    "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked",
-    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
+    "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "Longest", "MovedGenerators", "Parameters",
+    "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Trial", "Verdict", "advance", "checked",
+    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "demanded", "each_of",
     "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
 ]

@@ -13,7 +13,7 @@ import torch
 from ..report import Report, advice, stall
 from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
-from .attempt import STATUS, State, Trial, advance, judge
+from .attempt import STATUS, State, Trial, advance, demanded, judge
 from .evaluate import loss_at
 from .rules import LARGEST, DampingRule
 
@@ -80,6 +80,8 @@ class GraphStep:
             after = self._loss_here(before, lin.scalar) if tries else torch.full_like(loss, math.nan)
             trial = Trial(loss, after, predicted, found.usable & alive, mu)
             verdict = judge(trial, state.mu == state.start, tries, torch.finfo(lin.loss.dtype).eps)
+            if rule.target:
+                verdict = demanded(rule, state, verdict)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
             following = (state.mu, state.start, state.attempt, state.rejected, state.promised, *state.memory.values())

@@ -14,7 +14,7 @@ import torch
 
 from ..report import EnsembleReport, Report, advice, stall
 from ..solve import CG, Solutions
-from .attempt import STATUS, State, Trial, advance, judge
+from .attempt import STATUS, State, Trial, advance, demanded, judge
 from .correction import Acceleration
 from .evaluate import LARGE_TAPE, Evaluator, restore_modes
 from .line_search import LineSearch
@@ -386,6 +386,8 @@ class HostStep:
             report, trial, state = m.report, m.trial, m.state
             first = state.mu == state.start and not trial.with_momentum
             verdict = judge(trial, first, options.predicts, eps)
+            if options.rule.target:
+                verdict = demanded(options.rule, state, verdict)
             if not verdict.kept:
                 self.parameters.back((m.number,))
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
