@@ -88,7 +88,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         damping (float >= 0 or callable, default 1e-2): mu to begin with; a callable step -> mu goes with
             damping_rule="constant". 0 means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
         damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
-            and never go uphill; "longest" demands half of the predicted reduction, and takes the least mu that gives it;
+            and never go uphill; "longest" takes the smallest mu that gives a quarter of the predicted reduction;
             "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
         acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.

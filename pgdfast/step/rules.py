@@ -155,17 +155,18 @@ class Delayed(DampingRule):
 class Longest(DampingRule):
     """The longest acceptable step: mu as small as a gain ratio of at least `target` allows.
 
-    A step below the target is undone though it may descend: 4 mu from the same matrix, until one reaches it. Accepted:
-    mu * 10^-(rho - target) / (1 - target), 0 to 1 in the exponent, so that mu rests where rho is the target. Looking at several
-    mu in every step, for the smallest acceptable one, costs more than it saves (bench/NOTES.md).
+    A step below the target is undone, though it may descend, and 4 mu is tried, from the same matrix. Accepted:
+    mu * 0.1^e, e = (rho - target) / (1 - target) from 0 to 1, so that mu rests where rho is the target.
 
-    target (float in (0, 1), default 0.5): small ones take long steps early, and may end in worse minima. smallest: as for
-    GainRatio.
+    Args:
+        target (float in (0, 1), default 0.25): small ones suit corrections; without one 0.5 is faster, and less apt to end in a
+            poor minimum.
+        smallest: as for GainRatio.
 
     Source: the target ratio of DSGNAR, arXiv 2607.02194.
     """
 
-    def __init__(self, target: float = 0.5, smallest: float = SMALLEST):
+    def __init__(self, target: float = 0.25, smallest: float = SMALLEST):
         if not (isinstance(target, (int, float)) and 0 < target < 1):
             raise ValueError(f"pgdfast.LM: Longest's target is {target!r}; it is a gain ratio, between 0 and 1.")
         self.target, self.smallest = float(target), _checked(smallest)
