@@ -59,7 +59,7 @@ def test_takes_the_least_acceptable_of_separate_trials(backend, solver, target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [
     {}, {"acceleration": "chord"}, {"acceleration": "geodesic"}, {"momentum": 0.8}, {"scaling": "marquardt"}, {"lr": 0.5},
-    {"norm_constraint": 0.1, "damping": 0.1}, {"line_search": "armijo"},
+    {"norm_constraint": 0.1, "damping": 0.1}, {"line_search": "armijo", "damping": 0.1},
     {"solver": "cg", "cg": pgdfast.CG(30, 1e-4, truncate=True)}, {"damping": 0.0, "damping_rule": Longest(0.9)},
 ], ids=lambda options: " ".join(options) or "plain")
 @pytest.mark.parametrize("backend", EVERYWHERE)
