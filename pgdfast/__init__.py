@@ -15,7 +15,20 @@ from .lm import LM
 from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, Solutions, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
-from .step import Acceleration, Armijo, Balance, Chord, Constant, DampingRule, Delayed, GainRatio, Geodesic, LineSearch, Sweep
+from .step import (
+    Acceleration,
+    Armijo,
+    Balance,
+    Chord,
+    Constant,
+    DampingRule,
+    Delayed,
+    GainRatio,
+    Geodesic,
+    LineSearch,
+    Longest,
+    Sweep,
+)
 from .switches import Alignment, KernelDrift, Plateau
 
 check_build()
@@ -23,7 +36,8 @@ check_build()
 __version__ = "0.1.0"
 __all__ = [
     "CG", "LM", "Acceleration", "Alignment", "Armijo", "Balance", "Chord", "Constant", "DampingRule", "Delayed", "GainRatio",
-    "Geodesic", "LineSearch", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift", "Linearization",
+    "Geodesic", "LineSearch", "Longest", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift",
+    "Linearization",
     "Nystrom", "Plateau", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
     "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

@@ -46,7 +46,7 @@ _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str
 _Mu = float | torch.Tensor | list[float] | Callable[[int], Any]
 _Result = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
 R = TypeVar("R", Report, EnsembleReport)   # Report for one network
-Rule = Literal["gain-ratio", "delayed", "sweep", "constant"] | DampingRule
+Rule = Literal["gain-ratio", "delayed", "longest", "sweep", "constant"] | DampingRule
 Correction = Literal["geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
 Scaling = Literal["auto", "identity", "marquardt"]
@@ -96,7 +96,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
             residuals take the same steps. For "constant", None is 1e-2; a callable step -> mu goes with that rule alone. 0
             means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
         damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
-            and never go uphill; "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
+            and never go uphill; "longest" takes the smallest mu that gives a quarter of the predicted reduction;
+            "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
         acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
         scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is a running maximum of diag(J^T J) that

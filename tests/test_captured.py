@@ -43,8 +43,8 @@ def test_the_constant_rule_takes_the_same_steps(backend):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"damping_rule": pgdfast.Delayed(smallest=1e-4)}, {"solver": "primal"}, {"damping": 1e-9},
-    {"lr": 0.7, "weight_decay": 1e-3},
+    {}, {"damping_rule": pgdfast.Delayed(smallest=1e-4)}, {"damping_rule": pgdfast.Longest(smallest=1e-4)},
+    {"solver": "primal"}, {"damping": 1e-9}, {"lr": 0.7, "weight_decay": 1e-3},
 ], ids=lambda options: " ".join(options))
 def test_attempts_follow_the_same_dampings(options):
     """Rejections in between: as many captured steps as the ordinary one needed attempts."""
@@ -121,7 +121,7 @@ def test_every_form_of_loss(name, solver):
 # --- never uphill, failures -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["gain-ratio", "delayed"])
+@pytest.mark.parametrize("rule", ["gain-ratio", "delayed", "longest"])
 def test_never_uphill(rule):
     model, lm, closure = sine_fit(damping=1e-7, damping_rule=rule, dtype=torch.float32)
     step, losses, rejected = pgdfast.CapturedStep(lm, closure), [], 0

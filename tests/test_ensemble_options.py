@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import EVERYWHERE, NOISY_SINE, apart, losses_of, memory_of, networks_of, nudged, stack_of
 
 import pgdfast
-from pgdfast import Delayed, GainRatio, Sweep
+from pgdfast import Delayed, GainRatio, Longest, Sweep
 
 B, LOST, STEPS = 3, 1, 5
 ALIVE = [b for b in range(B) if b != LOST]
@@ -53,6 +53,8 @@ OPTIONS = {
     "momentum, constant": dict(damping=0.3, damping_rule="constant", momentum=0.7, lr=0.3, scaling="marquardt"),
     "norm constraint": TINY | dict(norm_constraint=0.05),
     "everything": TINY | dict(acceleration=Round(), momentum=0.7, norm_constraint=0.05, scaling="marquardt", lr=0.5),
+    "longest": dict(damping=1e-2, damping_rule=Longest(smallest=1e-3)),
+    "longest, chord": dict(damping=1e-2, damping_rule=Longest(0.25, smallest=1e-3), acceleration="chord"),
     "sweep": dict(damping=0.1, damping_rule=Sweep(smallest=1e-2)),
     "sweep with momentum": dict(damping=0.1, damping_rule=Sweep(smallest=1e-2), momentum=0.5, norm_constraint=0.1),
     "sweep, primal": dict(damping=0.1, damping_rule=Sweep(smallest=1e-2), solver="primal", scaling="marquardt"),
@@ -116,7 +118,7 @@ SLOWLY = ("default", "geodesic", "chord", "momentum, constant", "everything", "s
 def test_members_train_as_they_would_alone(name, backend):
     reports = trained_as_alone(OPTIONS[name], backend, steps=3 if backend == "reference" else STEPS)
     attempts = [[report[b].attempts for b in ALIVE] for report in reports]
-    if name in ("default", "chord", "momentum"):
+    if name in ("default", "longest", "chord", "momentum"):
         assert any(len(set(each)) > 1 for each in attempts), "some members should have waited for others"
     if OPTIONS[name].get("acceleration") not in (None, "geodesic"):
         assert max(report[b].correction for report in reports for b in ALIVE) > 1e-4

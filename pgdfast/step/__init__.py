@@ -1,7 +1,7 @@
 """One step: damping rules, attempts and their verdict, corrections, line search, bit-exact undo."""
 
 from ..kernels.errors import out_of_memory
-from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, judge
+from .attempt import ATTEMPTS, STATUS, State, Trial, Verdict, advance, demanded, judge
 from .balance import Balance, Weighted, check_balance, chosen_balance
 from .convergence import Tolerances
 from .correction import ACCELERATIONS, Acceleration, Chord, Geodesic, chosen_acceleration
@@ -13,13 +13,13 @@ from .momentum import checked_constraint, checked_momentum
 from .parameters import Parameters, Point
 from .quadratic_model import gradient_curvature
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import RULES, START, Constant, DampingRule, Delayed, GainRatio, Sweep, chosen_rule
+from .rules import RULES, START, Constant, DampingRule, Delayed, GainRatio, Longest, Sweep, chosen_rule
 
 __all__ = [
     "ACCELERATIONS", "ATTEMPTS", "RULES", "START", "STATUS", "Acceleration", "Armijo", "Balance", "Chord", "Constant",
-    "DampingRule", "Weighted", "check_balance", "chosen_balance",
-    "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "MovedGenerators", "Parameters", "Point",
-    "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict", "advance", "checked",
-    "checked_constraint", "checked_momentum", "chosen_acceleration", "chosen_rule", "chosen_search", "each_of",
-    "gradient_curvature", "half_square", "joined", "judge", "new_memory", "out_of_memory", "share_of",
+    "DampingRule", "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "Longest", "MovedGenerators",
+    "Parameters", "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict",
+    "Weighted", "advance", "check_balance", "checked", "checked_constraint", "checked_momentum", "chosen_acceleration",
+    "chosen_balance", "chosen_rule", "chosen_search", "demanded", "each_of", "gradient_curvature", "half_square", "joined",
+    "judge", "new_memory", "out_of_memory", "share_of",
 ]

@@ -113,6 +113,12 @@ def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True)
     return Verdict(kept, converged, hidden, tiny, ratio, 4 * usable + 2 * converged + kept)
 
 
+def demanded(rule: DampingRule, state: State, verdict: Verdict) -> Verdict:
+    """The verdict of a rule with a target: a step that descends by less is not kept, but by a step's last attempt."""
+    kept = verdict.kept & ((state.attempt + 1 >= ATTEMPTS) | ((verdict.ratio < rule.target) == 0))   # NaN: at rounding level
+    return verdict._replace(kept=kept, status=verdict.status - 1 * verdict.kept + kept)
+
+
 def advance(rule: DampingRule, state: State, trial: Trial, verdict: Verdict, curvature=None):
     """(State after the attempt, is the step over?). curvature: see DampingRule."""
     last = state.attempt + 1 >= ATTEMPTS

@@ -17,13 +17,16 @@ class CorrectedStep:
         self.tried = self.residual = None
 
     def missed(self) -> torch.Tensor:
+        """M(e) at the last displacement."""
         return self.residual - self._lin.residual + self._lin.jvp(self.tried)
 
     def correction(self, m: torch.Tensor) -> torch.Tensor:
+        """A^-1 J^T m."""
         found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
         return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
 
     def size(self, e: torch.Tensor) -> float:
+        """The length in the norm of D."""
         D, e = self._solution.damping_diagonal, e.double()
         scaled = isinstance(D, torch.Tensor) and bool(D.any())   # mu = 0 has no norm of its own
         return math.sqrt(float(torch.dot(D.double() * e if scaled else e, e)))

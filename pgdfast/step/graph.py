@@ -13,7 +13,7 @@ import torch
 from ..report import Report, advice, holds_few_digits, loss_test, stall
 from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
-from .attempt import STATUS, State, Trial, advance, judge, without_damping
+from .attempt import STATUS, State, Trial, advance, demanded, judge, without_damping
 from .convergence import Facts, Tolerances, rounding_of
 from .evaluate import loss_at
 from .rules import RESOLVED, DampingRule, bounded, bounds
@@ -84,6 +84,8 @@ class GraphStep:
             after = self._loss_here(before, lin.scalar) if tries else torch.full_like(loss, math.nan)
             trial = Trial(loss, after, predicted, found.usable & alive, mu, possible=possible)
             verdict = judge(trial, torch.isnan(promised), tries, eps, state.rejected > 0, state.mu > rule.smallest)
+            if rule.target:
+                verdict = demanded(rule, state, verdict)
             self._keep_or_undo(verdict.kept, before)
             state, over = advance(rule, state, trial, verdict)
             if tries:

@@ -14,7 +14,7 @@ import torch
 
 from ..report import SUMS, EnsembleReport, Report
 from ..solve import CG, Solutions
-from .attempt import STATUS, Trial, advance, judge
+from .attempt import STATUS, Trial, advance, demanded, judge
 from .balance import Balance
 from .convergence import Tolerances
 from .corrected import CorrectedStep
@@ -403,6 +403,8 @@ class HostStep:
                 first = first and not self.parameters.shortened(m.number)
             falls = state.mu > options.rule.smallest
             verdict = judge(trial, first, options.predicts, self.eps, state.rejected > 0, falls)
+            if options.rule.target:
+                verdict = demanded(options.rule, state, verdict)
             if verdict.ended or first and (verdict.tiny or report.loss == 0):
                 verdict = looked_into(self, m, verdict, falls)
             elif verdict.kept and options.asks:

@@ -61,12 +61,14 @@ class DampingRule(ABC):
     scale of mu when mu itself is 0.
 
     Attributes: tries, may the rule reject a step? If not, every usable step is kept. sweeps, does it try several dampings at
-    once? smallest: mu never falls below it.
+    once? smallest: mu never falls below it. target, the gain ratio that a step must reach to be kept; 0: descent is enough, as
+    it is at a step's last attempt.
     """
 
     tries = True
     sweeps = False
     smallest = SMALLEST
+    target = 0.0
 
     def memory(self) -> Memory:
         """What the rule remembers beside mu before the first step."""
@@ -179,6 +181,37 @@ class Delayed(DampingRule):
         return raised(mu, 2.0, curvature), memory
 
 
+class Longest(DampingRule):
+    """The longest acceptable step: mu as small as a gain ratio of at least `target` allows.
+
+    A step below the target is undone, though it may descend, and 4 mu is tried, from the same matrix. Accepted:
+    mu * 0.1^e, e = (rho - target) / (1 - target) from 0 to 1, so that mu rests where rho is the target.
+
+    Args:
+        target (float in (0, 1), default 0.25): small ones suit corrections; without one 0.5 is faster, and less apt to end in a
+            poor minimum.
+        smallest: as for GainRatio.
+
+    Source: the target ratio of DSGNAR, arXiv 2607.02194.
+    """
+
+    def __init__(self, target: float = 0.25, smallest: float = SMALLEST):
+        if not (isinstance(target, (int, float)) and 0 < target < 1):
+            raise ValueError(f"pgdfast.LM: Longest's target is {target!r}; it is a gain ratio, between 0 and 1.")
+        self.target, self.smallest = float(target), _checked(smallest)
+
+    def accepted(self, mu, memory, rho):
+        """Down by at most 10, by less the nearer rho is to the target."""
+        if isinstance(mu, float) and mu == 0:
+            return mu, memory
+        excess = bounded((rho - self.target) / (1 - self.target), 0.0, 1.0)
+        return select(rho != rho, mu, bounded(mu * 0.1**excess, self.smallest, LARGEST)), memory
+
+    def rejected(self, mu, memory, rho, curvature):
+        """Up by 4."""
+        return raised(mu, 4.0, curvature), memory
+
+
 class Sweep(DampingRule):
     """Several mu at every step, mu times each factor; the one with the least loss becomes the next step's mu.
 
@@ -208,7 +241,7 @@ class Sweep(DampingRule):
         return raised(mu, max(2.0, 2.0 / self.factors[0]), curvature), memory
 
 
-RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "sweep": Sweep}
+RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "longest": Longest, "sweep": Sweep}
 
 
 def chosen_rule(rule) -> DampingRule:

@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from pgdfast import Constant, Delayed, GainRatio, Sweep
-from pgdfast.step import ATTEMPTS, STATUS, State, Trial, advance, judge
+from pgdfast import Constant, Delayed, GainRatio, Longest, Sweep
+from pgdfast.step import ATTEMPTS, STATUS, State, Trial, advance, demanded, judge
 from pgdfast.step.attempt import without_damping
 from pgdfast.step.rules import LARGEST, SMALLEST
 
 MUS = (SMALLEST, 3 * SMALLEST, 1e-20, 1e-9, 0.01, 1.0, 1e5, 0.6 * LARGEST, LARGEST)
 RULES = {
     "gain-ratio": GainRatio(), "gain-ratio, bounded": GainRatio(1e-3), "delayed": Delayed(), "delayed, bounded": Delayed(1e-3),
-    "constant": Constant(), "sweep": Sweep(),
+    "constant": Constant(), "longest": Longest(), "longest, bounded": Longest(0.1, 1e-3), "sweep": Sweep(),
 }
 LOSSES = (1.0, 1e-30)
 AFTER = (0.5, 1.0, 1 - 1e-16, 1 + 1e-9, 2.0, math.nan, math.inf, -math.inf)
@@ -41,7 +41,7 @@ def same_state(found, expected):
     assert all(same(found.memory[name], value) for name, value in expected.memory.items())
 
 
-@pytest.mark.parametrize("name", ["gain-ratio", "gain-ratio, bounded", "delayed", "delayed, bounded", "sweep"])
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"constant"}))
 @pytest.mark.parametrize("mu", MUS)
 def test_rules_agree(name, mu):
     rule = RULES[name]
@@ -127,6 +127,7 @@ TRIALS = {
     "accepted": (1.0, 0.5, 0.4, True), "rejected": (1.0, 2.0, 0.4, True), "uphill in the model": (1.0, 2.0, -0.4, True),
     "not finite": (1.0, math.inf, 0.4, True), "converged": (1.0, 1.0, 1e-17, True, 1e-16), "hidden": (1.0, 1.1, 1e-17, True),
     "converged, rising": (1.0, 1 + 1e-14, 1e-17, True, 1e-16), "failed": (1.0, math.nan, math.nan, False),
+    "a poor descent": (1.0, 0.98, 0.4, True),
 }
 
 
@@ -150,15 +151,27 @@ def test_states_agree(name, truncated, with_momentum):
         first = attempt == 0
         state = State(mu, memory, mu if first else 0.5, attempt, rejected, promised)
         trial = trial_of(seen, mu, True, with_momentum, truncated)
-        verdict = judge(trial, first, rule.tries, EPS, rejected > 0)
+        verdict = demanded(rule, state, judge(trial, first, rule.tries, EPS, rejected > 0))
         expected, over = advance(rule, state, trial, verdict, lambda: 1.0)
         there = State(*(number(x) if not isinstance(x, dict) else {k: number(v) for k, v in x.items()} for x in state))
         trial = trial_of(seen, mu, True, with_momentum, truncated, wrap=number)
-        verdict = judge(trial, number(first), rule.tries, EPS, there.rejected > 0)
-        found, ended = advance(rule, there, trial, verdict, lambda: 1.0)
+        seen_there = demanded(rule, there, judge(trial, number(first), rule.tries, EPS, there.rejected > 0))
+        found, ended = advance(rule, there, trial, seen_there, lambda: 1.0)
         same_state(found, expected)
-        assert bool(ended) == over, kind
+        assert bool(ended) == over and all(same(a, b) for a, b in zip(seen_there, verdict, strict=True)), kind
     assert vars(rule) == before and all(value == 4.0 for value in memory.values())
+
+
+@pytest.mark.parametrize(("kind", "attempt", "kept", "status"), [
+    ("accepted", 0, True, "accepted"), ("a poor descent", 0, False, "rejected"),
+    ("a poor descent", ATTEMPTS - 2, False, "rejected"),
+    ("a poor descent", ATTEMPTS - 1, True, "accepted"), ("rejected", ATTEMPTS - 1, False, "rejected"),
+    ("stalled", 0, True, "stalled"), ("failed", 0, False, "failed"),
+])
+def test_a_target_undoes_poor_descents_but_the_last(kind, attempt, kept, status):
+    rule, trial = RULES["longest, bounded"], Trial(*TRIALS[kind], 1.0)
+    verdict = demanded(rule, State(1.0, {}, 1.0, attempt), judge(trial, True, True, EPS))
+    assert (verdict.kept, STATUS[verdict.status]) == (kept, status)
 
 
 def after(kind, state=None, rule=RULES["gain-ratio"], **options):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgdfast
-from pgdfast import Constant, Delayed, GainRatio, Sweep
+from pgdfast import Constant, Delayed, GainRatio, Longest, Sweep
 from pgdfast.step import RULES, chosen_rule
 from pgdfast.step.rules import LARGEST, SMALLEST, bounds
 
@@ -52,7 +52,25 @@ def test_other_rules():
     assert Sweep(factors=(0.1, 10.0)).rejected(1.0, {}, -1.0, curvature) == (20.0, {})
 
 
-@pytest.mark.parametrize("name", ["gain-ratio", "delayed", "sweep"])
+@pytest.mark.parametrize(("target", "rho", "factor"), [
+    (0.5, 1.0, 0.1), (0.5, 3.0, 0.1), (0.5, 0.75, 10**-0.5), (0.5, 0.5, 1.0), (0.2, 0.4, 10**-0.25), (0.2, -math.inf, 1.0),
+    (0.2, math.nan, 1.0),
+])
+def test_longest_rests_where_the_ratio_is_the_target(target, rho, factor):
+    rule = Longest(target)
+    mu, memory = rule.accepted(3.0, {}, rho)
+    assert mu == pytest.approx(3.0 * factor, rel=1e-14) and memory == {}
+    assert rule.rejected(3.0, {}, rho, curvature) == (12.0, {})
+    assert Longest(target, smallest=2.9).accepted(3.0, {}, rho)[0] == max(2.9, mu)
+
+
+@pytest.mark.parametrize("bad", [0, 1.0, -0.5, math.nan, "half", None])
+def test_targets_that_are_none(bad):
+    with pytest.raises(ValueError, match="target is .*; it is a gain ratio, between 0 and 1"):
+        Longest(target=bad)
+
+
+@pytest.mark.parametrize("name", ["gain-ratio", "delayed", "longest", "sweep"])
 def test_mu_of_zero_grows_to_the_curvature_along_the_step(name):
     rule = chosen_rule(name)
     assert rule.accepted(0.0, rule.memory(), 1.0)[0] == 0.0
@@ -111,7 +129,7 @@ def test_a_rule_of_ones_own_has_the_other_verbs_by_itself():
 
 
 def test_rules_that_are_none():
-    with pytest.raises(ValueError, match="'fixed' is not available; use one of constant, gain-ratio, delayed, sweep"):
+    with pytest.raises(ValueError, match="'fixed' is not available; use one of constant, gain-ratio, delayed, longest, sweep"):
         chosen_rule("fixed")
     for bad in (object(), 3, Half):
         with pytest.raises(TypeError, match="is no pgdfast.DampingRule; use one of .* subclass pgdfast.DampingRule and define"):
