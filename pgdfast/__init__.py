@@ -18,6 +18,7 @@ from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, 
 from .step import (
     Acceleration,
     Armijo,
+    Auto,
     Balance,
     Chord,
     Constant,
@@ -35,9 +36,9 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Balance", "Chord", "Constant", "DampingRule", "Delayed", "GainRatio",
-    "Geodesic", "LineSearch", "Longest", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid", "KernelDrift",
-    "Linearization",
+    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Auto", "Balance", "Chord", "Constant", "DampingRule", "Delayed",
+    "GainRatio", "Geodesic", "LineSearch", "Longest", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid",
+    "KernelDrift", "Linearization",
     "Nystrom", "Plateau", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
     "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

@@ -47,7 +47,7 @@ class CapturedStep:
         linearizer = Linearizer(self._params, optimizer._tools.backend.name)
         self._linearizer = linearizer
         options = optimizer._options
-        self._numbers = GraphStep(closure, self._params, groups, options.rule, linearizer, options.tolerances)
+        self._numbers = GraphStep(closure, self._params, groups, options.rule.captured, linearizer, options.tolerances)
         self._host: dict = {}   # what the device holds of rates, decays and the mu that is given
         self._graph = self._stream = self._addresses = self._memory = self._first = None
         self._pending = self._known = self._steps = 0
@@ -87,7 +87,8 @@ class CapturedStep:
             state = self._numbers.fetch()
             if self._tries:
                 member["damping"] = state["mu"]
-            member["rule"] = {name: state[name] for name in member["rule"]}
+            own = {name: state[name] for name in self._numbers.remembered}
+            member["rule"] = self._optimizer._options.rule.interrupted(member["rule"] | own)
             member.update(rejected=int(state["rejected"]), curvature=state["curvature"], scaled=False)
             self._known = memory["step"] + self._pending
             member["captured"] = state | {"step": self._known}
@@ -232,7 +233,7 @@ def _check(optimizer) -> None:
     refused = {
         "an ensemble": optimizer.ensemble is not None,
         "a line_search": options.search is not None,
-        "acceleration": options.acceleration is not None,
+        "acceleration": options.acceleration is not None and not options.rule.learns,
         "momentum": bool(options.momentum),
         "balance": options.balance is not None,
         "norm_constraint": options.constraint is not None,

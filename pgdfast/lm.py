@@ -30,10 +30,9 @@ from .step import (
     checked,
     checked_constraint,
     checked_momentum,
-    chosen_acceleration,
     chosen_balance,
-    chosen_rule,
     chosen_search,
+    chosen_together,
     each_of,
     joined,
     new_memory,
@@ -46,8 +45,8 @@ _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str
 _Mu = float | torch.Tensor | list[float] | Callable[[int], Any]
 _Result = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
 R = TypeVar("R", Report, EnsembleReport)   # Report for one network
-Rule = Literal["gain-ratio", "delayed", "longest", "sweep", "constant"] | DampingRule
-Correction = Literal["geodesic", "chord"] | Acceleration | None
+Rule = Literal["auto", "gain-ratio", "delayed", "longest", "sweep", "constant"] | DampingRule
+Correction = Literal["auto", "geodesic", "chord"] | Acceleration | None
 Search = Literal["armijo"] | LineSearch | None
 Scaling = Literal["auto", "identity", "marquardt"]
 Weights = Literal["trace", "gradient"] | Balance | None
@@ -95,11 +94,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
             Marquardt's D, else 1e-3 times the loss's curvature along its gradient, for two products with J; then c times the
             residuals take the same steps. For "constant", None is 1e-2; a callable step -> mu goes with that rule alone. 0
             means Gauss-Newton, with the pseudo-inverse cut at `rcond`.
-        damping_rule (str or DampingRule, default "gain-ratio"): how mu follows the steps. "gain-ratio" and "delayed" adapt it
-            and never go uphill; "longest" takes the smallest mu that gives a quarter of the predicted reduction;
-            "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
-        acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
-            squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
+        damping_rule (str or DampingRule, default "auto"): how mu follows the steps. "auto" is "gain-ratio", and finds out
+            whether corrected steps with a faster falling mu pay; "gain-ratio" and "delayed" adapt mu; "longest" takes the
+            smallest mu that gives a quarter of the predicted reduction; "sweep" tries several mu a step and takes the best.
+            None of these goes uphill. "constant" is the paper's plain LM.
+        acceleration ("auto", None, "geodesic", "chord" or an Acceleration, default "auto"): second-order corrections, for
+            losses that are sums of squares. "auto" leaves them to damping_rule="auto", which for any other choice here is
+            "gain-ratio"; with other rules, in ensembles, with a line search or momentum it is None.
         scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is a running maximum of diag(J^T J) that
             falls by no more than half a step, for parameters of very different size. "auto" takes it where the rule adapts mu
             and the first step meets up to 32 parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits;
@@ -144,7 +145,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     @overload
     def __init__(
         self: LM[Report], params: _Params, lr: float | torch.Tensor = 1.0, damping: _Mu | None = None, *,
-        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
+        damping_rule: Rule = "auto", acceleration: Correction = "auto", scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
@@ -155,7 +156,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     def __init__(
         self: LM[EnsembleReport], params: _Params, lr: float | torch.Tensor | list[float] = 1.0,
         damping: _Mu | None = None, *,
-        damping_rule: Rule = "gain-ratio", acceleration: Correction = None, scaling: Scaling = "auto",
+        damping_rule: Rule = "auto", acceleration: Correction = "auto", scaling: Scaling = "auto",
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
@@ -163,14 +164,16 @@ class LM(torch.optim.Optimizer, Generic[R]):
     ) -> None: ...
 
     def __init__(
-        self, params, lr=1.0, damping=None, *, damping_rule="gain-ratio", acceleration=None, scaling="auto",
+        self, params, lr=1.0, damping=None, *, damping_rule="auto", acceleration="auto", scaling="auto",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
         norm_constraint=None, balance=None, check="first", ftol=None, xtol=None, gtol=None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
+        search, momentum = chosen_search(line_search), checked_momentum(momentum)
+        plain = ensemble is not None or search is not None or momentum > 0
+        rule, acceleration = chosen_together(damping_rule, acceleration, plain)
         self._options = StepOptions(
-            chosen_rule(damping_rule), chosen_search(line_search), chosen_acceleration(acceleration),
-            checked_momentum(momentum), checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
+            rule, search, acceleration, momentum, checked_constraint(norm_constraint), scaling, solver, cg or CG(), rcond,
             Tolerances(ftol, xtol, gtol), chosen_balance(balance),
         )
         _check_together(self._options)

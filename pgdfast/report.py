@@ -23,7 +23,8 @@ class Report:
     advice: which test was met, or what to do about a step; "" where there is nothing to say. solver and reason: what solved
     and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is known for CG and LSMR; a
     truncated one is an earlier iterate of it). cut: directions that the pseudo-inverse of damping 0 left out.
-    correction: length of the second-order correction over that of the step, with acceleration.
+    correction: length of the second-order correction over that of the step, with acceleration. mode: of the rule "auto":
+    "plain", "probing" or "corrected".
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
     dropped because a trial with it did not descend. weights, terms: with `balance`, w_k and the unweighted 1/2 ||r_k||^2 of
@@ -49,6 +50,7 @@ class Report:
     line_search: float | None = None
     momentum: float = 0.0
     correction: float | None = None
+    mode: str = ""
     cut: int = 0
     weights: tuple[float, ...] = ()
     terms: tuple[float, ...] = ()

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 import pgdfast
 from pgdfast import reference
 from pgdfast.step import Parameters, Point
-from pgdfast.step.host import _CorrectedStep
+from pgdfast.step.corrected import CorrectedStep
 from pgdfast.tape import trace, walk
 
 SOLVERS = ("dual", "primal", "cg", "lsmr", "eigh", "auto")
@@ -345,7 +345,7 @@ class Correcting:
         self.parameters = Parameters(params, None)
         self.parameters.begin([rates or [1.0] * len(params)], None)
         self.delta = self.parameters.scaled(0, solution.step)
-        self._model = _CorrectedStep(lin, solution, self.parameters, 0)
+        self._model = CorrectedStep(lin, solution, self.parameters, 0)
         self.missed, self.correction, self.size = self._model.missed, self._model.correction, self._model.size
 
     def at(self, e):

@@ -160,6 +160,11 @@ class Bound:
             return self._operator
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
 
+    @property
+    def nodes(self) -> int:
+        """Operations of the program that products with J run; 0 where autograd runs them."""
+        return 0 if self._plan is None else len(self._plan.program.instructions)
+
     def doubt(self) -> None:
         """Compare the next tape of this structure with autograd, since products with J are not finite."""
         if self._plan is not None and self._plan.agrees:

@@ -8,7 +8,7 @@ from .lsmr import LSMR
 from .memory import memory_limit
 from .options import CG
 from .problem import Problem, Solver
-from .sizes import Sizes
+from .sizes import SWEEP, Sizes
 from .spectral import Eigh
 
 BY_NAME: dict[str, Solver] = {
@@ -84,3 +84,14 @@ def predicted_costs(problem: Problem, options: CG, wide: bool = False, dampings:
     return {
         name: (solver.operations(sizes), solver.bytes(sizes)) for name, solver in BY_NAME.items() if solver.automatic
     }
+
+
+def operations(lin, solver: str, iterations: int, options: CG) -> tuple[float, float]:
+    """Predicted (of what all dampings share, of each damping), by a solver that took so many iterations, 0 if it is direct."""
+    problem = Problem.of(lin, 1.0)
+    sizes = Sizes(problem, options)
+    if iterations:
+        return 0.0, iterations * 2 * SWEEP * sizes.sweep
+    by = BY_NAME.get(solver, BY_NAME["dual"])
+    one, two = by.operations(sizes), by.operations(Sizes(problem, options, dampings=2))
+    return max(2 * one - two, 0.0), two - one

@@ -10,10 +10,13 @@ from .parameters import Parameters
 
 
 class CorrectedStep:
-    """What a correction asks of a step; see correction.CorrectionModel. tried, residual: the last displacement and r there."""
+    """What a correction asks of a step; see correction.CorrectionModel. tried, residual: the last displacement and r there.
 
-    def __init__(self, lin, solution, parameters: Parameters, b: int):
-        self._lin, self._solution, self._parameters, self._b = lin, solution, parameters, b
+    loss: before the step.
+    """
+
+    def __init__(self, lin, solution, parameters: Parameters, b: int, loss: float):
+        self._lin, self._solution, self._parameters, self._b, self._before = lin, solution, parameters, b, loss
         self.tried = self.residual = None
 
     def missed(self) -> torch.Tensor:
@@ -24,6 +27,11 @@ class CorrectedStep:
         """A^-1 J^T m."""
         found, parameters, b = self._solution.solve_with_same_factor(m), self._parameters, self._b
         return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
+
+    def ratio(self, loss: float) -> float:
+        """The gain ratio of the step itself."""
+        promised = self._solution.predicted_reduction
+        return (self._before - loss) / promised if promised > 0 else -math.inf
 
     def size(self, e: torch.Tensor) -> float:
         """The length in the norm of D."""

@@ -36,6 +36,9 @@ class CorrectionModel(Protocol):
     def size(self, e: torch.Tensor) -> float:
         """The length of a displacement in the norm of D."""
 
+    def ratio(self, loss: float) -> float:
+        """The gain ratio of the step itself, if the loss at its end is this."""
+
 
 @runtime_checkable
 class Acceleration(Protocol):
@@ -73,20 +76,23 @@ class Chord:
     """Chord iterations (simplified Newton) on the damped problem: e <- delta + A^-1 J^T m(e), from e = delta.
 
     They go on while each lowers the loss to `factor` of what it was, `rounds` times at most; the best point counts. A round
-    that cannot do so is left out: it changes the residual by no more than what m has changed by. The first is geodesic
-    acceleration with h = 1. A round costs one run of the closure, one product with J, one with J^T and two triangular solves:
-    small beside a linearization and its factor.
+    that cannot do so is left out: it changes the residual by no more than what m has changed by; and so are all of them where
+    the gain ratio of the step itself is `enough`. The first is geodesic acceleration with h = 1. A round costs one run of the
+    closure, one product with J, one with J^T and two triangular solves: small beside a linearization and its factor.
 
     Source: Shamanskii (1967); Fan, J. Comput. Appl. Math. 254 (2013), for Levenberg-Marquardt.
     """
 
     rounds: int = 8
     factor: float = 0.9
+    enough: float = math.inf
 
     def correct(self, model: CorrectionModel, delta: torch.Tensor) -> Proposal:
         """See Acceleration."""
         last, before = (yield delta), None
         best = delta, last
+        if self.enough < math.inf and model.ratio(last) >= self.enough:
+            return best
         for _ in range(self.rounds):
             if not math.isfinite(last):
                 break

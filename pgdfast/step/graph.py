@@ -42,8 +42,8 @@ class GraphStep:
         self._tolerances = tolerances
         self._closure, self._groups, self._rule, self._linearizer = closure, groups, rule, linearizer
         self._given, self._params = params, real_views(params)
-        self._remembered = tuple(rule.memory())
-        self.fields = ("mu", "start", "attempt", "rejected", "promised", "curvature", *self._remembered)
+        self.remembered = tuple(rule.memory())
+        self.fields = ("mu", "start", "attempt", "rejected", "promised", "curvature", *self.remembered)
         # What a step leaves for the next one, and what it reports besides, side by side in one tensor.
         self.numbers = torch.zeros(len(self.fields) + len(_REPORTED), dtype=torch.float64, device=params[0].device)
         count = max(groups) + 1
@@ -73,7 +73,7 @@ class GraphStep:
             loss, fresh = lin.loss.double(), attempt == 0
             alive = torch.isfinite(loss)
             mu = mu if tries else torch.where(fresh, self.given[0], mu)
-            memory = dict(zip(self._remembered, remembered, strict=True))
+            memory = dict(zip(self.remembered, remembered, strict=True))
             start, promised = torch.where(fresh, mu, start), torch.where(fresh, math.nan, promised)
             state = State(mu, memory, start, attempt, rejected, promised)
             found = solve_direct(lin, mu, self.plan.solve.method, self.plan.solve.wide)

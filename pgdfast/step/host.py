@@ -6,28 +6,25 @@ A single network is an ensemble of one. Members that have their step wait for th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
 import torch
 
 from ..report import SUMS, EnsembleReport, Report
-from ..solve import CG, Solutions
+from ..solve import Solutions
 from .attempt import STATUS, Trial, advance, demanded, judge
-from .balance import Balance
-from .convergence import Tolerances
 from .corrected import CorrectedStep
-from .correction import Acceleration
-from .evaluate import LARGE_TAPE, Evaluator, restore_modes
-from .line_search import LineSearch
+from .cost import step_cost
+from .evaluate import LARGE_TAPE, restore_modes
 from .member import Member
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
-from .parameters import Parameters, Point
+from .options import StepOptions, StepTools
+from .parameters import Point
 from .quadratic_model import curvature, gradient_curvature, slope_and_bend
-from .rng_replay import MovedGenerators, RandomReplay
-from .rules import START, DampingRule
+from .rng_replay import RandomReplay
+from .rules import START
 from .scaling import is_scaled, marquardt
 from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
@@ -35,38 +32,6 @@ _NO_SQUARES = (
     "pgdfast.LM: acceleration corrects residuals, and the closure's loss is not a sum of squares with constant weights (a "
     "cross-entropy, a robust loss or a norm is not); nothing was changed. Use acceleration=None for it."
 )
-
-
-@dataclass(slots=True)
-class StepOptions:
-    """What LM was asked for."""
-
-    rule: DampingRule
-    search: LineSearch | None
-    acceleration: Acceleration | None
-    momentum: float
-    constraint: float | None
-    scaling: str
-    solver: str
-    cg: CG
-    rcond: float
-    tolerances: Tolerances = field(default_factory=Tolerances)
-    balance: Balance | None = None
-    predicts: bool = field(init=False)   # are steps tried before they are kept?
-    asks: bool = field(init=False)       # for tests of convergence wider than rounding?
-
-    def __post_init__(self):
-        self.predicts, self.asks = self.rule.tries or self.search is not None, self.tolerances.asked
-
-
-@dataclass(slots=True)
-class StepTools:
-    """What serves all steps of one optimizer."""
-
-    backend: object
-    evaluator: Evaluator = field(default_factory=Evaluator)
-    replays: MovedGenerators = field(default_factory=MovedGenerators)
-    parameters: Parameters | None = None
 
 
 class HostStep:
@@ -83,7 +48,7 @@ class HostStep:
         self.pending: list[Member] = []
         self.members: list[Member] = []
         self.networks = self._replay = self._scale = self.loss = self.report = None
-        self.scalar = False
+        self.scalar = self._corrects = False
         self._step, self._decaying = memory["step"], any(map(any, decays))
         self._scales: list[torch.Tensor] = []
         self._written: list[tuple] = []
@@ -120,7 +85,8 @@ class HostStep:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
         self.networks = networks = self.tools.backend.networks(self.closure, parameters)
         self.scalar = networks.lin.scalar
-        if options.acceleration is not None and not networks.lin.has_squares_only:
+        self._corrects = options.acceleration is not None and networks.lin.has_squares_only
+        if options.acceleration is not None and not self._corrects and not options.rule.learns:
             raise ValueError(_NO_SQUARES)
         if again:
             self._replay.linearized()
@@ -132,6 +98,10 @@ class HostStep:
             report = Report(loss, residuals=lin.num_residuals, parameters=lin.num_parameters, seconds=self.seconds)
             member = Member(b, self.memory["members"][b], self._mus[b], report)
             self.members.append(member)
+            if options.rule.learns:
+                member.begin(options.rule)
+            if self._corrects and options.rule.corrects(member.state.memory):
+                member.acceleration = options.acceleration
             if empty:
                 report.status, report.advice = "empty", "the closure's batch has no residuals; nothing was changed"
             elif not math.isfinite(loss):
@@ -182,6 +152,9 @@ class HostStep:
             for m in unsolved:
                 m.solution = None   # the memory of its factor serves the next
             self.networks.solve(unsolved, self._scale, options, self._step)
+            if self._corrects and options.rule.learns:
+                for m in unsolved:
+                    m.cost = step_cost(self.networks.member(m.number), m.solution, options.cg)
             if options.balance is not None:
                 self.closure.measure(unsolved, self.networks, self._step)
             if there is not None:
@@ -220,7 +193,7 @@ class HostStep:
             self._note(m, m.state.mu, m.solution)
             if m.solution.status != "solved" and not m.solution.usable:
                 m.trial = Trial(m.report.loss, math.nan, math.nan, False, m.state.mu)
-            elif options.acceleration is not None and m.solution.status != "truncated":
+            elif m.acceleration is not None and m.solution.status != "truncated":
                 proposals[m.number] = self._corrected(m)
             elif options.search is not None:
                 proposals[m.number] = self._searched(m)
@@ -279,7 +252,7 @@ class HostStep:
 
         With corrections, which ask for products with J, the members are at theta between the rounds.
         """
-        corrected = self.options.acceleration is not None
+        corrected = self.members[next(iter(proposals))].acceleration is not None   # all or none
         there = self._at_linearization() if corrected and self.parameters.touched else None
         answers: dict[int, float | None] = dict.fromkeys(proposals)
         while answers:
@@ -364,8 +337,8 @@ class HostStep:
         """The second-order correction of member m's step."""
         parameters, b = self.parameters, m.number
         delta = parameters.scaled(b, m.solution.step)
-        model = CorrectedStep(self.networks.member(b), m.solution, parameters, b)
-        correct, answer = self.options.acceleration.correct(model, delta), None
+        model = CorrectedStep(self.networks.member(b), m.solution, parameters, b, m.report.loss)
+        correct, answer = m.acceleration.correct(model, delta), None
         while True:
             try:
                 model.tried = parameters.fitting(correct.send(answer))
@@ -414,7 +387,7 @@ class HostStep:
             m.state, over = advance(options.rule, state, trial, verdict, partial(self._curvature, m))
             report.status = STATUS[verdict.status]
             if trial.usable:
-                report.loss_after = None if options.acceleration is None else trial.after
+                report.loss_after = None if m.acceleration is None else trial.after
                 if options.predicts:
                     report.predicted_reduction = trial.predicted
                     report.gain_ratio = None if verdict.ratio != verdict.ratio else verdict.ratio
@@ -457,6 +430,8 @@ class HostStep:
             if m.trial is None:
                 continue
             moved = m.number in parameters.away
+            if m.cost is not None:
+                state = m.learn(options.rule)
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
             if options.balance is not None:

@@ -8,15 +8,15 @@ import torch
 
 from ..report import Report
 from .attempt import State
-from .rules import RESOLVED, bounded, bounds
+from .rules import RESOLVED, DampingRule, bounded, bounds
 
 
 class Member:
     """One network in a step: its report, where its damping stands, and its last solution."""
 
     __slots__ = (
-        "curvature", "failures", "keep", "memory", "number", "prior", "report", "scaled", "solution", "state", "trial", "why",
-        "wide",
+        "acceleration", "cost", "curvature", "failures", "keep", "memory", "number", "prior", "report", "scaled", "solution",
+        "state", "trial", "why", "wide",
     )
 
     def __init__(self, number: int, memory: dict, mu: float, report: Report):
@@ -24,8 +24,19 @@ class Member:
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
         self.curvature, self.scaled = memory.get("curvature", math.nan), memory.get("scaled")   # states of old have none
-        self.prior = self.solution = self.trial = None
+        self.prior = self.solution = self.trial = self.acceleration = self.cost = None
         self.why = ""   # advice beside that of advice()
+
+    def begin(self, rule: DampingRule) -> None:
+        """Let a rule that learns look at the loss before it is asked for more."""
+        mu, memory = rule.begins(self.state.mu, self.state.memory, self.report.loss)
+        self.state = self.state._replace(mu=mu, memory=memory, start=mu)
+        self.report.mode = rule.mode(memory)
+
+    def learn(self, rule: DampingRule) -> State:
+        """The state, of whose memory the rule has learned what the step did and cost."""
+        self.state = self.state._replace(memory=rule.ended(self.state.memory, self.report, self.cost))
+        return self.state
 
     def settled(self, dtype: torch.dtype) -> tuple[float, bool]:
         """(mu for the next step, is it at its upper bound?); from here on `curvature` is that along this step, if it shows."""

@@ -62,13 +62,27 @@ class DampingRule(ABC):
 
     Attributes: tries, may the rule reject a step? If not, every usable step is kept. sweeps, does it try several dampings at
     once? smallest: mu never falls below it. target, the gain ratio that a step must reach to be kept; 0: descent is enough, as
-    it is at a step's last attempt.
+    it is at a step's last attempt. learns: is it told what each step gained and cost (see auto.py)?
     """
 
     tries = True
     sweeps = False
     smallest = SMALLEST
     target = 0.0
+    learns = False
+
+    def corrects(self, memory: Memory) -> bool:
+        """Whether this step is to be corrected, where there is an acceleration."""
+        return True
+
+    @property
+    def captured(self) -> DampingRule:
+        """The rule of captured steps, whose memory is a part of this one's."""
+        return self
+
+    def interrupted(self, memory: Memory) -> Memory:
+        """The memory after captured steps, of which the rule has seen nothing."""
+        return memory
 
     def memory(self) -> Memory:
         """What the rule remembers beside mu before the first step."""
@@ -164,17 +178,19 @@ class GainRatio(DampingRule):
 
 
 class Delayed(DampingRule):
-    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu.
+    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / fall, rejected 2 mu.
 
-    smallest: as for GainRatio.
+    smallest: as for GainRatio. fall: above 1.
     """
 
-    def __init__(self, smallest: float = SMALLEST):
-        self.smallest = _checked(smallest)
+    def __init__(self, smallest: float = SMALLEST, fall: float = 5.0):
+        self.smallest, self.fall = _checked(smallest), fall
+        if not (isinstance(fall, (int, float)) and 1 < fall < LARGEST):
+            raise ValueError(f"pgdfast.LM: Delayed's fall is {fall!r}; mu is divided by it, so it must be a number above 1.")
 
     def accepted(self, mu, memory, rho):
-        """Down by 5."""
-        return (mu if isinstance(mu, float) and mu == 0 else bounded(mu / 5, self.smallest, LARGEST)), memory
+        """Down by `fall`."""
+        return (mu if isinstance(mu, float) and mu == 0 else bounded(mu / self.fall, self.smallest, LARGEST)), memory
 
     def rejected(self, mu, memory, rho, curvature):
         """Up by 2."""
@@ -239,25 +255,3 @@ class Sweep(DampingRule):
     def rejected(self, mu, memory, rho, curvature):
         """Beyond the largest that was tried."""
         return raised(mu, max(2.0, 2.0 / self.factors[0]), curvature), memory
-
-
-RULES = {"constant": Constant, "gain-ratio": GainRatio, "delayed": Delayed, "longest": Longest, "sweep": Sweep}
-
-
-def chosen_rule(rule) -> DampingRule:
-    """The rule of a name, or the given one.
-
-    Raises ValueError for an unknown name and TypeError for an object that is no DampingRule.
-    """
-    if isinstance(rule, DampingRule):
-        return rule
-    if isinstance(rule, str):
-        if rule in RULES:
-            return RULES[rule]()
-        raise ValueError(
-            f"pgdfast.LM: damping_rule {rule!r} is not available; use one of {', '.join(RULES)}, or a pgdfast.DampingRule."
-        )
-    raise TypeError(
-        f"pgdfast.LM: damping_rule {rule!r} is no pgdfast.DampingRule; use one of {', '.join(RULES)}, or subclass "
-        "pgdfast.DampingRule and define accepted(mu, memory, rho) and rejected(mu, memory, rho, curvature)."
-    )

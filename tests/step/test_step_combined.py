@@ -27,7 +27,8 @@ from helpers import (
 import pgdfast
 from pgdfast import reference
 from pgdfast.linear import Linearizer
-from pgdfast.step import ACCELERATIONS, Chord, MovedGenerators, Point, RandomReplay
+from pgdfast.step import Chord, MovedGenerators, Point, RandomReplay
+from pgdfast.step.correction import ACCELERATIONS
 
 EVERYTHING = dict(damping=0.3, momentum=0.8, norm_constraint=0.05, scaling="marquardt")
 

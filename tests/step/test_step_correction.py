@@ -23,7 +23,8 @@ from helpers import (
 
 import pgdfast
 from pgdfast.linear import Linearizer
-from pgdfast.step import ACCELERATIONS, Chord, Geodesic, Point, chosen_acceleration
+from pgdfast.step import Chord, Geodesic, Point
+from pgdfast.step.correction import ACCELERATIONS, chosen_acceleration
 
 # torch.func.jvp of some versions loads scripted decompositions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

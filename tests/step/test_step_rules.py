@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import pgdfast
 from pgdfast import Constant, Delayed, GainRatio, Longest, Sweep
-from pgdfast.step import RULES, chosen_rule
+from pgdfast.step.choice import RULES, chosen_rule
 from pgdfast.step.rules import LARGEST, SMALLEST, bounds
 
 ratios = st.floats(-1e300, 1e300) | st.sampled_from([-math.inf, math.nan, 0.0, 0.5, 1.0, 1e-300])

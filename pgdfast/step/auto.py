@@ -1,0 +1,164 @@
+"""The damping rule that finds out whether second-order corrections pay.
+
+Where steps are short because the residuals bend, a corrected step goes further at a smaller mu; its worth is less in the step
+itself than in the mu that it allows, so steps are judged in blocks. Elsewhere corrections cost runs of the closure for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .cost import StepCost
+from .rules import SMALLEST, DampingRule, Delayed, GainRatio, Memory
+
+PLAIN, PROBING, CORRECTED = 0.0, 1.0, 2.0
+MODES = ("plain", "probing", "corrected")
+
+_PUSH = 3.0       # a probe begins at mu over this
+_BLOCK = 4        # steps of a probe
+_FIRST = 3        # plain steps before a probe
+_GIVE_UP = 0.3    # a probe ends early where it gains less than this part of what plain steps gain
+_LIMITED = 0.9    # a gain ratio above it says that curvature is not what limits mu
+_REGRET = 0.1     # of all operations, what probes in vain may have cost
+_EXTRA = 3.0      # rounds of correction that a probe is expected to cost in vain
+_USEFUL = 0.2     # corrections go on while at least this part of the late ones ended in a step
+_KEEPS = 0.7      # of averages, from step to step
+_CHEAP = 0.25     # a further attempt that costs less than this part of a linearization may well be in vain
+_ENOUGH = 0.25    # gain ratio of a corrected step after which mu falls
+
+
+class _Corrected(Delayed):
+    """mu / fall where a step kept a quarter of what it promised, else unchanged; 2 mu after a rejection."""
+
+    def accepted(self, mu, memory, rho):
+        return super().accepted(mu, memory, rho) if rho > _ENOUGH else (mu, memory)
+
+
+class Auto(DampingRule):
+    """Nielsen's gain-ratio rule; and, where that pays, corrected steps whose mu falls faster.
+
+    After some plain steps whose gain ratio shows that curvature limits mu, four corrected steps from mu / 3 are a probe. They
+    are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns to where it
+    was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes in vain have cost beyond
+    the plain steps that would have gained as much is kept below a tenth of all: on problems that never gain, that is what the
+    choice may cost. Corrected steps end when few corrections lead to a step any more.
+
+    mu of corrected steps falls by 3, by 5 where further attempts cost little beside a linearization, and doubles in vain; plain
+    ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are plain.
+
+    smallest: as for GainRatio.
+    """
+
+    learns = True
+
+    def __init__(self, smallest: float = SMALLEST):
+        self.plain, self.smallest = GainRatio(smallest), smallest
+        self._careful, self._bold = _Corrected(smallest, fall=3.0), _Corrected(smallest, fall=5.0)
+
+    def memory(self) -> Memory:
+        """GainRatio's, and: mode, numbers of the last step, averages of plain ones, those of a probe under way."""
+        return self.plain.memory() | {
+            "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": 1.0, "cost": 0.0, "total": 0.0, "regret": 0.0,
+            "round": math.inf, "retry": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
+            "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "useful": 1.0,
+        }
+
+    @property
+    def captured(self) -> DampingRule:
+        """GainRatio: its steps are plain."""
+        return self.plain
+
+    def interrupted(self, memory):
+        """Nothing is known of the last step."""
+        return memory | {"cost": 0.0}
+
+    # --- before and after a step ------------------------------------------------------------------------------------------
+
+    def begins(self, mu, memory, loss):
+        """(mu, memory) for a step from here, where the loss is this: what the last step gained is known now."""
+        m = dict(memory)
+        if not m["cost"] > 0:
+            return mu, m
+        fall = _log_ratio(m["loss"], loss)
+        m["total"] += m["cost"]
+        m["drift"] = _KEEPS * m["drift"] + (1 - _KEEPS) * abs(_log_ratio(m["after"], loss))   # 0 but for other batches
+        if m["mode"] == PROBING:
+            mu = self._probed(mu, m, fall)
+        elif m["mode"] == PLAIN:
+            m["fall"], m["spent"], m["wait"] = _KEEPS * m["fall"] + fall, _KEEPS * m["spent"] + m["cost"], m["wait"] - 1
+            if self._may_probe(m):
+                m.update({"mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0})
+                mu = mu / _PUSH
+        elif m["useful"] < _USEFUL:
+            m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
+        return mu, m
+
+    def ended(self, memory, report, cost: StepCost):
+        """The memory after a step. cost: of its parts."""
+        kept, useful = report.status == "accepted", memory["useful"]
+        if report.trials > report.attempts or not kept:
+            useful = _KEEPS * useful + (1 - _KEEPS) * (kept and (report.correction or 0.0) > 0)
+        return memory | {
+            "loss": report.loss, "after": report.loss_after if kept else report.loss, "useful": useful,
+            "ratio": 1.0 if report.gain_ratio is None else report.gain_ratio,
+            "cost": cost.of(report.attempts, report.trials), "round": cost.round,
+            "retry": (cost.attempt + cost.trial) / cost.linearize,
+        }
+
+    @staticmethod
+    def mode(memory) -> str:
+        """Of a step: one of MODES."""
+        return MODES[int(memory["mode"])]
+
+    def corrects(self, memory) -> bool:
+        """Whether the step is to be corrected."""
+        return memory["mode"] != PLAIN
+
+    @staticmethod
+    def _may_probe(m: Memory) -> bool:
+        limited = m["wait"] <= 0 and m["ratio"] < _LIMITED and m["spent"] > 0
+        return limited and m["regret"] + _EXTRA * m["round"] < _REGRET * m["total"]
+
+    def _probed(self, mu, m: Memory, fall: float):
+        """Mu after a step of a probe, which may end with it."""
+        m["probe_steps"] += 1
+        m["probe_fall"] += fall
+        m["probe_spent"] += m["cost"]
+        needed = m["probe_fall"] * m["spent"]   # with m["fall"], what plain steps would have needed for the same
+        gained = m["fall"] * m["probe_spent"]
+        over = m["probe_steps"] >= _BLOCK
+        if over and needed > gained and m["probe_fall"] > 2 * m["drift"]:
+            m.update(mode=CORRECTED, useful=1.0)
+        elif over or needed < _GIVE_UP * gained or m["probe_fall"] <= 0:
+            if m["fall"] > 0:
+                m["regret"] += max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0)
+            m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0)
+            mu = max(mu, m["return"])
+        return mu
+
+    # --- after an attempt -------------------------------------------------------------------------------------------------
+
+    def _rule(self, memory) -> DampingRule:
+        if memory["mode"] == PLAIN:
+            return self.plain
+        return self._bold if memory["retry"] < _CHEAP else self._careful
+
+    def accepted(self, mu, memory, rho):
+        """As the mode's rule has it."""
+        mu, own = self._rule(memory).accepted(mu, memory, rho)
+        return mu, memory | own
+
+    def rejected(self, mu, memory, rho, curvature):
+        """As the mode's rule has it."""
+        mu, own = self._rule(memory).rejected(mu, memory, rho, curvature)
+        return mu, memory | own
+
+    def exhausted(self, mu, memory):
+        """As the mode's rule has it."""
+        mu, own = self._rule(memory).exhausted(mu, memory)
+        return mu, memory | own
+
+
+def _log_ratio(before: float, after: float) -> float:
+    """ln(before / after), 0 where there is none."""
+    return math.log(before / after) if before > 0 and after > 0 and before / after > 0 else 0.0
