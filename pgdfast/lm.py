@@ -93,9 +93,9 @@ class LM(torch.optim.Optimizer, Generic[R]):
             and never go uphill; "sweep" tries several mu a step and takes the best; "constant" is the paper's plain LM.
         acceleration (None, "geodesic", "chord" or an Acceleration): second-order corrections, for losses that are sums of
             squares. "chord" for high accuracy (PINNs, curve fits), with "delayed" where solves are cheap.
-        scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is the running maximum of
-            diag(J^T J), for parameters of very different size. "auto" takes it where the rule adapts mu and the first step meets
-            up to 32 parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits; elsewhere the identity.
+        scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is the running maximum of diag(J^T J), for
+            parameters of very different size. "auto" takes it where the rule adapts mu and the first step meets up to 32
+            parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits; elsewhere the identity.
             `report.scaling` says which.
         weight_decay (float >= 0, default 0): decoupled, as in AdamW.
         solver ("auto", "dual", "primal", "cg", "lsmr" or "eigh", default "auto"): "auto" compares predicted costs.
