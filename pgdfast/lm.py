@@ -101,10 +101,10 @@ class LM(torch.optim.Optimizer, Generic[R]):
         acceleration ("auto", None, "geodesic", "chord" or an Acceleration, default "auto"): second-order corrections, for
             losses that are sums of squares. "auto" leaves them to damping_rule="auto", which for any other choice here is
             "gain-ratio"; with other rules, in ensembles, with a line search or momentum it is None.
-        scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is a running maximum of diag(J^T J) that
-            falls by no more than half a step, for parameters of very different size. "auto" takes it where the rule adapts mu
-            and the first step meets up to 32 parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits;
-            elsewhere the identity. `report.scaling` says which.
+        scaling ("auto", "identity" or "marquardt", default "auto"): D. "marquardt" is the running maximum of diag(J^T J), for
+            parameters of very different size. "auto" takes it where the rule adapts mu and the first step meets up to 32
+            parameters whose diag(J^T J) differs by a factor of 1e6 or more, as in curve fits; elsewhere the identity.
+            `report.scaling` says which.
         weight_decay (float >= 0, default 0): decoupled, as in AdamW.
         solver ("auto", "dual", "primal", "cg", "lsmr" or "eigh", default "auto"): "auto" compares predicted costs.
         line_search (None, "armijo" or a LineSearch): backtracking along the step.

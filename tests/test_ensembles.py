@@ -43,7 +43,8 @@ OPTIONS = {
     "primal": dict(damping_rule=GainRatio(smallest=1e-2), solver="primal"),
     "primal, marquardt": dict(damping=0.1, damping_rule="constant", lr=0.2, solver="primal", scaling="marquardt"),
     "cg": dict(damping_rule=GainRatio(smallest=1e-1), solver="cg", cg=pgdfast.CG(500, 1e-13)),
-    "cg, marquardt": dict(damping_rule=GainRatio(smallest=1e-1), solver="cg", scaling="marquardt", cg=pgdfast.CG(500, 1e-13)),
+    "cg, marquardt": dict(   # from a mu at which rounding does not grow
+        damping=1e-2, damping_rule=GainRatio(smallest=1e-1), solver="cg", scaling="marquardt", cg=pgdfast.CG(500, 1e-13)),
     "cg, warm": dict(damping_rule=GainRatio(smallest=1e-1), solver="cg", cg=pgdfast.CG(500, 1e-13, warm_start=True)),
     "eigh": dict(damping_rule=GainRatio(smallest=1e-2), solver="eigh"),
     "lsmr": dict(damping_rule=GainRatio(smallest=1e-1), solver="lsmr", cg=pgdfast.CG(500, 1e-13)),

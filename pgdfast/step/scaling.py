@@ -7,7 +7,6 @@ import torch
 # "auto" scales so few parameters whose diag(J^T J) differs so much: those of curve fits, each with a unit of its own. It harms
 # networks, even small ones.
 FEW, SPREAD = 32, 1e6
-_FALL = 0.5   # what a step leaves of D where diag(J^T J) has fallen
 
 
 def is_scaled(asked: str, before: bool | None, adaptive: bool, lin) -> bool:
@@ -32,15 +31,13 @@ def marquardt(diagonal: torch.Tensor, parameters, state, members) -> tuple[torch
 
     diagonal: of J^T J. state: the optimizer's, by parameter. members: those that are not `scaled` get ones.
 
-    D is the running maximum of the diagonal, which falls by no more than half a step: MINPACK's, which never falls, keeps for
-    ever what a step through a region of huge derivatives has left. 1 where the loss has not reached a parameter.
+    D is the running maximum of the diagonal, as MINPACK's, and 1 where the loss has not reached a parameter. What a region of
+    huge derivatives has left in it stays; mu, whose bounds go by the curvature in the norm of D, then falls as far as it must.
     """
     rows, scales = [], []
     for p, reals, part in zip(parameters.params, parameters.reals, diagonal.split(parameters.sizes, -1), strict=True):
         seen, known = part.reshape(reals.shape).to(reals.dtype), state.get(p, {}).get("scale")
-        if known is not None:   # where a batch does not reach a parameter, nothing was learned of it
-            seen = torch.where(seen > 0, torch.maximum(_FALL * known, seen), known)
-        scales.append(seen.clone() if known is None else seen)
+        scales.append(seen.clone() if known is None else torch.maximum(known, seen))
         rows.append(scales[-1].reshape(*[parameters.count] * parameters.stacked, -1))
     D = torch.cat(rows, -1)
     D = torch.where(D > 0, D, 1.0)

@@ -100,7 +100,7 @@ def test_steps_with_momentum_follow_the_recurrence(backend, scaling):
     phi, D = torch.zeros(25, dtype=torch.float64), 0.0
     for _ in range(4):
         ref, before = reference.linearize(closure, params), flat(params)
-        D = torch.maximum(0.5 * torch.as_tensor(D), ref.diagonal())
+        D = torch.maximum(torch.as_tensor(D), ref.diagonal())
         phi = dense_step(ref, 0.1, 0.9 * phi, D if scaling == "marquardt" else 1.0)
         optimizer.step(closure)
         assert relative(before - flat(params), rates * phi) < 1e-9
