@@ -24,7 +24,7 @@ from .multi_damping import best_of
 from .parameters import Parameters, Point
 from .quadratic_model import curvature, slope_and_bend
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import DampingRule
+from .rules import LARGEST, DampingRule
 from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
 _NO_SQUARES = (
@@ -460,7 +460,7 @@ class HostStep:
             if tries:
                 memory["damping"] = state.mu
             if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
-                say(m, self.eps, dtype)
+                say(m, state.mu >= LARGEST, self.eps, dtype)
             if moved:
                 steps[m.number] = m.solution.step
         if self._decaying and parameters.away:

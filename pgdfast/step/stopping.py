@@ -15,7 +15,6 @@ from ..report import advice, holds_few_digits, left_out, no_more_promised, not_r
 from .attempt import Verdict, without_damping
 from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
 from .quadratic_model import slope_and_bend
-from .rules import LARGEST
 
 _NONE = float("nan")
 
@@ -78,12 +77,15 @@ def in_vain(step, m) -> None:
         m.report.status = "stalled"
 
 
-def say(m, eps: float, dtype: torch.dtype) -> None:
-    """Put on record what to do about a step that was not simply accepted."""
+def say(m, at_bound: bool, eps: float, dtype: torch.dtype) -> None:
+    """Put on record what to do about a step that was not simply accepted.
+
+    at_bound: is mu at its upper bound?
+    """
     report = m.report
     report.advice = m.why or advice(report, m.solution, m.failures)
     if report.status == "rejected" and not m.why:
-        why = stall(report, m.state.rejected, m.state.mu >= LARGEST, eps)
+        why = stall(report, m.state.rejected, at_bound, eps)
         if why:
             report.status, report.advice = "stalled", why
     elif report.status == "converged" and holds_few_digits(dtype):
