@@ -73,10 +73,11 @@ def in_vain(step, m) -> None:
     m.why, by_test = _met(step, m, rounding, math.inf if promised != promised else promised, flat)
     if m.why and by_test:
         m.report.status = "converged"
-    elif not m.why and m.state.rejected > 1 and not _repeats(step, m):
-        m.report.status = "stalled"
-    elif not m.why and m.state.start <= step.options.rule.smallest and abs(m.trial.predicted) <= rounding < promised:
-        m.why, m.report.status = too_damped(m.state.start), "stalled"
+    elif not m.why and m.state.rejected > 1:   # the second step in a row
+        if not _repeats(step, m):
+            m.report.status = "stalled"
+        elif m.state.start <= step.options.rule.smallest and abs(m.trial.predicted) <= rounding < promised:
+            m.why, m.report.status = too_damped(m.state.start), "stalled"
 
 
 def say(m, at_bound: bool, eps: float, dtype: torch.dtype) -> None:
