@@ -297,4 +297,4 @@ def _converged(dtype: torch.dtype, further: bool = True) -> str:
     way_on = "; a smaller loss takes another start, a larger model or other residuals" if further else ""
     if dtype != torch.float64:
         way_on = "; use float64 to go further"
-    return f"converged for {name}. Check the error on fresh points or data, which these say nothing about{way_on}"
+    return f"converged for {name}. Check the error on fresh points or data, of which this loss says nothing{way_on}"

@@ -49,8 +49,8 @@ def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
         return verdict._replace(kept=False, ended=True, hidden=False, ratio=_NONE, status=8)
     if falls:
         return verdict._replace(kept=False, ended=False, hidden=True, status=4)
-    if cut or options.rule.tries and trial.possible > rounding_of(trial.loss, step.eps, True):
-        m.why = cut or too_damped(trial.mu)
+    if cut:
+        m.why = cut
         return verdict._replace(ended=True, ratio=_NONE, status=8 + verdict.kept)
     kept = trial.found and trial.after < trial.loss
     return verdict._replace(kept=kept, ended=False, status=4 + kept)
@@ -73,8 +73,11 @@ def in_vain(step, m) -> None:
     m.why, by_test = _met(step, m, rounding, math.inf if promised != promised else promised, flat)
     if m.why and by_test:
         m.report.status = "converged"
-    elif not m.why and m.state.rejected > 1 and not _repeats(step, m):
-        m.report.status = "stalled"
+    elif not m.why and m.state.rejected > 1:   # the second step in a row
+        if not _repeats(step, m):
+            m.report.status = "stalled"
+        elif m.state.start <= step.options.rule.smallest and abs(m.trial.predicted) <= rounding < promised:
+            m.why, m.report.status = too_damped(m.state.start), "stalled"
 
 
 def say(m, at_bound: bool, eps: float, dtype: torch.dtype) -> None:
