@@ -1,6 +1,7 @@
 """`python -m bench [--quick] [--rounds N] [--output DIR] [PROBLEM ...]`: what `pgdfast bench` runs.
 
-`python -m bench closures [--only KIND/NAME] [--no-time] [--random N]` runs the corpus of closures instead.
+`python -m bench closures [--only KIND/NAME] [--no-time] [--random N]` runs the corpus of closures instead, and
+`python -m bench globalization [--quick] [--only PROBLEM]` the study of damping rules and accelerations.
 
 Times steps, products with J and their parts in turn, checks their results, judges the bounds, prints tables, and writes
 results.json and pictures. Exit codes: 0 done; 1 a bound is missed, a result is wrong, or something could not be measured or
@@ -24,6 +25,10 @@ def main(argv=None):
         from .closures.command import main as closures
 
         return closures(argv[1:])
+    if argv[:1] == ["globalization"]:
+        from .globalization.command import main as globalization
+
+        return globalization(argv[1:])
     parser = OneLineParser(prog="python -m bench", description=bench.SUMMARY)
     bench.add_options(parser)
     try:

@@ -8,11 +8,11 @@ import torch
 DOUBLE = torch.float64
 
 
-def _started(seed, start):
-    """Parameter vectors at `start` times 1 + N(0, 0.1^2); seed 0 starts at `start` itself."""
+def _started(seed, start, spread=0.1):
+    """Parameters at `start` times 1 + N(0, spread^2); seed 0 starts at `start` itself."""
     start = torch.tensor(start, dtype=DOUBLE)
     if seed:
-        start = start * (1 + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE))
+        start = start * (1 + spread * torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE))
     return [torch.nn.Parameter(start)]
 
 
@@ -42,7 +42,7 @@ def expansion(seed):
     x = torch.linspace(14, 850, 236, dtype=DOUBLE)
     true = [1.078, -0.1227, 4.086e-3, -1.426e-6, -5.761e-3, 2.405e-4, -1.231e-7]
     y = _cubic_ratio(true, x) + _noise(236, 0.08)
-    params = _started(seed, [1.0, -0.1, 5e-3, -1e-6, -5e-3, 1e-4, -1e-7])
+    params = _started(seed, [10.0, -1.0, 0.05, -1e-5, -0.05, 1e-3, -1e-6])
     return params, lambda: _cubic_ratio(params[0], x) - y, None
 
 
@@ -69,7 +69,7 @@ def peaks(seed):
                 + b[5] * torch.exp(-((x - b[6]) / b[7]) ** 2))
 
     y = curve(true) + _noise(250, 2.5)
-    params = _started(seed, [97.0, 0.009, 100.0, 65.0, 20.0, 70.0, 178.0, 16.5])
+    params = _started(seed, [97.0, 0.009, 100.0, 65.0, 20.0, 70.0, 178.0, 16.5], 0.02)
     return params, lambda: curve(params[0]) - y, None
 
 
@@ -107,5 +107,5 @@ def robertson(seed):
     true = torch.cat([torch.tensor([0.04, 3e7, 1e4], dtype=DOUBLE).log(), torch.tensor([1.0, 2.0, 1.5], dtype=DOUBLE)])
     data = _kinetics(true, inverse_temperature)
     data = data + _noise(data.numel(), 1e-3).reshape(data.shape)
-    params = _started(seed, [-2.0, 15.5, 8.0, 0.5, 1.0, 1.0])
+    params = _started(seed, [0.0, 12.0, 12.0, 0.0, 0.0, 0.0])
     return params, lambda: _kinetics(params[0], inverse_temperature) - data, None

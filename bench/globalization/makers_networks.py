@@ -1,4 +1,7 @@
-"""The seven tasks of the experiments, A to G, and a classifier; each function takes a seed and returns (module, closure, None)."""
+"""The experiments' tasks A to G, and a classifier.
+
+Each function takes the seed and returns (module, closure, None).
+"""
 
 import math
 

@@ -1,7 +1,7 @@
 """The problems: what they are, their budgets, and the two targets of each, as numbers.
 
-The targets were written down after a look at the fixed combinations, before any look at LM with no options: `early` is what most
-of them reach in about a third of the budget, `deep` what the best reach near its end.
+The targets were written down after a look at the fixed combinations, before any look at LM with no options: `early` is what
+most of them reach in about a third of the budget, `deep` what the best reach near its end.
 """
 
 from collections.abc import Callable
@@ -60,5 +60,5 @@ PROBLEMS = {
     "expansion": Problem("like Hahn1: 7 parameters, 236 points", fits.expansion, 2.0, 0.8, 1000, 1.0, 3, quick=True),
     "exponentials": Problem("like Lanczos: 6 parameters, 24 points", fits.exponentials, 1e-6, 2e-9, 1000, 1.0, 3, quick=True),
     "peaks": Problem("like Gauss1: 8 parameters, 250 points", fits.peaks, 1e4, 700, 200, 1.0, 3, quick=True),
-    "robertson": Problem("Robertson's kinetics at 3 temperatures: 6 parameters, 117 data", fits.robertson, 1e-2, 2e-4, 100, 8.0),
+    "robertson": Problem("stiff kinetics at 3 temperatures: 6 parameters, 117 data", fits.robertson, 1e-2, 2e-4, 100, 8.0),
 }
