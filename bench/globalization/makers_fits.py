@@ -69,7 +69,7 @@ def peaks(seed):
                 + b[5] * torch.exp(-((x - b[6]) / b[7]) ** 2))
 
     y = curve(true) + _noise(250, 2.5)
-    params = _started(seed, [97.0, 0.009, 100.0, 65.0, 20.0, 70.0, 178.0, 16.5], 0.02)
+    params = _started(seed, [60.0, 0.02, 60.0, 60.0, 30.0, 40.0, 170.0, 30.0], 0.02)
     return params, lambda: curve(params[0]) - y, None
 
 

@@ -125,6 +125,7 @@ def test_command_runs_resumes_and_runs_anew(tiny, tmp_path, capsys, monkeypatch)
     first = json.loads((tmp_path / "out" / command.JSON).read_text())["runs"]["tiny"]
     assert all(r["deep"]["seconds"] >= r["early"]["seconds"] > 0 and r["repeatable"] for r in first)
     ran.clear()
+    monkeypatch.setattr(profile, "draw", lambda path, runs: None)   # half a second each
     assert command.main(argv) == 0 and ran == []
     assert json.loads((tmp_path / "out" / command.JSON).read_text())["runs"]["tiny"] == first
     assert command.main([*argv, "--fresh-variant", DEFAULT]) == 0 and ran == every[1::2]
@@ -144,6 +145,7 @@ def test_interrupted_study_keeps_what_is_finished(tiny, tmp_path, monkeypatch):
         return runner.run(*given)
 
     monkeypatch.setattr(command, "run", interrupt)
+    monkeypatch.setattr(profile, "draw", lambda path, runs: None)
     argv = [*tiny, "--seeds", "1", "--output", str(tmp_path)]
     assert command.main(argv) == 130
     monkeypatch.setattr(command, "run", runner.run)
