@@ -1,7 +1,8 @@
 """`python -m bench [--quick] [--rounds N] [--output DIR] [PROBLEM ...]`: what `pgdfast bench` runs.
 
-`python -m bench closures [--only KIND/NAME] [--no-time] [--random N]` runs the corpus of closures instead, and `python -m
-bench nist [--rule RULE] [--acceleration NAME] [NAME ...]` NIST's curve fits.
+`python -m bench closures [--only KIND/NAME] [--no-time] [--random N]` runs the corpus of closures instead, `python -m bench
+nist [--rule RULE] [--acceleration NAME] [NAME ...]` NIST's curve fits, and `python -m bench globalization [--quick]
+[--only PROBLEM]` the study of damping rules and accelerations.
 
 Times steps, products with J and their parts in turn, checks their results, judges the bounds, prints tables, and writes
 results.json and pictures. Exit codes: 0 done; 1 a bound is missed, a result is wrong, or something could not be measured or
@@ -29,6 +30,10 @@ def main(argv=None):
         from .nist.command import main as nist
 
         return nist(argv[1:])
+    if argv[:1] == ["globalization"]:
+        from .globalization.command import main as globalization
+
+        return globalization(argv[1:])
     parser = OneLineParser(prog="python -m bench", description=bench.SUMMARY)
     bench.add_options(parser)
     try:

@@ -12,6 +12,7 @@ from pgdfast_experiments import options, records
 from pgdfast_experiments.errors import UsageError, WriteError
 
 SECTIONS = ("A", "B", "C", "D", "E", "F", "G", "pde", "dampings", "ensembles", "sweeps", "memory")
+STUDIES = {"closures": "bench/results", "globalization": "runs/globalization", "nist": "runs/nist"}   # where they write
 ROUNDS, QUICK_ROUNDS = 40, 6
 SUMMARY = """\
 Time steps, products with J and their parts beside other packages and PyTorch's own matrix products, and judge the
@@ -33,8 +34,8 @@ problems:
   sweeps     width, depth, rows
   memory     peak memory of exact steps
 
-`pgdfast bench closures` runs the corpus of closures instead, and `pgdfast bench nist` NIST's curve fits; `--help` behind
-either says how.
+`pgdfast bench closures` runs the corpus of closures instead, `pgdfast bench globalization` the study of damping rules
+and accelerations, and `pgdfast bench nist` NIST's curve fits; `--help` after any of them says how.
 
 bench/README.md says more."""
 
@@ -70,7 +71,7 @@ def run(arguments):
                     *(["--quick"] if arguments.quick else []), *arguments.problems], str(output))
 
 
-def in_tree(argv, results="bench/results"):
+def in_tree(argv, results):
     """Run `python -m bench` with these words in the source tree; returns its exit code. results: where it writes."""
     with subprocess.Popen([sys.executable, "-m", "bench", *argv], cwd=find(Path.cwd())) as process:
         code = None

@@ -72,11 +72,11 @@ def _verify(argv):
 
 
 def _bench(argv):
-    """`pgdfast bench [PROBLEM ...]`, or `pgdfast bench closures` and `nist`, whose options are their own."""
+    """`pgdfast bench [PROBLEM ...]`, or one of the other studies of the bench folder, whose options are their own."""
     from pgdfast_experiments import bench
 
-    if argv[:1] in (["closures"], ["nist"]):
-        return bench.in_tree(argv)
+    if argv[:1] and argv[0] in bench.STUDIES:
+        return bench.in_tree(argv, bench.STUDIES[argv[0]])
     return _with_own_options("pgdfast bench", bench, argv)
 
 

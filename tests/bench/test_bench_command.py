@@ -103,7 +103,8 @@ def test_it_runs_the_bench_folder_of_the_tree(tree, calls, given, rounds):
                        *given[:"--quick" in given], "A", "sweeps"]
 
 
-def test_the_corpus_of_closures_has_options_of_its_own(tree, calls):
-    assert main(["bench", "closures", "--only", "pinn", "--no-time"]) == 0
+@pytest.mark.parametrize("given", [["closures", "--only", "pinn", "--no-time"], ["globalization", "--only", "A"]])
+def test_other_studies_have_options_of_their_own(tree, calls, given):
+    assert main(["bench", *given]) == 0
     ((command, folder),) = calls
-    assert folder == tree and command == [sys.executable, "-m", "bench", "closures", "--only", "pinn", "--no-time"]
+    assert folder == tree and command == [sys.executable, "-m", "bench", *given]
