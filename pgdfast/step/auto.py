@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from .cost import StepCost
-from .rules import SMALLEST, DampingRule, Delayed, GainRatio, Memory
+from .rules import LARGEST, SMALLEST, DampingRule, GainRatio, Memory, bounded, raised
 
 PLAIN, PROBING, CORRECTED = 0.0, 1.0, 2.0
 MODES = ("plain", "probing", "corrected")
@@ -23,15 +23,36 @@ _REGRET = 0.1     # of all operations, what probes in vain may have cost
 _EXTRA = 3.0      # rounds of correction that a probe is expected to cost in vain
 _USEFUL = 0.2     # corrections go on while at least this part of the late ones ended in a step
 _KEEPS = 0.7      # of averages, from step to step
-_CHEAP = 0.25     # a further attempt that costs less than this part of a linearization may well be in vain
+_CHEAP = 0.2
+_EXACT, _FASTER, _SLOWER = 0.9, 1.5, 2.0
+_SLOWEST, _FASTEST, _RISE = 3.0, 10.0, 2.0
+_BACK = 0
+_FIRSTFALL = 3.0
+_PLAIN = 0.7
 _ENOUGH = 0.25    # gain ratio of a corrected step after which mu falls
 
 
-class _Corrected(Delayed):
-    """mu / fall where a step kept a quarter of what it promised, else unchanged; 2 mu after a rejection."""
+class _Corrected(DampingRule):
+    """mu / fall where a step kept a quarter of what it promised, else unchanged; 2 mu after a rejection.
+
+    fall grows while steps keep nearly all that they promise, and shrinks after rejections.
+    """
+
+    def __init__(self, smallest: float):
+        self.smallest = smallest
 
     def accepted(self, mu, memory, rho):
-        return super().accepted(mu, memory, rho) if rho > _ENOUGH else (mu, memory)
+        if not rho > _ENOUGH:
+            return mu, {}
+        fall = memory["speed"]
+        if memory["retry"] < _CHEAP:
+            fall = max(fall, _FIRSTFALL)
+            if rho > _EXACT:
+                fall = min(fall * _FASTER, _FASTEST)
+        return bounded(mu / fall, self.smallest, LARGEST), {"speed": fall}
+
+    def rejected(self, mu, memory, rho, curvature):
+        return raised(mu, _RISE, curvature), {"speed": max(memory["speed"] / _SLOWER, _SLOWEST)}
 
 
 class Auto(DampingRule):
@@ -53,14 +74,14 @@ class Auto(DampingRule):
 
     def __init__(self, smallest: float = SMALLEST):
         self.plain, self.smallest = GainRatio(smallest), smallest
-        self._careful, self._bold = _Corrected(smallest, fall=3.0), _Corrected(smallest, fall=5.0)
+        self._corrected = _Corrected(smallest)
 
     def memory(self) -> Memory:
         """GainRatio's, and: mode, numbers of the last step, averages of plain ones, those of a probe under way."""
         return self.plain.memory() | {
             "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": 1.0, "cost": 0.0, "total": 0.0, "regret": 0.0,
             "round": math.inf, "retry": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
-            "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "useful": 1.0,
+            "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "speed": _SLOWEST, "useful": 1.0,
         }
 
     @property
@@ -85,7 +106,7 @@ class Auto(DampingRule):
         if m["mode"] == PROBING:
             mu = self._probed(mu, m, fall)
         elif m["mode"] == PLAIN:
-            m["fall"], m["spent"], m["wait"] = _KEEPS * m["fall"] + fall, _KEEPS * m["spent"] + m["cost"], m["wait"] - 1
+            m["fall"], m["spent"], m["wait"] = _PLAIN * m["fall"] + fall, _PLAIN * m["spent"] + m["cost"], m["wait"] - 1
             if self._may_probe(m):
                 m.update({"mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0})
                 mu = mu / _PUSH
@@ -102,7 +123,7 @@ class Auto(DampingRule):
             "loss": report.loss, "after": report.loss_after if kept else report.loss, "useful": useful,
             "ratio": 1.0 if report.gain_ratio is None else report.gain_ratio,
             "cost": cost.of(report.attempts, report.trials), "round": cost.round,
-            "retry": (cost.attempt + cost.trial) / cost.linearize,
+            "retry": cost.round / (cost.linearize + cost.attempt + cost.trial),
         }
 
     @staticmethod
@@ -133,15 +154,13 @@ class Auto(DampingRule):
             if m["fall"] > 0:
                 m["regret"] += max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0)
             m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0)
-            mu = max(mu, m["return"])
+            mu = max(mu, m["return"]) if _BACK else max(mu, math.sqrt(mu * m["return"]))
         return mu
 
     # --- after an attempt -------------------------------------------------------------------------------------------------
 
     def _rule(self, memory) -> DampingRule:
-        if memory["mode"] == PLAIN:
-            return self.plain
-        return self._bold if memory["retry"] < _CHEAP else self._careful
+        return self.plain if memory["mode"] == PLAIN else self._corrected
 
     def accepted(self, mu, memory, rho):
         """As the mode's rule has it."""
