@@ -138,7 +138,7 @@ class HostStep:
         if scale:
             m.curvature = scale
         if m.state.mu != m.state.mu:
-            mu = START * (scale or 1.0)
+            mu = max(START * (scale or 1.0), self.options.rule.smallest)
             m.state = m.state._replace(mu=mu, start=mu)
 
     # --- solve ------------------------------------------------------------------------------------------------------------
