@@ -41,6 +41,8 @@ def _parser():
     add("--only", metavar="NAME,...", help=f"problems, of {', '.join(PROBLEMS)} (default: all)")
     add("--variants", metavar="NAME,...", help=f"of {', '.join(VARIANTS)} (default: all)")
     add("--seeds", type=options.whole_number(1), metavar="N", help="for every problem (default: 1 to 3, as it says)")
+    add("--repeats", type=options.whole_number(1), default=1, metavar="N",
+        help="time every run so often and take the least, on a busy machine; short runs are repeated anyway")
     add("--quick", action="store_true", help="two minutes: some small problems, one seed")
     add("--output", default="runs/globalization", metavar="DIR", help="made where missing (default: %(default)s)")
     add("--fresh", action="store_true", help="run everything anew")
@@ -64,7 +66,7 @@ def study(given) -> int:
     print(f"{len(todo)} runs to do, {len(found)} in {folder}", flush=True)
     try:
         for k, (name, seed, variant) in enumerate(todo):
-            found[name, seed, variant] = run(PROBLEMS[name], variant, seed)
+            found[name, seed, variant] = run(PROBLEMS[name], variant, seed, given.repeats)
             print(line(name, found[name, seed, variant]), flush=True)
             if k + 1 == len(todo) or todo[k + 1][:2] != (name, seed):
                 keep(folder / JSON, found)

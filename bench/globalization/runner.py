@@ -18,12 +18,12 @@ def fingerprint(problem) -> list:
     return [problem.early, problem.deep, problem.by_error, problem.steps, problem.seconds, dict(problem.options)]
 
 
-def run(problem, variant, seed) -> dict:
-    """The record of a run, repeated where it is short: equal steps, and the least of the times."""
+def run(problem, variant, seed, repeats=1) -> dict:
+    """The record of a run, repeated where it is short or `repeats` asks for it: equal steps, the least of the times."""
     trainer = Trainer(problem, variant, seed)
     trainer.warm_up()
     runs = [trainer.train()]
-    while sum(r["seconds"] for r in runs) < SHORT and len(runs) < REPEATS:
+    while len(runs) < repeats or (sum(r["seconds"] for r in runs) < SHORT and len(runs) < REPEATS):
         trainer.restore()
         runs.append(trainer.train())
     fastest = min(runs, key=lambda r: r["seconds"])

@@ -12,8 +12,9 @@ def page(runs, seconds) -> str:
     """The whole report. seconds: of the processor in steps, all runs together."""
     lines = ["# Globalization: every fixed combination of rule and acceleration, and the default", "",
              "`python -m bench globalization`; processor seconds of one thread in `step`, without the first step's analysis of "
-             "the closure; medians over seeds. In brackets: over the best fixed combination. A dash: most seeds did not get "
-             "there within the budget. `today`: damping=1e-2, gain-ratio, no acceleration. `default`: `pgdfast.LM(params)`.",
+             "the closure; medians over seeds (of two, the larger). In brackets: over the best fixed combination. A dash: most "
+             "seeds did not get there within the budget. `today`: damping=1e-2, gain-ratio, no acceleration. `default`: "
+             "`pgdfast.LM(params)`.",
              "", *verdict_lines(runs), ""]
     for target in verdict.TARGETS:
         lines += [f"## Seconds to the {target} target", "", *table(runs, target), ""]

@@ -73,17 +73,18 @@ class Verdict(NamedTuple):
     status: int   # its number in STATUS
 
 
-def without_damping(slope, bend, rate, eps):
+def without_damping(slope, bend, rate, eps, loss):
     """The reduction of the loss that the model without damping promises along the step d, at the learning rate.
 
     slope: g . d; bend: d . J^T J d. The best length of d promises slope^2 / (2 bend), of which a rate t < 1 takes t (2 - t).
-    Infinite where nothing is known: a damping far above the curvature leaves no digit of the bend, and a solve that lost its
-    digits gives a bend well above the slope. Numbers or tensors.
+    Infinite where a damping far above the curvature leaves no digit of the bend: then nothing is known. NaN where a solve lost
+    its digits, with a bend well above the slope although that is above the rounding of the loss. Numbers or tensors.
     """
     t = bounded(rate, 0.0, 1.0)
     seen = (bend > PROMISE * eps * slope) & (bend < _INEXACT * slope)
     best = t * (2 - t) * 0.5 * slope * (slope / (bend + (bend == 0)))
-    return select(seen, best, select(slope != 0, float("inf"), 0.0))
+    lost = (bend >= _INEXACT * slope) & (abs(slope) > SUMS * eps * abs(loss))
+    return select(seen, best, select(lost, float("nan"), select(slope != 0, float("inf"), 0.0)))
 
 
 def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True) -> Verdict:
@@ -103,7 +104,7 @@ def judge(trial: Trial, first, tries: bool, eps: float, again=False, falls=True)
     nothing = usable & first & (trial.possible <= limit)
     if not tries:
         return Verdict(usable, nothing, False, False, float("nan"), 4 * usable + 2 * nothing + usable)
-    tiny = usable & (abs(predicted) <= limit) & ((predicted > 0) | (trial.possible <= limit))   # 0 may be a lost solve's
+    tiny = usable & (abs(predicted) <= limit) & (trial.possible == trial.possible)
     converged = nothing & tiny & (abs(loss - after) <= SUMS * size)
     hidden = tiny & first & (trial.possible > limit) & falls
     kept = usable & trial.found & (hidden == 0) & ((after < loss) | (converged & (after == loss)))

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from ..solve import CG, Solution, operations
 
-# In operations of a large matrix product, of which a core does some 2e10 a second: what Python and PyTorch spend on a call of
-# the core or a run of a closure, on each of a closure's operations, and on a number that a sweep holds.
-_CALL, _NODE, _NUMBER = 4e6, 1e5, 10
-_RUN, _TAPED = 1.5, 2.5   # runs of a closure in sweeps, without a tape and with one
+# In operations of a large matrix product, of which a core does some 5e10 a second: what Python and PyTorch spend on a call of
+# the core or a run of a closure, and on each of a closure's operations; what a sweep takes for an operation of its narrow
+# products, and for a number that it holds; a run of the closure in sweeps, without a tape and with one.
+_CALL, _NODE = 4e6, 3e5
+_NARROW, _NUMBER = 2.0, 40.0
+_RUN, _TAPED = 1.5, 2.0
 _REMEMBERED = 64          # of one structure
 
 
@@ -46,10 +48,10 @@ def step_cost(lin, solution: Solution, options: CG) -> StepCost:
 
 def _predicted(lin, solution: Solution, options: CG) -> StepCost:
     kernels = lin.kernels()
-    sweep = kernels.flops + _NUMBER * kernels.arena_size
+    sweep = _NARROW * kernels.flops + _NUMBER * kernels.arena_size
     matrix, damping = operations(lin, solution.solver, solution.iterations, options)
     run = _CALL + _NODE * lin.nodes
     again = damping if solution.iterations else 2 * min(lin.num_residuals, lin.num_parameters) ** 2
     return StepCost(
-        run + _TAPED * sweep + matrix, _CALL + damping, run + _RUN * sweep, run + _RUN * sweep + _CALL + 2 * sweep + again
+        run + _TAPED * sweep + matrix, _CALL + damping + sweep, run + _RUN * sweep, run + _RUN * sweep + _CALL + 2 * sweep + again
     )

@@ -110,11 +110,11 @@ class GraphStep:
             rate, slope, bend = self.rates[0], found.gain, found.gain - found.damped
             reduction = rate * slope - 0.5 * rate * rate * bend
             reduction = torch.where(rate <= 2, reduction.clamp_min(0.0), reduction)   # where only rounding makes it negative
-            return reduction, without_damping(slope, bend, rate, eps)
+            return reduction, without_damping(slope, bend, rate, eps, lin.loss.double())
         parts = found.step.split([p.numel() for p in self._params])
         d = torch.cat([self.rates[k] * part for k, part in zip(self._groups, parts, strict=True)])
         slope, bend = torch.dot(lin.gradient(), d).double(), torch.dot(d, lin.ggn(d)).double()
-        return slope - 0.5 * bend, without_damping(slope, bend, self.rates.max(), eps)
+        return slope - 0.5 * bend, without_damping(slope, bend, self.rates.max(), eps, lin.loss.double())
 
     def _move(self, step: torch.Tensor) -> None:
         parts = step.split([p.numel() for p in self._params])

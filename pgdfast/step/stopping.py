@@ -24,10 +24,10 @@ def promised_without_damping(step, m, solution) -> float:
     b, parameters = m.number, step.parameters
     rate = parameters.common_rates[b]
     if rate is not None:
-        return without_damping(solution.gain, solution.gain - solution.damped - solution.slack, rate, step.eps)
+        return without_damping(solution.gain, solution.gain - solution.damped - solution.slack, rate, step.eps, m.report.loss)
     direction = parameters.scaled(b, solution.step)
     slope, bend = step.at_theta(m, lambda: slope_and_bend(step.networks.member(b), direction))
-    return without_damping(slope, bend, max(parameters.rates(b)), step.eps)
+    return without_damping(slope, bend, max(parameters.rates(b)), step.eps, m.report.loss)
 
 
 def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:

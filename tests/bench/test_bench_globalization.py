@@ -117,7 +117,7 @@ def tiny(monkeypatch):
 
 def test_command_runs_resumes_and_runs_anew(tiny, tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(command, "run", lambda *given: ran.append(given[1:]) or runner.run(*given))
+    monkeypatch.setattr(command, "run", lambda *given: ran.append(given[1:3]) or runner.run(*given))
     argv = [*tiny, "--output", str(tmp_path / "out")]
     every = [(v, seed) for seed in (0, 1) for v in (ONE, DEFAULT)]
     assert command.main(argv) == 0 and ran == every
@@ -128,7 +128,9 @@ def test_command_runs_resumes_and_runs_anew(tiny, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(profile, "draw", lambda path, runs: None)   # half a second each
     assert command.main(argv) == 0 and ran == []
     assert json.loads((tmp_path / "out" / command.JSON).read_text())["runs"]["tiny"] == first
-    assert command.main([*argv, "--fresh-variant", DEFAULT]) == 0 and ran == every[1::2]
+    assert command.main([*argv, "--fresh-variant", DEFAULT, "--repeats", "9"]) == 0 and ran == every[1::2]
+    again = json.loads((tmp_path / "out" / command.JSON).read_text())["runs"]["tiny"]
+    assert [r["repeated"] for r in again] == [7, 9, 7, 9]
     ran.clear()
     monkeypatch.setitem(PROBLEMS, "tiny", Problem("a line", line, 2e-2, 1e-30, 20, 5.0, 1))
     assert command.main([*argv, "--seeds", "1"]) == 0 and ran == every[:2], "other targets are other runs"
@@ -139,7 +141,7 @@ def test_interrupted_study_keeps_what_is_finished(tiny, tmp_path, monkeypatch):
     ran = []
 
     def interrupt(*given):
-        ran.append(given[1:])
+        ran.append(given[1:3])
         if len(ran) == 2:
             raise KeyboardInterrupt
         return runner.run(*given)

@@ -115,12 +115,12 @@ def test_a_promise_at_the_rounding_of_sums_counts_after_a_step_in_vain():
 
 @pytest.mark.parametrize(("slope", "bend", "rate", "expected"), [
     (2.0, 2.0, 1.0, 1.0), (2.0, 1.0, 1.0, 2.0), (2.0, 2.0, 0.5, 0.75), (2.0, 2.0, 3.0, 1.0), (2.0, 1e-20, 1.0, math.inf),
-    (2.0, 0.0, 1.0, math.inf), (2.0, -1e-16, 1.0, math.inf), (0.0, 0.0, 1.0, 0.0), (1e-9, 1.0, 1.0, math.inf),
-    (-1e-9, 1e-9, 1.0, math.inf),
+    (2.0, 0.0, 1.0, math.inf), (2.0, -1e-16, 1.0, math.inf), (0.0, 0.0, 1.0, 0.0), (1e-9, 1.0, 1.0, math.nan),
+    (-1e-9, 1e-9, 1.0, math.nan), (-1e-17, -1e-17, 1.0, math.inf), (1e-17, 1e-16, 1.0, math.inf),
 ])
 def test_the_promise_without_damping(slope, bend, rate, expected):
-    assert without_damping(slope, bend, rate, EPS) == expected
-    assert float(without_damping(number(slope), number(bend), number(rate), EPS)) == expected
+    assert same(without_damping(slope, bend, rate, EPS, 1.0), expected)
+    assert same(without_damping(number(slope), number(bend), number(rate), EPS, number(1.0)), expected)
 
 
 TRIALS = {
