@@ -69,13 +69,19 @@ class Auto(DampingRule):
         return self.plain
 
     def interrupted(self, memory):
-        """Nothing is known of the last step."""
-        return memory | {"cost": 0.0}
+        """Nothing is known of the last steps, and mu has moved: a probe is over, and averages begin anew."""
+        mode = CORRECTED if memory["mode"] == CORRECTED else PLAIN
+        return memory | {"mode": mode, "cost": 0.0, "fall": 0.0, "spent": 0.0, "wait": float(_FIRST)}
 
     # --- before and after a step ------------------------------------------------------------------------------------------
 
-    def begins(self, mu, memory, loss):
-        """(mu, memory) for a step from here, where the loss is this: what the last step gained is known now."""
+    def begins(self, mu, memory, loss, correctable: bool = True):
+        """(mu, memory) for a step from here, where the loss is this: what the last step gained is known now.
+
+        correctable: is there anything to correct this step with?
+        """
+        if not correctable:
+            return mu, self.interrupted(memory) | {"mode": PLAIN}
         m = dict(memory)
         if not m["cost"] > 0:
             return mu, m
@@ -88,7 +94,7 @@ class Auto(DampingRule):
             m["fall"], m["spent"], m["wait"] = _KEEPS * m["fall"] + fall, _KEEPS * m["spent"] + m["cost"], m["wait"] - 1
             if self._may_probe(m):
                 m.update({"mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0})
-                mu = mu / _PUSH
+                mu = max(mu / _PUSH, min(mu, self.smallest))
         elif m["useful"] < _USEFUL:
             m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
         return mu, m

@@ -99,7 +99,7 @@ class HostStep:
             member = Member(b, self.memory["members"][b], self._mus[b], report)
             self.members.append(member)
             if options.rule.learns:
-                member.begin(options.rule)
+                member.begin(options.rule, self._corrects)
             if self._corrects and options.rule.corrects(member.state.memory):
                 member.acceleration = options.acceleration
             if empty:
