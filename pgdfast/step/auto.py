@@ -40,8 +40,8 @@ class Auto(DampingRule):
     After some plain steps whose gain ratio shows that curvature limits mu, four corrected steps from mu / 3 are a probe. They
     are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns to where it
     was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes in vain have cost beyond
-    the plain steps that would have gained as much is kept below a tenth of all: on problems that never gain, that is what the
-    choice may cost. Corrected steps end when few corrections lead to a step any more.
+    the plain steps that would have gained as much is kept below a tenth of all, a probe ending where it exceeds that: on
+    problems that never gain, that is what the choice may cost. Corrected steps end when few corrections lead to a step.
 
     mu of corrected steps falls by 3, by 5 where further attempts cost little beside a linearization, and doubles in vain; plain
     ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are plain.
@@ -132,13 +132,12 @@ class Auto(DampingRule):
         m["probe_spent"] += m["cost"]
         needed = m["probe_fall"] * m["spent"]   # with m["fall"], what plain steps would have needed for the same
         gained = m["fall"] * m["probe_spent"]
-        over = m["probe_steps"] >= _BLOCK
+        lost = max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0) if m["fall"] > 0 else 0.0
+        over = m["probe_steps"] >= _BLOCK or m["regret"] + lost > _REGRET * m["total"]
         if over and needed > gained and m["probe_fall"] > 2 * m["drift"]:
             m.update(mode=CORRECTED, useful=1.0)
         elif over or needed < _GIVE_UP * gained or m["probe_fall"] <= 0:
-            if m["fall"] > 0:
-                m["regret"] += max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0)
-            m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0)
+            m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0, regret=m["regret"] + lost)
             mu = max(mu, m["return"])
         return mu
 
