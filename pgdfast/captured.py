@@ -113,7 +113,7 @@ class CapturedStep:
             )
         if self._tries and curvature != curvature:
             curvature = gradient_curvature(self._look()) or 1.0
-            mu = mu if mu == mu else START * curvature
+            mu = mu if mu == mu else max(START * curvature, self._optimizer._options.rule.smallest)
         _check_positive(mu)
         state = {
             "mu": mu, "start": mu, "attempt": 0, "rejected": member["rejected"], "promised": math.nan, "curvature": curvature,

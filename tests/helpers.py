@@ -345,8 +345,8 @@ class Correcting:
         self.parameters = Parameters(params, None)
         self.parameters.begin([rates or [1.0] * len(params)], None)
         self.delta = self.parameters.scaled(0, solution.step)
-        self._model = CorrectedStep(lin, solution, self.parameters, 0)
-        self.missed, self.correction, self.size = self._model.missed, self._model.correction, self._model.size
+        self._model = model = CorrectedStep(lin, solution, self.parameters, 0, float(lin.loss))
+        self.missed, self.correction, self.size, self.ratio = model.missed, model.correction, model.size, model.ratio
 
     def at(self, e):
         """The loss at theta - e, with the parameters back at theta."""

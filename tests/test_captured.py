@@ -14,7 +14,8 @@ import pgdfast
 
 
 def pair(**options):
-    """Two equal problems, the second with a captured step."""
+    """Two equal problems, the second with a captured step: plain ones, unless asked otherwise."""
+    options = {"damping_rule": "gain-ratio"} | options
     model, lm, closure = sine_fit(**options)
     twin, captured, same = sine_fit(**copy.deepcopy(options))
     return model, lm, closure, twin, captured, pgdfast.CapturedStep(captured, same)
@@ -44,7 +45,7 @@ def test_the_constant_rule_takes_the_same_steps(backend):
 
 @pytest.mark.parametrize("options", [
     {}, {"damping_rule": pgdfast.Delayed(smallest=1e-4)}, {"damping_rule": pgdfast.Longest(smallest=1e-4)},
-    {"solver": "primal"}, {"damping": 1e-9}, {"lr": 0.7, "weight_decay": 1e-3},
+    {"damping_rule": "auto", "acceleration": None}, {"solver": "primal"}, {"damping": 1e-9}, {"lr": 0.7, "weight_decay": 1e-3},
 ], ids=lambda options: " ".join(options))
 def test_attempts_follow_the_same_dampings(options):
     """Rejections in between: as many captured steps as the ordinary one needed attempts."""

@@ -59,7 +59,7 @@ def train(model, optimizer, closure, steps=STEPS):
 
 OPTIONS = {
     "constant": dict(damping_rule="constant", damping=0.1),
-    "gain-ratio": {},
+    "gain-ratio": dict(damping_rule="gain-ratio"),
     "large steps": dict(lr=4.0, damping=0.1),   # and rejections
     "sweep": dict(damping_rule="sweep"),
     "geodesic": dict(acceleration="geodesic"),
@@ -76,7 +76,8 @@ OPTIONS = {
 
 
 def optimizer_of(model, groups=None, **options):
-    params = model.params
+    """The automatic rule decides by the operations of each backend: gain-ratio unless another is given."""
+    params, options = model.params, {"damping_rule": "gain-ratio"} | options
     if groups is not None:
         params = [{"params": model.params[:2], "lr": groups[0]}, {"params": model.params[2:], "lr": groups[1]}]
     return pgdfast.LM(params, **options)

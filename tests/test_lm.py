@@ -256,11 +256,11 @@ OPTIONS = {
     "damping text": (dict(damping="small"), "damping is 'small'"),
     "schedule under a rule": (
         dict(damping=lambda k: 1.0),
-        "damping is a schedule but damping_rule is 'gain-ratio'.*'constant'",
+        "damping is a schedule but damping_rule is 'auto'.*'constant'",
     ),
     "rule": (
         dict(damping_rule="fixed"),
-        "damping_rule 'fixed' is not available; use one of constant, gain-ratio, delayed",
+        "damping_rule 'fixed' is not available; use one of auto, constant, gain-ratio, delayed",
     ),
     "scaling": (
         dict(scaling="diagonal"),

@@ -38,7 +38,8 @@ class Mine(pgdfast.DampingRule):
 
 pgdfast.LM(model.parameters(), damping_rule=Mine(), line_search=pgdfast.Armijo())
 for rule in (
-    pgdfast.Constant(), pgdfast.GainRatio(smallest=1e-3), pgdfast.Delayed(), pgdfast.Longest(target=0.25), pgdfast.Sweep()
+    pgdfast.Auto(), pgdfast.Constant(), pgdfast.GainRatio(smallest=1e-3), pgdfast.Delayed(), pgdfast.Longest(target=0.25),
+    pgdfast.Sweep(),
 ):
     pgdfast.LM(model.parameters(), damping_rule=rule)
 for accel in (pgdfast.Geodesic(), pgdfast.Chord(rounds=3)):

@@ -51,7 +51,8 @@ def _predicted(lin, solution: Solution, options: CG) -> StepCost:
     sweep = _NARROW * kernels.flops + _NUMBER * kernels.arena_size
     matrix, damping = operations(lin, solution.solver, solution.iterations, options)
     run = _CALL + _NODE * lin.nodes
+    trial = run + _RUN * sweep
     again = damping if solution.iterations else 2 * min(lin.num_residuals, lin.num_parameters) ** 2
     return StepCost(
-        run + _TAPED * sweep + matrix, _CALL + damping + sweep, run + _RUN * sweep, run + _RUN * sweep + _CALL + 2 * sweep + again
+        run + _TAPED * sweep + matrix, _CALL + damping + sweep, trial, trial + _CALL + 2 * sweep + again
     )

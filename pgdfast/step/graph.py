@@ -16,7 +16,7 @@ from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, demanded, judge, without_damping
 from .convergence import Facts, Tolerances, rounding_of
 from .evaluate import loss_at
-from .rules import RESOLVED, DampingRule, bounded, bounds
+from .rules import RESOLVED, DampingRule, bounded, bounds, largest
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
 _REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised", "possible")
@@ -91,8 +91,8 @@ class GraphStep:
             if tries:
                 curved = found.gain - found.damped
                 curvature = torch.where(curved > RESOLVED * found.gain, mu * curved / found.damped, curvature)
-                low, high = bounds(state.start, curvature, lin.loss.dtype)
-                state = state._replace(mu=torch.where(over, bounded(state.mu, low, high), state.mu))
+                (low, high), top = bounds(state.start, curvature, lin.loss.dtype), largest(lin.loss.dtype)
+                state = state._replace(mu=torch.where(over, bounded(state.mu, low, high), state.mu.clamp_max(top)))
             following = (
                 state.mu, state.start, state.attempt, state.rejected, state.promised, curvature, *state.memory.values()
             )

@@ -24,7 +24,7 @@ from .options import StepOptions, StepTools
 from .parameters import Point
 from .quadratic_model import curvature, gradient_curvature, slope_and_bend
 from .rng_replay import RandomReplay
-from .rules import START
+from .rules import HELD, START, largest
 from .scaling import is_scaled, marquardt
 from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
@@ -99,7 +99,7 @@ class HostStep:
             member = Member(b, self.memory["members"][b], self._mus[b], report)
             self.members.append(member)
             if options.rule.learns:
-                member.begin(options.rule)
+                member.begin(options.rule, self._corrects)
             if self._corrects and options.rule.corrects(member.state.memory):
                 member.acceleration = options.acceleration
             if empty:
@@ -138,7 +138,7 @@ class HostStep:
         if scale:
             m.curvature = scale
         if m.state.mu != m.state.mu:
-            mu = START * (scale or 1.0)
+            mu = max(START * (scale or 1.0), self.options.rule.smallest)
             m.state = m.state._replace(mu=mu, start=mu)
 
     # --- solve ------------------------------------------------------------------------------------------------------------
@@ -399,6 +399,8 @@ class HostStep:
             if not over:
                 if trial.usable and trial.with_momentum:
                     m.prior = None
+                if m.state.mu > HELD:
+                    m.state = m.state._replace(mu=min(m.state.mu, largest(self.loss.dtype)))
                 pending.append(m)
         self.pending = pending
 

@@ -27,9 +27,9 @@ class Member:
         self.prior = self.solution = self.trial = self.acceleration = self.cost = None
         self.why = ""   # advice beside that of advice()
 
-    def begin(self, rule: DampingRule) -> None:
+    def begin(self, rule: DampingRule, correctable: bool) -> None:
         """Let a rule that learns look at the loss before it is asked for more."""
-        mu, memory = rule.begins(self.state.mu, self.state.memory, self.report.loss)
+        mu, memory = rule.begins(self.state.mu, self.state.memory, self.report.loss, correctable)
         self.state = self.state._replace(mu=mu, memory=memory, start=mu)
         self.report.mode = rule.mode(memory)
 

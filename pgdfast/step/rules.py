@@ -30,13 +30,18 @@ def bounded(x, low: float, high: float):
     return x.clamp(low, high) if isinstance(x, torch.Tensor) else min(max(x, low), high)
 
 
+def largest(dtype: torch.dtype) -> float:
+    """The largest mu that may be tried with parameters of this type."""
+    return LARGEST if dtype == torch.float64 else HELD
+
+
 def bounds(before, curvature, dtype: torch.dtype):
     """(least, largest) mu after a step that began at the mu `before`, for numbers and for tensors.
 
     curvature: of the loss along the last step, in the norm of the damping, the scale of mu; NaN where it is not known. From
     RANGE times it mu goes no further away; it is never moved by its bounds, as curvatures of single steps may be anything.
     """
-    low, high = (SMALLEST, LARGEST) if dtype == torch.float64 else (1 / HELD, HELD)
+    low, high = SMALLEST if dtype == torch.float64 else 1 / HELD, largest(dtype)
     if isinstance(before, torch.Tensor):
         least, most = (curvature / RANGE).clamp_min(low), (curvature * RANGE).clamp_max(high)
         return torch.minimum(before, least), torch.maximum(before, most)

@@ -304,7 +304,7 @@ def test_an_optimizer_goes_the_way_of_the_reference():
     finals = []
     for backend in ("native", "torch", "reference"):
         params, closure = ALL["a coefficient and a mean"]()
-        optimizer = pgdfast.LM(params, backend=backend)
+        optimizer = pgdfast.LM(params, damping_rule="gain-ratio", backend=backend)
         for step in range(6):
             optimizer.step(lambda: closure(step % 2))   # noqa: B023
         finals.append(torch.cat([p.detach().reshape(-1) for p in params]))

@@ -166,10 +166,10 @@ def test_states_agree(name, truncated, with_momentum):
     ("accepted", 0, True, "accepted"), ("a poor descent", 0, False, "rejected"),
     ("a poor descent", ATTEMPTS - 2, False, "rejected"),
     ("a poor descent", ATTEMPTS - 1, True, "accepted"), ("rejected", ATTEMPTS - 1, False, "rejected"),
-    ("stalled", 0, True, "stalled"), ("failed", 0, False, "failed"),
+    ("converged", 0, True, "converged"), ("failed", 0, False, "failed"),
 ])
 def test_a_target_undoes_poor_descents_but_the_last(kind, attempt, kept, status):
-    rule, trial = RULES["longest, bounded"], Trial(*TRIALS[kind], 1.0)
+    rule, trial = RULES["longest, bounded"], trial_of(TRIALS[kind], 1.0)
     verdict = demanded(rule, State(1.0, {}, 1.0, attempt), judge(trial, True, True, EPS))
     assert (verdict.kept, STATUS[verdict.status]) == (kept, status)
 

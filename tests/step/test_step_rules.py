@@ -129,7 +129,8 @@ def test_a_rule_of_ones_own_has_the_other_verbs_by_itself():
 
 
 def test_rules_that_are_none():
-    with pytest.raises(ValueError, match="'fixed' is not available; use one of constant, gain-ratio, delayed, longest, sweep"):
+    names = "auto, constant, gain-ratio, delayed, longest, sweep"
+    with pytest.raises(ValueError, match=f"'fixed' is not available; use one of {names}"):
         chosen_rule("fixed")
     for bad in (object(), 3, Half):
         with pytest.raises(TypeError, match="is no pgdfast.DampingRule; use one of .* subclass pgdfast.DampingRule and define"):

@@ -360,13 +360,47 @@ def test_the_count_of_rejections_survives_a_restart():
     assert second.report.status == "stalled" and second.report.advice.startswith("3 steps in a row")
 
 
-def test_mu_at_its_bound_is_a_stall():
+def uphill(dtype):
+    """The closure Uphill with a parameter of this type."""
     closure = Uphill()
-    optimizer = pgdfast.LM([closure.w], damping=1e20)
-    optimizer.step(lambda: 1e12 * closure())   # a curvature of 1e24, so that mu does not hide what is promised
-    assert optimizer.report.status == "stalled" and optimizer.report.next_damping == 1e20
-    assert "the damping is at its bound, 1e+20, where steps have no length left" in optimizer.report.advice
+    closure.w = closure.w.detach().to(dtype).requires_grad_()
+    closure.start = closure.w.detach().clone()
+    return closure
+
+
+@pytest.mark.parametrize(("dtype", "mu", "scale"), [
+    (torch.float32, 1e36, 1e16), (torch.float64, 1e250, 1e122),   # so large a curvature that mu does not hide what is promised
+    (torch.float64, 1e5, 1.0),                                    # the bound is that of a curvature of 1e-15
+])
+def test_mu_at_its_bound_is_a_stall(dtype, mu, scale):
+    closure = uphill(dtype)
+    optimizer = pgdfast.LM([closure.w], damping=mu, damping_rule="gain-ratio")
+    if scale == 1.0:
+        optimizer.step(lambda: torch.zeros(1, dtype=dtype) * closure.w)
+        memory_of(optimizer)["members"][0].update(damping=mu, curvature=1e-15)
+    optimizer.step(lambda: scale * closure())
+    assert optimizer.report.status == "stalled" and optimizer.report.next_damping == pytest.approx(mu, rel=1e-14)
+    assert f"the damping is at its bound, {mu:.0e}, where steps have no length left" in optimizer.report.advice
     assert "converged" not in optimizer.report.advice
+
+
+@pytest.mark.parametrize("rule", ["auto", "gain-ratio", "delayed", "longest", "sweep"])
+@pytest.mark.parametrize("damping", [None, 1e24, 1e36])
+def test_mu_stays_where_float32_holds_it(damping, rule):
+    """Rejections within one step raise it by 1e20."""
+    closure = uphill(torch.float32)
+    optimizer, seen = pgdfast.LM([closure.w], damping=damping, damping_rule=rule), []
+    for _ in range(8):
+        optimizer.step(lambda: 1e12 * closure())
+        assert torch.equal(closure.w, closure.start) and optimizer.report.damping < 3e38
+        seen.append(optimizer.report.status)
+    assert seen[0] == "rejected" and seen[-1] == "stalled"
+    if rule != "sweep":
+        optimizer = pgdfast.LM([closure.w], damping=damping, damping_rule=rule)
+        step = pgdfast.CapturedStep(optimizer, lambda: 1e12 * closure())
+        for _ in range(8 * 12):
+            step.step()
+            assert optimizer.report.damping < 3e38 and optimizer.report.status in ("rejected", "stalled")
 
 
 @pytest.mark.parametrize("dtype, way_on", [(torch.float32, "use float64"), (torch.float64, "converged for float64")])

@@ -147,7 +147,7 @@ def test_another_batch_at_every_call_is_named_and_no_convergence(dtype, rule):
             batch = next(batches)
             return F.mse_loss(model(batch[:, :3]), batch[:, :1].sin() + 0.5 * batch[:, 3:])
 
-        optimizer = pgdfast.LM(model.parameters(), damping_rule=rule)
+        optimizer = pgdfast.LM(model.parameters(), damping=1e-2, damping_rule=rule)
         for _ in range(120):
             optimizer.step(closure)
             assert not optimizer.converged
@@ -170,7 +170,7 @@ def test_an_iterator_that_runs_out_within_a_step_is_named():
 def test_the_pseudo_inverse_says_what_it_left_out():
     t = torch.linspace(0, 1e-3, 60, dtype=torch.float64)
     closure_of = lambda p: lambda: p[0] * torch.exp(-p[1] * t) + p[2] - torch.exp(-5e3 * t) - 0.1  # noqa: E731
-    for options, status in (({}, "stalled"), ({"damping_rule": "constant"}, "accepted")):
+    for options, status in (({"scaling": "identity"}, "stalled"), ({"damping_rule": "constant"}, "accepted")):
         p = torch.tensor([1.0, 4e3, 0.0], dtype=torch.float64, requires_grad=True)
         optimizer = pgdfast.LM([p], damping=0.0, **options)
         for _ in range(8):
@@ -178,7 +178,7 @@ def test_the_pseudo_inverse_says_what_it_left_out():
         report = optimizer.report
         assert report.status == status and report.cut == 1 and abs(p[1].item() - 4e3) < 1
         assert "leaves out 1 of 3 directions (eigenvalues below rcond = 1e-08" in report.advice
-    for options in ({"rcond": 1e-13}, {"scaling": "marquardt"}):   # as it advises
+    for options in ({"scaling": "identity", "rcond": 1e-13}, {"scaling": "marquardt"}, {}):   # as it advises, and by itself
         p = torch.tensor([1.0, 4e3, 0.0], dtype=torch.float64, requires_grad=True)
         optimizer = pgdfast.LM([p], damping=0.0, **options)
         assert run(optimizer, closure_of(p), 40)[-1] == "converged" and abs(p[1].item() - 5e3) < 1e-6
@@ -340,8 +340,9 @@ def test_the_state_of_another_rule_is_refused():
     closure = Uphill()
     first = pgdfast.LM([closure.w], damping_rule="delayed")
     first.step(closure)
-    with pytest.raises(ValueError, match="the loaded state belongs to another damping rule than GainRatio"):
-        pgdfast.LM([closure.w]).load_state_dict(first.state_dict())
+    for rule, name in (("gain-ratio", "GainRatio"), ("auto", "Auto")):
+        with pytest.raises(ValueError, match=f"the loaded state belongs to another damping rule than {name}"):
+            pgdfast.LM([closure.w], damping_rule=rule).load_state_dict(first.state_dict())
 
 
 def test_an_ordinary_step_measures_nothing(monkeypatch):
