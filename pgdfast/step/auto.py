@@ -19,7 +19,8 @@ _BLOCK = 4        # steps of a probe
 _FIRST = 3        # plain steps before a probe
 _GIVE_UP = 0.3    # a probe ends early where it gains less than this part of what plain steps gain
 _LIMITED = 0.9    # a gain ratio above it says that curvature is not what limits mu
-_REGRET = 0.1     # of all operations, what probes in vain may have cost
+_REGRET = 0.1     # of all operations, what probes in vain may have cost for another to begin
+_LOSES = 0.2      # and, with the one under way, for it to go on
 _EXTRA = 3.0      # rounds of correction that a probe is expected to cost in vain
 _USEFUL = 0.2     # corrections go on while at least this part of the late ones ended in a step
 _KEEPS = 0.7      # of averages, from step to step
@@ -57,9 +58,9 @@ class Auto(DampingRule):
     After some plain steps whose gain ratio shows that curvature limits mu, four corrected steps from mu / 3 are a probe. They
     are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns, halfway in
     its logarithm to where it was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes
-    in vain have cost beyond the plain steps that would have gained as much is kept below a tenth of all, a probe ending where
-    it exceeds that: on problems that never gain, that is what the choice may cost. Corrected steps end when few corrections
-    lead to a step.
+    in vain have cost beyond the plain steps that would have gained as much is bounded: none begins above a tenth of all, and
+    none goes on above a fifth. On problems that never gain, that is what the choice may cost. Corrected steps end when few
+    corrections lead to a step.
 
     mu of corrected steps falls by 3, by up to 6 where rounds of correction cost little beside a step, and doubles in vain;
     plain ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are
@@ -153,7 +154,7 @@ class Auto(DampingRule):
         needed = m["probe_fall"] * m["spent"]   # with m["fall"], what plain steps would have needed for the same
         gained = m["fall"] * m["probe_spent"]
         lost = max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0) if m["fall"] > 0 else 0.0
-        over = m["probe_steps"] >= _BLOCK or m["regret"] + lost > _REGRET * m["total"]
+        over = m["probe_steps"] >= _BLOCK or m["regret"] + lost > _LOSES * m["total"]
         if over and needed > gained and m["probe_fall"] > 2 * m["drift"]:
             m.update(mode=CORRECTED, useful=1.0)
         elif over or needed < _GIVE_UP * gained or m["probe_fall"] <= 0:
