@@ -81,7 +81,8 @@ class Auto(DampingRule):
         correctable: is there anything to correct this step with?
         """
         if not correctable:
-            return mu, self.interrupted(memory) | {"mode": PLAIN}
+            known = memory["mode"] != PLAIN or memory["cost"] > 0
+            return mu, self.interrupted(memory) | {"mode": PLAIN} if known else memory
         m = dict(memory)
         if not m["cost"] > 0:
             return mu, m
