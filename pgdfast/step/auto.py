@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from .cost import StepCost
-from .rules import SMALLEST, DampingRule, Delayed, GainRatio, Memory
+from .rules import LARGEST, SMALLEST, DampingRule, GainRatio, Memory, bounded, raised
 
 PLAIN, PROBING, CORRECTED = 0.0, 1.0, 2.0
 MODES = ("plain", "probing", "corrected")
@@ -23,28 +23,47 @@ _REGRET = 0.1     # of all operations, what probes in vain may have cost
 _EXTRA = 3.0      # rounds of correction that a probe is expected to cost in vain
 _USEFUL = 0.2     # corrections go on while at least this part of the late ones ended in a step
 _KEEPS = 0.7      # of averages, from step to step
-_CHEAP = 0.25     # a further attempt that costs less than this part of a linearization may well be in vain
-_ENOUGH = 0.25    # gain ratio of a corrected step after which mu falls
+
+_ENOUGH, _EXACT = 0.25, 0.9       # gain ratios of a corrected step after which mu falls, and after which it may fall faster
+_SLOWEST, _FASTEST = 3.0, 6.0     # by how much mu falls
+_FASTER, _SLOWER = 1.25, 2.0      # by how much that grows and shrinks
+_CHEAP = 0.2      # a round that costs less than this part of a plain step: then more of them are no loss
 
 
-class _Corrected(Delayed):
-    """mu / fall where a step kept a quarter of what it promised, else unchanged; 2 mu after a rejection."""
+class _Corrected(DampingRule):
+    """mu falls by 3 where a step kept a quarter of what it promised, else it stays; 2 mu after a rejection.
+
+    Where rounds are cheap beside a step, the fall grows to 6 while steps keep nearly all that they promise.
+    """
+
+    def __init__(self, smallest: float):
+        self.smallest = smallest
 
     def accepted(self, mu, memory, rho):
-        return super().accepted(mu, memory, rho) if rho > _ENOUGH else (mu, memory)
+        if not rho > _ENOUGH:
+            return mu, {}
+        speed = memory["speed"]
+        if rho > _EXACT and memory["rounds"] < _CHEAP:
+            speed = min(speed * _FASTER, _FASTEST)
+        return bounded(mu / speed, self.smallest, LARGEST), {"speed": speed}
+
+    def rejected(self, mu, memory, rho, curvature):
+        return raised(mu, 2.0, curvature), {"speed": max(memory["speed"] / _SLOWER, _SLOWEST)}
 
 
 class Auto(DampingRule):
     """Nielsen's gain-ratio rule; and, where that pays, corrected steps whose mu falls faster.
 
     After some plain steps whose gain ratio shows that curvature limits mu, four corrected steps from mu / 3 are a probe. They
-    are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns to where it
-    was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes in vain have cost beyond
-    the plain steps that would have gained as much is kept below a tenth of all, a probe ending where it exceeds that: on
-    problems that never gain, that is what the choice may cost. Corrected steps end when few corrections lead to a step.
+    are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns, halfway in
+    its logarithm to where it was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes
+    in vain have cost beyond the plain steps that would have gained as much is kept below a tenth of all, a probe ending where
+    it exceeds that: on problems that never gain, that is what the choice may cost. Corrected steps end when few corrections
+    lead to a step.
 
-    mu of corrected steps falls by 3, by 5 where further attempts cost little beside a linearization, and doubles in vain; plain
-    ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are plain.
+    mu of corrected steps falls by 3, by up to 6 where rounds of correction cost little beside a step, and doubles in vain;
+    plain ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are
+    plain.
 
     smallest: as for GainRatio.
     """
@@ -53,14 +72,14 @@ class Auto(DampingRule):
 
     def __init__(self, smallest: float = SMALLEST):
         self.plain, self.smallest = GainRatio(smallest), smallest
-        self._careful, self._bold = _Corrected(smallest, fall=3.0), _Corrected(smallest, fall=5.0)
+        self._corrected = _Corrected(smallest)
 
     def memory(self) -> Memory:
         """GainRatio's, and: mode, numbers of the last step, averages of plain ones, those of a probe under way."""
         return self.plain.memory() | {
             "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": 1.0, "cost": 0.0, "total": 0.0, "regret": 0.0,
-            "round": math.inf, "retry": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
-            "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "useful": 1.0,
+            "round": math.inf, "rounds": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
+            "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "useful": 1.0, "speed": _SLOWEST,
         }
 
     @property
@@ -94,7 +113,9 @@ class Auto(DampingRule):
         elif m["mode"] == PLAIN:
             m["fall"], m["spent"], m["wait"] = _KEEPS * m["fall"] + fall, _KEEPS * m["spent"] + m["cost"], m["wait"] - 1
             if self._may_probe(m):
-                m.update({"mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0})
+                m.update({
+                    "mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "speed": _SLOWEST,
+                })
                 mu = max(mu / _PUSH, min(mu, self.smallest))
         elif m["useful"] < _USEFUL:
             m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
@@ -108,8 +129,7 @@ class Auto(DampingRule):
         return memory | {
             "loss": report.loss, "after": report.loss_after if kept else report.loss, "useful": useful,
             "ratio": 1.0 if report.gain_ratio is None else report.gain_ratio,
-            "cost": cost.of(report.attempts, report.trials), "round": cost.round,
-            "retry": (cost.attempt + cost.trial) / cost.linearize,
+            "cost": cost.of(report.attempts, report.trials), "round": cost.round, "rounds": cost.round / cost.of(1, 1),
         }
 
     @staticmethod
@@ -139,15 +159,13 @@ class Auto(DampingRule):
             m.update(mode=CORRECTED, useful=1.0)
         elif over or needed < _GIVE_UP * gained or m["probe_fall"] <= 0:
             m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0, regret=m["regret"] + lost)
-            mu = max(mu, m["return"])
+            mu = max(mu, math.sqrt(mu * m["return"]))   # the probe has learned that less than before does, if not how much
         return mu
 
     # --- after an attempt -------------------------------------------------------------------------------------------------
 
     def _rule(self, memory) -> DampingRule:
-        if memory["mode"] == PLAIN:
-            return self.plain
-        return self._bold if memory["retry"] < _CHEAP else self._careful
+        return self.plain if memory["mode"] == PLAIN else self._corrected
 
     def accepted(self, mu, memory, rho):
         """As the mode's rule has it."""
@@ -160,8 +178,8 @@ class Auto(DampingRule):
         return mu, memory | own
 
     def exhausted(self, mu, memory):
-        """As the mode's rule has it."""
-        mu, own = self._rule(memory).exhausted(mu, memory)
+        """As GainRatio has it."""
+        mu, own = self.plain.exhausted(mu, memory)
         return mu, memory | own
 
 
