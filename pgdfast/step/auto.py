@@ -40,7 +40,7 @@ class _Corrected(DampingRule):
         self.smallest = smallest
 
     def accepted(self, mu, memory, rho):
-        if not rho > _ENOUGH:
+        if not rho > _ENOUGH or mu == 0:
             return mu, {}
         speed = memory["speed"]
         if rho > _EXACT and memory["rounds"] < _CHEAP:
