@@ -41,7 +41,7 @@ class _Corrected(DampingRule):
         self.smallest = smallest
 
     def accepted(self, mu, memory, rho):
-        if not rho > _ENOUGH:
+        if not rho > _ENOUGH or mu == 0:
             return mu, {}
         speed = memory["speed"]
         if rho > _EXACT and memory["rounds"] < _CHEAP:
@@ -101,7 +101,8 @@ class Auto(DampingRule):
         correctable: is there anything to correct this step with?
         """
         if not correctable:
-            return mu, self.interrupted(memory) | {"mode": PLAIN}
+            known = memory["mode"] != PLAIN or memory["cost"] > 0
+            return mu, self.interrupted(memory) | {"mode": PLAIN} if known else memory
         m = dict(memory)
         if not m["cost"] > 0:
             return mu, m

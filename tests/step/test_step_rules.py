@@ -70,7 +70,7 @@ def test_targets_that_are_none(bad):
         Longest(target=bad)
 
 
-@pytest.mark.parametrize("name", ["gain-ratio", "delayed", "longest", "sweep"])
+@pytest.mark.parametrize("name", ["auto", "gain-ratio", "delayed", "longest", "sweep"])
 def test_mu_of_zero_grows_to_the_curvature_along_the_step(name):
     rule = chosen_rule(name)
     assert rule.accepted(0.0, rule.memory(), 1.0)[0] == 0.0
