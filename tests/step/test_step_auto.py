@@ -116,10 +116,17 @@ def test_what_a_probe_raises_mu_to_is_kept():
 
 @pytest.mark.parametrize("cost", [COST, COST._replace(round=1.0), COST._replace(round=30.0), COST._replace(linearize=1.0)])
 @pytest.mark.parametrize(("corrected", "rounds"), [(0.1, 1), (0.05, 3), (0.0, 8)])
-def test_probes_that_never_pay_cost_a_tenth_at_most(cost, corrected, rounds):
+def test_probes_that_never_pay_cost_a_bounded_part(cost, corrected, rounds):
     run = Told(cost=cost).steps(200, 0.1, corrected, rounds)
     assert CORRECTED not in run.modes and 0 < run.mu <= 0.7
-    assert run.overspent <= auto._REGRET * run.total + cost.of(1, 1 + rounds)   # the step that exceeded it
+    assert run.overspent <= auto._LOSES * run.total + cost.of(1, 1 + rounds)   # the step that exceeded it
+    again, before = Told(cost=cost), PLAIN
+    for _ in range(200):
+        overspent, total = again.overspent, again.total
+        again.steps(1, 0.1, corrected, rounds)
+        if again.modes[-1] == PROBING != before:   # where a probe begins
+            assert overspent <= auto._REGRET * total
+        before = again.modes[-1]
     if cost.round < 1:
         assert PROBING in run.modes
 
