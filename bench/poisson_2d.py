@@ -74,8 +74,8 @@ def train(widths, seed, levels, limit, clock=time.perf_counter, **options):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rule", default="gain-ratio")
-    parser.add_argument("--acceleration", default="chord")
+    parser.add_argument("--rule", default="auto")
+    parser.add_argument("--acceleration", default="auto")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="of a run (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
