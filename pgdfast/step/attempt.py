@@ -175,6 +175,7 @@ def _further(mu, start, stood, tiny):
     stood = select(stood < reach, stood, reach)
     return select(tiny | (stood < mu), mu, stood)
 
+
 def cond(condition, if_true, if_false):
     """if_true() or if_false(), of the same make: on numbers the one that is asked for, on tensors both, entry by entry."""
     if not isinstance(condition, torch.Tensor):

@@ -122,15 +122,16 @@ class Auto(DampingRule):
             m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
         return mu, m
 
-    def ended(self, memory, report, cost: StepCost):
-        """The memory after a step. cost: of its parts."""
+    def ended(self, memory, report, cost: StepCost, comparable: bool = True):
+        """The memory after a step. cost: of its parts; comparable: will the next step's loss be the same function?"""
         kept, useful = report.status == "accepted", memory["useful"]
         if report.trials > report.attempts or not kept:
             useful = _KEEPS * useful + (1 - _KEEPS) * (kept and (report.correction or 0.0) > 0)
         return memory | {
             "loss": report.loss, "after": report.loss_after if kept else report.loss, "useful": useful,
             "ratio": 1.0 if report.gain_ratio is None else report.gain_ratio,
-            "cost": cost.of(report.attempts, report.trials), "round": cost.round, "rounds": cost.round / cost.of(1, 1),
+            "cost": cost.of(report.attempts, report.trials) if comparable else 0.0,
+            "round": cost.round, "rounds": cost.round / cost.of(1, 1),
         }
 
     @staticmethod

@@ -140,6 +140,10 @@ class Weighted:
         halves = (0.5 * torch.stack(squares)).tolist()
         report.terms = tuple([half / w for half, w in zip(halves, report.weights, strict=True)])
 
+    def keeps(self, b: int) -> bool:
+        """Whether member b's weights are the same in the next step."""
+        return self.next[b] == self.weights[b]
+
     def measure(self, members: list, networks, step: int) -> None:
         """Find the next weights of these step.host.Members, where the step's number says so, after its first solve."""
         if self._measured or len(self._sizes) < 2:

@@ -433,7 +433,7 @@ class HostStep:
                 continue
             moved = m.number in parameters.away
             if m.cost is not None:
-                state = m.learn(options.rule)
+                state = m.learn(options.rule, options.balance is None or self.closure.keeps(m.number))
             memory.update(rule=state.memory, wide=m.wide, keep=m.keep, rejected=state.rejected, momentum=moved)
             memory.pop("captured", None)
             if options.balance is not None:

@@ -33,9 +33,9 @@ class Member:
         self.state = self.state._replace(mu=mu, memory=memory, start=mu)
         self.report.mode = rule.mode(memory)
 
-    def learn(self, rule: DampingRule) -> State:
-        """The state, of whose memory the rule has learned what the step did and cost."""
-        self.state = self.state._replace(memory=rule.ended(self.state.memory, self.report, self.cost))
+    def learn(self, rule: DampingRule, comparable: bool) -> State:
+        """The state, of whose memory the rule has learned what the step did and cost; see Auto.ended."""
+        self.state = self.state._replace(memory=rule.ended(self.state.memory, self.report, self.cost, comparable))
         return self.state
 
     def settled(self, dtype: torch.dtype) -> tuple[float, bool]:

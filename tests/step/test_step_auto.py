@@ -379,3 +379,24 @@ def test_costs_are_the_same_after_a_reload(solver):
     second.load_state_dict(state)
     second.step(closure)
     assert memory_of(second)["members"][0]["rule"] == expected and expected["cost"] > 0
+
+
+def test_a_loss_whose_weights_change_is_not_compared():
+    """With `balance`, the loss after new weights is another function: its fall says nothing of the step."""
+    def problem():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(1, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1)).double()
+        x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+        return net, lambda: (net(x) - torch.sin(5 * x), 1e-3 * (net(x[:1]) - 1))
+
+    net, closure = problem()
+    optimizer = pgdfast.LM(net.parameters(), balance=pgdfast.Balance(every=4))
+    costs, weights = [], []
+    for _ in range(12):
+        optimizer.step(closure)
+        weights.append(optimizer.report.weights)
+        memory, = optimizer.state_dict()["state"][0]["members"]
+        costs.append(memory["rule"]["cost"])
+    changed = [a != b for a, b in zip(weights, weights[1:], strict=False)]
+    assert any(changed) and not all(changed)
+    assert [cost == 0 for cost in costs[:-1]] == changed
