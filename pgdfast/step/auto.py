@@ -123,7 +123,7 @@ class Auto(DampingRule):
         return mu, m
 
     def ended(self, memory, report, cost: StepCost, comparable: bool = True):
-        """The memory after a step. cost: of its parts; comparable: will the next step's loss be the same function?"""
+        """The memory after a step. cost: of its parts; comparable: whether the next loss is the same function."""
         kept, useful = report.status == "accepted", memory["useful"]
         if report.trials > report.attempts or not kept:
             useful = _KEEPS * useful + (1 - _KEEPS) * (kept and (report.correction or 0.0) > 0)
