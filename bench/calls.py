@@ -12,12 +12,12 @@ import pgdfast
 
 from .problems import PROBLEMS
 
-WARM_UP = 30
+WARM_UP = 6   # before the first probe of corrected steps
 LIBRARY = str(Path(pgdfast.__file__).parent)
 
 
 def calls_of_step(name="A", **options):
-    """(module, function) of every call of the library in one accepted step."""
+    """(module, function) of every call of the library in one accepted plain step."""
     problem = PROBLEMS[name]
     model = problem.model()
     closure, optimizer = problem.closure(model), pgdfast.LM(model.parameters(), **options)
@@ -36,7 +36,8 @@ def calls_of_step(name="A", **options):
             optimizer.step(closure)
         finally:
             sys.setprofile(None)
-        if optimizer.report.status == "accepted" and optimizer.report.attempts == 1:
+        report = optimizer.report
+        if report.status == "accepted" and report.attempts == 1 and report.mode in ("", "plain"):
             return calls
 
 
