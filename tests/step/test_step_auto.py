@@ -125,7 +125,7 @@ def test_probes_that_never_pay_cost_a_bounded_part(cost, corrected, rounds):
         overspent, total = again.overspent, again.total
         again.steps(1, 0.1, corrected, rounds)
         if again.modes[-1] == PROBING != before:   # where a probe begins
-            assert overspent <= auto._REGRET * total
+            assert overspent <= auto._LOSES * total
         before = again.modes[-1]
     if cost.round < 1:
         assert PROBING in run.modes
@@ -226,7 +226,7 @@ def test_probes_of_noisy_fits_cost_little():
             counts[optimizer.report.mode] += 1
         if not options:
             memory = memory_of(optimizer)["members"][0]["rule"]
-            assert 0 < memory["regret"] <= auto._REGRET * memory["total"] + cost.of(3, 3 + 3 * 8)   # the step that exceeded it
+            assert 0 < memory["regret"] <= auto._LOSES * memory["total"] + cost.of(3, 3 + 3 * 8)   # the step that exceeded it
     one = spent[""] / counts[""]
     assert spent[PLAIN] / counts[PLAIN] == pytest.approx(one, rel=0.05)
     assert spent[PROBING] - counts[PROBING] * one < 0.2 * spent[""]
