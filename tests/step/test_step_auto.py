@@ -125,7 +125,7 @@ def test_probes_that_never_pay_cost_a_bounded_part(cost, corrected, rounds):
         overspent, total = again.overspent, again.total
         again.steps(1, 0.1, corrected, rounds)
         if again.modes[-1] == PROBING != before:   # where a probe begins
-            assert overspent <= auto._LOSES * total
+            assert overspent <= auto._REGRET * total
         before = again.modes[-1]
     if cost.round < 1:
         assert PROBING in run.modes
