@@ -226,7 +226,7 @@ def test_probes_of_noisy_fits_cost_little():
             counts[optimizer.report.mode] += 1
         if not options:
             memory = memory_of(optimizer)["members"][0]["rule"]
-            assert 0 < memory["regret"] <= auto._REGRET * memory["total"] + cost.of(3, 3 + 3 * 8)   # the step that exceeded it
+            assert 0 < memory["regret"] <= auto._LOSES * memory["total"] + cost.of(3, 3 + 3 * 8)   # the step that exceeded it
     one = spent[""] / counts[""]
     assert spent[PLAIN] / counts[PLAIN] == pytest.approx(one, rel=0.05)
     assert spent[PROBING] - counts[PROBING] * one < 0.2 * spent[""]
