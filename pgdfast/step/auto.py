@@ -59,8 +59,8 @@ class Auto(DampingRule):
     are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns, halfway in
     its logarithm to where it was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes
     in vain have cost beyond the plain steps that would have gained as much is bounded: none begins above a tenth of all, and
-    none goes on above a fifth. On problems that never gain, that is what the choice may cost. Corrected steps end when few
-    corrections lead to a step.
+    none goes on above a fifth. Corrected steps end when few corrections lead to a step, or when late ones gain less than the
+    plain steps before them did.
 
     mu of corrected steps falls by 3, by up to 6 where rounds of correction cost little beside a step, and doubles in vain;
     plain ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are
@@ -76,7 +76,7 @@ class Auto(DampingRule):
         self._corrected = _Corrected(smallest)
 
     def memory(self) -> Memory:
-        """GainRatio's, and: mode, numbers of the last step, averages of plain ones, those of a probe under way."""
+        """GainRatio's, and: mode, numbers of the last step, averages of plain and corrected ones, a probe's sums."""
         return self.plain.memory() | {
             "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": 1.0, "cost": 0.0, "total": 0.0, "regret": 0.0,
             "round": math.inf, "rounds": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
@@ -118,8 +118,11 @@ class Auto(DampingRule):
                     "mode": PROBING, "return": mu, "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "speed": _SLOWEST,
                 })
                 mu = max(mu / _PUSH, min(mu, self.smallest))
-        elif m["useful"] < _USEFUL:
-            m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
+        else:
+            m["probe_fall"] = _KEEPS * m["probe_fall"] + fall
+            m["probe_spent"] = _KEEPS * m["probe_spent"] + m["cost"]
+            if m["useful"] < _USEFUL or m["probe_fall"] * m["spent"] < m["fall"] * m["probe_spent"]:
+                m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
         return mu, m
 
     def ended(self, memory, report, cost: StepCost, comparable: bool = True):
@@ -157,11 +160,13 @@ class Auto(DampingRule):
         gained = m["fall"] * m["probe_spent"]
         lost = max(m["probe_spent"] - max(needed, 0.0) / m["fall"], 0.0) if m["fall"] > 0 else 0.0
         over = m["probe_steps"] >= _BLOCK or m["regret"] + lost > _LOSES * m["total"]
+        poor = needed < _GIVE_UP * gained or m["probe_fall"] <= 0
         if over and needed > gained and m["probe_fall"] > 2 * m["drift"]:
             m.update(mode=CORRECTED, useful=1.0)
-        elif over or needed < _GIVE_UP * gained or m["probe_fall"] <= 0:
+        elif over or poor:
             m.update(mode=PLAIN, wait=float(_FIRST), nu=2.0, regret=m["regret"] + lost)
-            mu = max(mu, math.sqrt(mu * m["return"]))   # the probe has learned that less than before does, if not how much
+            # A probe that gained has learned that a smaller mu does, if not how small a one for plain steps.
+            mu = max(mu, m["return"] if poor else math.sqrt(mu * m["return"]))
         return mu
 
     # --- after an attempt -------------------------------------------------------------------------------------------------
