@@ -90,7 +90,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
             and imaginary parts, as in torch.optim: two numbers for each entry, each with a column of J.
         lr (float or tensor, default 1): step length. 1 is the full step; smaller for new batches at every step. A rate kept
             from Adam, such as 1e-3, makes LM a thousand times slower.
-        damping (None, float >= 0 or callable, default None): mu to begin with. None finds it at the first step: 1e-3 with
+        damping (None, float >= 0 or callable, default None): mu to begin with. None finds it at the first step: 1e-4 with
             Marquardt's D, else 1e-3 times the loss's curvature along its gradient, for two products with J; then c times the
             residuals take the same steps. For "constant", None is 1e-2; a callable step -> mu goes with that rule alone. 0
             means Gauss-Newton, with the pseudo-inverse cut at `rcond`.

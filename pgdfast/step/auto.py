@@ -28,6 +28,7 @@ _KEEPS = 0.7      # of averages, from step to step
 _ENOUGH, _EXACT = 0.25, 0.9       # gain ratios of a corrected step after which mu falls, and after which it may fall faster
 _SLOWEST, _FASTEST = 3.0, 6.0     # by how much mu falls
 _FASTER, _SLOWER = 1.25, 2.0      # by how much that grows and shrinks
+_LINEAR, _EAGER = 0.03, 4.0       # two plain steps in a row whose gain ratio is so near 1 lower mu so much further
 _CHEAP = 0.2      # a round that costs less than this part of a plain step: then more of them are no loss
 
 
@@ -63,8 +64,8 @@ class Auto(DampingRule):
     plain steps before them did.
 
     mu of corrected steps falls by 3, by up to 6 where rounds of correction cost little beside a step, and doubles in vain;
-    plain ones are GainRatio's. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all are
-    plain.
+    plain ones are GainRatio's, but for a fall by a further 4 where the model predicts the loss to 3 % twice in a row. Where
+    there is nothing to correct with (ensembles, losses that are no sums of squares), all steps are GainRatio's.
 
     smallest: as for GainRatio.
     """
@@ -78,7 +79,7 @@ class Auto(DampingRule):
     def memory(self) -> Memory:
         """GainRatio's, and: mode, numbers of the last step, averages of plain and corrected ones, a probe's sums."""
         return self.plain.memory() | {
-            "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": 1.0, "cost": 0.0, "total": 0.0, "regret": 0.0,
+            "mode": PLAIN, "loss": math.nan, "after": math.nan, "ratio": math.nan, "cost": 0.0, "total": 0.0, "regret": 0.0,
             "round": math.inf, "rounds": 1.0, "fall": 0.0, "spent": 0.0, "drift": 0.0, "wait": float(_FIRST),
             "probe_steps": 0.0, "probe_fall": 0.0, "probe_spent": 0.0, "return": 0.0, "useful": 1.0, "speed": _SLOWEST,
         }
@@ -91,7 +92,7 @@ class Auto(DampingRule):
     def interrupted(self, memory):
         """Nothing is known of the last steps, and mu has moved: a probe is over, and averages begin anew."""
         mode = CORRECTED if memory["mode"] == CORRECTED else PLAIN
-        return memory | {"mode": mode, "cost": 0.0, "fall": 0.0, "spent": 0.0, "wait": float(_FIRST)}
+        return memory | {"mode": mode, "cost": 0.0, "ratio": math.nan, "fall": 0.0, "spent": 0.0, "wait": float(_FIRST)}
 
     # --- before and after a step ------------------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ class Auto(DampingRule):
             useful = _KEEPS * useful + (1 - _KEEPS) * (kept and (report.correction or 0.0) > 0)
         return memory | {
             "loss": report.loss, "after": report.loss_after if kept else report.loss, "useful": useful,
-            "ratio": 1.0 if report.gain_ratio is None else report.gain_ratio,
+            "ratio": math.nan if report.gain_ratio is None else report.gain_ratio,
             "cost": cost.of(report.attempts, report.trials) if comparable else 0.0,
             "round": cost.round, "rounds": cost.round / cost.of(1, 1),
         }
@@ -177,6 +178,8 @@ class Auto(DampingRule):
     def accepted(self, mu, memory, rho):
         """As the mode's rule has it."""
         mu, own = self._rule(memory).accepted(mu, memory, rho)
+        if memory["mode"] == PLAIN and abs(rho - 1) < _LINEAR > abs(memory["ratio"] - 1):
+            mu = max(mu / _EAGER, min(mu, self.smallest))   # the model holds: mu alone is in the way
         return mu, memory | own
 
     def rejected(self, mu, memory, rho, curvature):

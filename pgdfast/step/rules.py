@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 SMALLEST, LARGEST = 1e-250, 1e250   # they keep mu and its products finite, and bind on no sensible scale
-START = 1e-3   # the first mu over its scale, where none is given
+START, SCALED_START = 1e-3, 1e-4   # the first mu over its scale, where none is given; with Marquardt's D
 RESOLVED = 1e-3   # part of g . delta that the loss's own curvature must make up to be told from rounding
 RANGE = 1e20   # how far from the curvature along a step mu may go
 HELD = 1e36    # that float32 holds, with its inverse

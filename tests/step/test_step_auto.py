@@ -401,3 +401,17 @@ def test_a_loss_whose_weights_change_is_not_compared():
     changed = [a != b for a, b in zip(weights, weights[1:], strict=False)]
     assert any(changed) and not all(changed)
     assert [cost == 0 for cost in costs[:-1]] == changed
+
+
+def test_a_model_that_holds_lowers_mu_faster():
+    """Two gain ratios of 1 in a row say that only mu is in the way; one does not, and 0.9 is not near enough."""
+    def factor(*ratios):
+        run = Told()
+        for ratio in ratios:
+            before = run.mu
+            run.steps(1, 0.1, 0.1, ratio=ratio)
+        return before / run.mu
+
+    assert factor(1.0) == factor(0.5, 1.0) == factor(0.95, 1.0) == pytest.approx(3)
+    assert factor(1.0, 1.02) == factor(0.98, 1.0) == pytest.approx(3 * auto._EAGER)
+    assert factor(1.0, 0.9) < 3

@@ -161,7 +161,7 @@ def test_captured_steps_find_the_same_mu(steps):
     ends = []
     for captured in (False, True):
         params, closure = nearly_linear(1e-2)
-        optimizer = pgdfast.LM(params)
+        optimizer = pgdfast.LM(params, damping_rule="gain-ratio")
         step = pgdfast.CapturedStep(optimizer, closure).step if captured else lambda o=optimizer, c=closure: o.step(c)
         for _ in range(steps):
             step()
