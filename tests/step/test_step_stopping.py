@@ -362,6 +362,9 @@ def test_no_learning_rate_is_no_convergence():
     optimizer = pgdfast.LM([p], lr=0.0)
     assert run(optimizer, lambda: p - 3, 1) == ["accepted"] and p.item() == 1.0
     assert "every learning rate is 0" in optimizer.report.advice and not optimizer.report.finished
+    captured = pgdfast.LM([p], lr=0.0)
+    pgdfast.CapturedStep(captured, lambda: p - 3).step()
+    assert captured.report.status == "accepted" and "every learning rate is 0" in captured.report.advice
     optimizer.param_groups[0]["lr"] = 1.0
     assert run(optimizer, lambda: p - 3, 20)[-1] == "converged" and p.item() == pytest.approx(3.0)
 
