@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from itertools import compress
 from operator import is_, itemgetter
 from typing import Any, Generic, Literal, TypeVar, cast, overload
 
@@ -280,6 +281,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
         if self._captured is not None:
             self._captured.settle()
         params, rates, decays = self._trainable()
+        if 0.0 in rates[0]:
+            params, rates, decays = _moving(params, rates, decays)
         memory, tools = self._memory(), self._tools
         parameters = tools.parameters
         if parameters is None or len(parameters.params) != len(params) or not all(map(is_, parameters.params, params)):
@@ -346,6 +349,15 @@ class LM(torch.optim.Optimizer, Generic[R]):
 
 _GIVEN = 1e-2   # mu of the constant rule
 _FLOAT32 = torch.finfo(torch.float32).max
+
+
+def _moving(params, rates, decays) -> tuple[list[torch.Tensor], list[list[float]], list[list[float]]]:
+    """The parameters that some member has a learning rate above 0 for, as if the others were frozen; all, if there are none."""
+    kept = [any(each) for each in zip(*rates, strict=True)]
+    if not any(kept):
+        return params, rates, decays
+    rates, decays = ([list(compress(each, kept)) for each in lists] for lists in (rates, decays))
+    return list(compress(params, kept)), rates, decays
 
 
 def _check_range(mu: float, params: list[torch.Tensor]) -> None:

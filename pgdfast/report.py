@@ -167,6 +167,13 @@ _SUSPECTS = (
 )
 
 
+NO_RATE = "every learning rate is 0, so that steps move nothing; this is not convergence"
+NO_EFFECT = (
+    "this is not convergence: every derivative of the residuals is 0 here, so that no step changes them (dead or saturated "
+    "units, underflow, tiny units). Start elsewhere, scale the residuals up, or use float64"
+)
+
+
 def advice(report: Report, solution, failures: int) -> str:
     """What to do about a step; empty where nothing is to be done. failures: solves of it that gave no usable step."""
     if report.status == "rejected":
@@ -199,8 +206,8 @@ def stall(report: Report, in_a_row: int, at_bound: bool, eps: float) -> str:
 
 def no_more_promised(report: Report, in_a_row: int, eps: float) -> bool:
     """Whether steps in a row found no descent, the last of them down to promises of rounding."""
-    promised = report.predicted_reduction
-    return in_a_row >= _REJECTED_IN_A_ROW and promised is not None and abs(promised) <= SUMS * eps * abs(report.loss)
+    promised, size = report.predicted_reduction, abs(report.loss)   # a loss of exactly 0 has no rounding to compare with
+    return in_a_row >= _REJECTED_IN_A_ROW and promised is not None and (size == 0 or abs(promised) <= SUMS * eps * size)
 
 
 def not_repeatable(first: float, second: float) -> str:

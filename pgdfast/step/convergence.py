@@ -66,11 +66,12 @@ class Facts(NamedTuple):
 class Measures(NamedTuple):
     """How stationary a point is, in the norm of D, the lengths ||J_j|| of the columns of J.
 
-    steepest: max_j |g_j| / ||J_j||, so that a step along parameter j alone gains half its square; residual: ||r||; parameters,
-    step: ||D theta||, ||D delta||.
+    steepest: max_j |g_j| / ||J_j||, so that a step along parameter j alone gains half its square; longest: max_j ||J_j||;
+    residual: ||r||; parameters, step: ||D theta||, ||D delta||.
     """
 
     steepest: float
+    longest: float
     residual: float
     parameters: float
     step: float
@@ -87,9 +88,9 @@ def measured(lin, loss: float, theta: torch.Tensor, step: torch.Tensor, moves: t
         steepest = torch.where(moves, steepest, 0.0)
     lengths = [(squares * x.double().square()).sum().sqrt() for x in (theta, step)]
     residual = lin.residual.double().square().sum()   # of a loss that is no sum of squares: those of its convex model
-    numbers = torch.stack([steepest.max(), residual.sqrt(), *lengths]).tolist()
+    numbers = torch.stack([steepest.max(), squares.max().sqrt(), residual.sqrt(), *lengths]).tolist()
     if lin.has_squares_only:   # penalties included
-        numbers[1] = math.sqrt(2 * abs(loss))
+        numbers[2] = math.sqrt(2 * abs(loss))
     return Measures(*numbers)
 
 
@@ -111,7 +112,8 @@ def met(
     ftol, xtol, gtol = tolerances.ftol, tolerances.xtol, tolerances.gtol
     if not all(map(math.isfinite, m)):
         return ""
-    if xtol != 0 and squares and m.residual <= _ROUNDING * eps * m.parameters or facts.loss == 0 and m.steepest == 0:
+    vanishing = squares and m.residual <= _ROUNDING * eps * m.parameters
+    if xtol != 0 and vanishing or facts.loss == 0 and (m.steepest == 0 or in_vain):
         return exact(facts.loss, dtype)
     wide = _ROUNDING * eps if gtol is None else max(gtol, _ROUNDING * eps)
     rounding = m.steepest <= _ROUNDING * eps * m.residual

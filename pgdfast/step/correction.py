@@ -124,7 +124,7 @@ def chosen_acceleration(given) -> Acceleration | None:
         if given in ACCELERATIONS:
             return ACCELERATIONS[given]()
         names = ", ".join(repr(name) for name in ACCELERATIONS)
-        raise ValueError(f"pgdfast.LM: unknown acceleration {given!r}; use None, {names}, or an object with correct().")
+        raise ValueError(f"pgdfast.LM: unknown acceleration {given!r}; use 'auto', None, {names}, or an object with correct().")
     if isinstance(given, Acceleration):
         return given
     raise TypeError(

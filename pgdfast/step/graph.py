@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..report import Report, advice, holds_few_digits, loss_test, stall
+from ..report import NO_RATE, Report, advice, holds_few_digits, loss_test, stall
 from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, demanded, judge, without_damping
@@ -19,7 +19,7 @@ from .evaluate import loss_at
 from .rules import RESOLVED, DampingRule, bounded, bounds, largest
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite
-_REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised", "possible")
+_REPORTED = ("loss", "after", "ratio", "predicted", "damping", "status", "attempts", "in_a_row", "promised", "possible", "rate")
 
 
 class StepPlan(NamedTuple):
@@ -99,7 +99,7 @@ class GraphStep:
             status = torch.where(alive, verdict.status, _NOT_FINITE)
             ratio = torch.where(trial.usable, verdict.ratio, math.nan)
             report = (loss, torch.where(verdict.kept, after, loss), ratio, trial.predicted, mu, status, attempt + 1,
-                      torch.where(over, state.rejected, 0.0), state.promised, possible)
+                      torch.where(over, state.rejected, 0.0), state.promised, possible, self.rates.max())
             following, report = (torch.stack([x.double() for x in numbers]) for numbers in (following, report))
             self.numbers.copy_(torch.cat([torch.where(alive, following, old), report]))
             lin.release()
@@ -176,6 +176,9 @@ class GraphStep:
         predicted = math.inf if report.predicted_reduction is None else report.predicted_reduction
         facts = Facts(report.loss, possible, change, predicted, math.inf)
         kept, rounding = number % 2 == 1, STATUS[number] == "converged"
+        if rounding and seen["rate"] == 0:
+            report.status, report.advice = "accepted" if kept else "rejected", NO_RATE
+            return
         if report.status == "rejected" and in_a_row and promised <= rounding_of(size, eps, True):
             rounding, facts = True, facts._replace(possible=promised)
         if ftol == 0:

@@ -23,7 +23,8 @@ class Member:
         self.number, self.memory, self.report = number, memory, report
         self.state = State(mu, memory["rule"], mu, 0, memory["rejected"])
         self.wide, self.keep, self.failures = memory["wide"], memory["keep"], 0
-        self.curvature, self.scaled = memory.get("curvature", math.nan), memory.get("scaled")   # states of old have none
+        self.curvature = memory.get("curvature", math.nan)   # former states have neither
+        self.scaled = memory.get("scaled", False)
         self.prior = self.solution = self.trial = self.acceleration = self.cost = None
         self.why = ""   # advice beside that of advice()
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .choice import RULES
 from .rules import DampingRule
 
 
@@ -43,10 +44,23 @@ def checked(memory: dict, rule: DampingRule, count: int) -> dict:
     for member in members:
         if set(member["rule"]) != wanted or (member["damping"] is None) == adaptive:
             raise ValueError(
-                f"pgdfast.LM: the loaded state belongs to another damping rule than {type(rule).__name__} (it remembers "
-                f"{', '.join(member['rule']) or 'nothing'}); make the LM with the rule that it was saved with."
+                f"pgdfast.LM: the loaded state was saved under {_saved_under(member)}, and this LM has {type(rule).__name__}; "
+                "make the LM with the damping_rule and acceleration that the state was saved with."
             )
     return memory
+
+
+def _saved_under(member: dict) -> str:
+    """The rules that remember what this member does, in words."""
+    names = [
+        repr(name) for name, rule in RULES.items()
+        if set(rule().memory()) == set(member["rule"]) and rule.tries == (member["damping"] is not None)
+    ]
+    if names == ["'gain-ratio'"]:
+        return "damping_rule='gain-ratio' (the former default, with acceleration=None)"
+    if names:
+        return f"damping_rule={' or '.join(names)}"
+    return f"a damping rule that remembers {', '.join(member['rule']) or 'nothing'}"
 
 
 def share_of(state: dict, b: int) -> dict:

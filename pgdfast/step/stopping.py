@@ -11,12 +11,23 @@ from functools import partial
 
 import torch
 
-from ..report import advice, holds_few_digits, left_out, no_more_promised, not_repeatable, stall, too_damped
-from .attempt import Verdict, without_damping
+from ..report import (
+    NO_EFFECT,
+    NO_RATE,
+    advice,
+    holds_few_digits,
+    left_out,
+    no_more_promised,
+    not_repeatable,
+    stall,
+    too_damped,
+)
+from .attempt import STATUS, Verdict, without_damping
 from .convergence import Facts, Tolerances, measured, met, rounding_of, worth_measuring
 from .quadratic_model import slope_and_bend
 
 _NONE = float("nan")
+_NOT_KEPT, _CONVERGED, _STALLED = map(STATUS.index, ("rejected", "converged", "stalled"))   # 1 more: the step was kept
 
 
 def promised_without_damping(step, m, solution) -> float:
@@ -36,32 +47,32 @@ def looked_into(step, m, verdict: Verdict, falls: bool) -> Verdict:
     falls: can mu fall?
     """
     trial, options = m.trial, step.options
-    m.why, by_test = _met(step, m, rounding_of(trial.loss, step.eps, m.state.rejected > 0), trial.possible)
+    m.why, meaning = _met(step, m, rounding_of(trial.loss, step.eps, m.state.rejected > 0), trial.possible)
     if m.why:
-        return verdict._replace(ended=True, hidden=False, ratio=_NONE, status=(6 if by_test else 4) + verdict.kept)
+        return verdict._replace(ended=True, hidden=False, ratio=_NONE, status=meaning + verdict.kept)
     if not verdict.ended and not verdict.tiny:
         return verdict
     cut = m.solution.cut and left_out(m.solution.cut, min(m.report.residuals, m.report.parameters), options.rcond)
     if not options.predicts:
         m.why = cut or ""
-        return verdict._replace(ended=False, status=5)
+        return verdict._replace(ended=False, status=_NOT_KEPT + 1)
     if not abs(trial.loss - trial.after) <= rounding_of(trial.loss, step.eps, True) and not _repeats(step, m):
-        return verdict._replace(kept=False, ended=True, hidden=False, ratio=_NONE, status=8)
+        return verdict._replace(kept=False, ended=True, hidden=False, ratio=_NONE, status=_STALLED)
     if falls:
-        return verdict._replace(kept=False, ended=False, hidden=True, status=4)
+        return verdict._replace(kept=False, ended=False, hidden=True, status=_NOT_KEPT)
     if cut:
         m.why = cut
-        return verdict._replace(ended=True, ratio=_NONE, status=8 + verdict.kept)
+        return verdict._replace(ended=True, ratio=_NONE, status=_STALLED + verdict.kept)
     kept = trial.found and trial.after < trial.loss
-    return verdict._replace(kept=kept, ended=False, status=4 + kept)
+    return verdict._replace(kept=kept, ended=False, status=_NOT_KEPT + kept)
 
 
 def tested(step, m, verdict: Verdict) -> Verdict:
     """The verdict on a step that was kept, where tests wider than rounding were asked for."""
     if worth_measuring(_facts(step, m, m.trial.possible), step.options.tolerances):
-        words, by_test = _met(step, m, rounding_of(m.trial.loss, step.eps, False), m.trial.possible)
-        if words and by_test:
-            m.why, verdict = words, verdict._replace(status=7)
+        words, meaning = _met(step, m, rounding_of(m.trial.loss, step.eps, False), m.trial.possible)
+        if words and meaning == _CONVERGED:
+            m.why, verdict = words, verdict._replace(status=_CONVERGED + 1)
     return verdict
 
 
@@ -70,10 +81,10 @@ def in_vain(step, m) -> None:
     promised, rounding = m.state.promised, rounding_of(m.trial.loss, step.eps, True)
     m.trial = m.trial._replace(after=m.trial.loss)
     flat = no_more_promised(m.report, m.state.rejected, step.eps)
-    m.why, by_test = _met(step, m, rounding, math.inf if promised != promised else promised, flat)
-    if m.why and by_test:
-        m.report.status = "converged"
-    elif not m.why and m.state.rejected > 1:   # the second step in a row
+    m.why, meaning = _met(step, m, rounding, math.inf if promised != promised else promised, flat)
+    if m.why:
+        m.report.status = STATUS[meaning]
+    elif m.state.rejected > 1:   # the second step in a row
         if not _repeats(step, m):
             m.report.status = "stalled"
         elif m.state.start <= step.options.rule.smallest and abs(m.trial.predicted) <= rounding < promised:
@@ -104,19 +115,25 @@ def _facts(step, m, possible: float) -> Facts:
     )
 
 
-def _met(step, m, limit: float, possible: float, in_vain: bool = False) -> tuple[str, bool]:
-    """(which test of convergence the member meets, in words, or ""; is it one that was asked for?).
+def _met(step, m, limit: float, possible: float, in_vain: bool = False) -> tuple[str, int]:
+    """(what ends the member's step here, in words, or ""; the status that it means).
 
-    Cost: the gradient and diag(J^T J).
+    A test of convergence that was asked for; one that was turned off; or that no parameter can move or has an effect. Cost: the
+    gradient and diag(J^T J).
     """
     b, parameters, loss, tolerances = m.number, step.parameters, m.trial.loss, step.options.tolerances
     network, move = partial(step.networks.member, b), parameters.scaled(b, m.solution.step)
-    measures = step.at_theta(m, lambda: measured(network(), loss, parameters.theta(b), move, parameters.moving(b)))
+    moving = parameters.moving(b)
+    if moving is not None and not moving.any():
+        return NO_RATE, _NOT_KEPT
+    measures = step.at_theta(m, lambda: measured(network(), loss, parameters.theta(b), move, moving))
+    if measures.longest == 0 and measures.residual > 0:
+        return NO_EFFECT, _STALLED
     facts, kind = _facts(step, m, possible), (step.loss.dtype, step.networks.lin.has_squares_only)
     words = met(facts, measures, tolerances, limit, *kind, in_vain)
     if words or not met(facts, measures, Tolerances(), limit, *kind, in_vain):
-        return words, True
-    return "nothing more than rounding can be gained, and the test that says so is turned off", False
+        return words, _CONVERGED
+    return "nothing more than rounding can be gained, and the test that says so is turned off", _NOT_KEPT
 
 
 def _repeats(step, m) -> bool:

@@ -253,7 +253,7 @@ def test_choice_of_a_correction():
     assert chosen_acceleration("chord") == Chord()
     own = Chord(rounds=2)
     assert chosen_acceleration(own) is own
-    with pytest.raises(ValueError, match="unknown acceleration 'newton'; use None, 'geodesic', 'chord', or an object"):
+    with pytest.raises(ValueError, match="unknown acceleration 'newton'; use 'auto', None, 'geodesic', 'chord', or an object"):
         chosen_acceleration("newton")
     with pytest.raises(TypeError, match="has no correct"):
         chosen_acceleration(3)

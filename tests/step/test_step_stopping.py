@@ -341,7 +341,7 @@ def test_the_state_of_another_rule_is_refused():
     first = pgdfast.LM([closure.w], damping_rule="delayed")
     first.step(closure)
     for rule, name in (("gain-ratio", "GainRatio"), ("auto", "Auto")):
-        with pytest.raises(ValueError, match=f"the loaded state belongs to another damping rule than {name}"):
+        with pytest.raises(ValueError, match=f"saved under damping_rule='delayed' or .*, and this LM has {name};"):
             pgdfast.LM([closure.w], damping_rule=rule).load_state_dict(first.state_dict())
 
 
@@ -354,3 +354,57 @@ def test_an_ordinary_step_measures_nothing(monkeypatch):
         optimizer.step(closure_of(p))
     assert optimizer.report.status == "accepted" and not asked
     assert not Tolerances().asked and Tolerances(ftol=1e-8).asked and not Tolerances(ftol=0).asked
+
+
+def test_no_learning_rate_is_no_convergence():
+    """A warm-up begins at 0."""
+    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    optimizer = pgdfast.LM([p], lr=0.0)
+    assert run(optimizer, lambda: p - 3, 1) == ["accepted"] and p.item() == 1.0
+    assert "every learning rate is 0" in optimizer.report.advice and not optimizer.report.finished
+    captured = pgdfast.LM([p], lr=0.0)
+    pgdfast.CapturedStep(captured, lambda: p - 3).step()
+    assert captured.report.status == "accepted" and "every learning rate is 0" in captured.report.advice
+    optimizer.param_groups[0]["lr"] = 1.0
+    assert run(optimizer, lambda: p - 3, 20)[-1] == "converged" and p.item() == pytest.approx(3.0)
+
+
+def test_a_group_without_a_learning_rate_is_as_if_frozen():
+    """The others solve for what they can reach alone: their steps count on no part that then stays."""
+    ends = []
+    for frozen in (False, True):
+        model = mlp(1, 8, 1)
+        x = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None]
+        params = list(model.parameters())
+        for p in params[2:] if frozen else ():
+            p.requires_grad_(False)
+        still = [p.detach().clone() for p in params[2:]]
+        optimizer = pgdfast.LM([{"params": params[:2]}, {"params": params[2:], "lr": 0.0 if not frozen else 1.0}])
+        for _ in range(10):
+            loss = optimizer.step(lambda model=model, x=x: F.mse_loss(model(x), torch.sin(4 * x)))
+        assert all(map(torch.equal, params[2:], still)) and optimizer.report.parameters == 16
+        ends.append(float(loss))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["dead", "underflow"])
+def test_residuals_without_a_derivative_are_no_convergence(name, backend):
+    p = torch.ones(2, requires_grad=True)
+    closure = {"dead": lambda: torch.relu(p - 1e3) - 1, "underflow": lambda: 1e-25 * (p - 3)}[name]
+    dtype = torch.float64 if backend == "reference" and name == "underflow" else torch.float32
+    optimizer = pgdfast.LM([p], backend=backend)
+    if dtype == torch.float64:   # where nothing underflows
+        assert run(optimizer, closure, 30)[-1] == "converged" and p.tolist() == pytest.approx([3.0, 3.0], rel=1e-3)
+        return
+    assert run(optimizer, closure, 3)[-1] == "stalled" and p.tolist() == [1.0, 1.0]
+    assert "every derivative of the residuals is 0" in optimizer.report.advice
+
+
+def test_a_cross_entropy_of_zero_has_converged():
+    """Its rounding is not relative to it: steps still promise something, and change nothing."""
+    w = torch.tensor([[1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    x, y = torch.ones(4, 1, dtype=torch.float64), torch.ones(4, dtype=torch.long)
+    optimizer = pgdfast.LM([w])
+    assert run(optimizer, lambda: F.cross_entropy(x @ w, y), 100)[-1] == "converged" and optimizer.report.loss == 0
+    assert optimizer.report.advice.startswith("the loss is 0")
