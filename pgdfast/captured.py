@@ -10,7 +10,7 @@ from .linear import Linearizer
 from .lm import LM
 from .report import LateReport
 from .solve import direct
-from .step import START, gradient_curvature
+from .step import first_damping, gradient_curvature
 from .step.graph import GraphStep, StepPlan
 
 _SCALED = "scaling='marquardt'"
@@ -113,7 +113,7 @@ class CapturedStep:
             )
         if self._tries and curvature != curvature:
             curvature = gradient_curvature(self._look()) or 1.0
-            mu = mu if mu == mu else max(START * curvature, self._optimizer._options.rule.smallest)
+            mu = mu if mu == mu else first_damping(curvature, self._optimizer._options.rule)
         _check_positive(mu)
         state = {
             "mu": mu, "start": mu, "attempt": 0, "rejected": member["rejected"], "promised": math.nan, "curvature": curvature,

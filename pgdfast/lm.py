@@ -87,7 +87,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
     functions of the model's outputs take the generalized Gauss-Newton matrix.
 
     Args:
-        params: tensors or parameter groups; groups may have their own lr and weight_decay. A complex tensor counts as its real
+        params: tensors or parameter groups; groups may have their own lr and weight_decay. A group at lr 0 is left out of
+            the solve, as if frozen. A complex tensor counts as its real
             and imaginary parts, as in torch.optim: two numbers for each entry, each with a column of J.
         lr (float or tensor, default 1): step length. 1 is the full step; smaller for new batches at every step. A rate kept
             from Adam, such as 1e-3, makes LM a thousand times slower.

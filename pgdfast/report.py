@@ -19,12 +19,13 @@ class Report:
     status: "accepted"; "rejected" (no trial descended; parameters as before); "failed" (no usable solve); "converged";
     "stalled"; "empty" (no residuals); "none" (before the first step).
     Converged: the loss, step or gradient test holds, so by the model without damping nothing more than the tolerances can be
-    gained; a last step that did not raise the loss was kept. Stalled: the model promises more, and yet no step descends.
+    gained; a last step that did not raise the loss was kept. Stalled: no step descends, and this is not
+    convergence.
     advice: which test was met, or what to do about a step; "" where there is nothing to say. solver and reason: what solved
     and why it was chosen. solve_status, iterations, residual_norm: of the last solve (the norm is known for CG and LSMR; a
     truncated one is an earlier iterate of it). cut: directions that the pseudo-inverse of damping 0 left out.
     correction: length of the second-order correction over that of the step, with acceleration. mode: of the rule "auto":
-    "plain", "probing" or "corrected".
+    "plain", "probing" or "corrected"; "" under other rules and of captured steps.
     attempts: steps tried, by a solve at another damping or truncation; trials: runs of the closure after the first;
     line_search: accepted t, None without a search. momentum: beta of the step; 0 where there was no last step, or where it was
     dropped because a trial with it did not descend. weights, terms: with `balance`, w_k and the unweighted 1/2 ||r_k||^2 of

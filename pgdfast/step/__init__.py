@@ -16,13 +16,13 @@ from .options import StepOptions, StepTools
 from .parameters import Parameters, Point
 from .quadratic_model import gradient_curvature
 from .rng_replay import MovedGenerators, RandomReplay
-from .rules import START, Constant, DampingRule, Delayed, GainRatio, Longest, Sweep
+from .rules import Constant, DampingRule, Delayed, GainRatio, Longest, Sweep, first_damping
 
 __all__ = [
-    "ATTEMPTS", "RULES", "START", "STATUS", "Acceleration", "Armijo", "Auto", "Balance", "Chord", "Constant", "DampingRule",
+    "ATTEMPTS", "RULES", "STATUS", "Acceleration", "Armijo", "Auto", "Balance", "Chord", "Constant", "DampingRule",
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "Longest", "MovedGenerators", "Parameters",
     "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict", "Weighted",
     "advance", "check_balance", "checked", "checked_constraint", "checked_momentum", "chosen_balance", "chosen_search",
-    "chosen_together", "demanded", "each_of", "gradient_curvature", "half_square", "joined", "judge", "new_memory",
-    "out_of_memory", "share_of",
+    "chosen_together", "demanded", "each_of", "first_damping", "gradient_curvature", "half_square", "joined", "judge",
+    "new_memory", "out_of_memory", "share_of",
 ]

@@ -122,7 +122,7 @@ class Auto(DampingRule):
         else:
             m["probe_fall"] = _KEEPS * m["probe_fall"] + fall
             m["probe_spent"] = _KEEPS * m["probe_spent"] + m["cost"]
-            if m["useful"] < _USEFUL or m["probe_fall"] * m["spent"] < m["fall"] * m["probe_spent"]:
+            if m["useful"] < _USEFUL or m["probe_fall"] * m["spent"] < max(m["fall"], 0.0) * m["probe_spent"]:
                 m.update(mode=PLAIN, wait=float(_FIRST), fall=0.0, spent=0.0)
         return mu, m
 

@@ -24,7 +24,7 @@ from .options import StepOptions, StepTools
 from .parameters import Point
 from .quadratic_model import curvature, gradient_curvature, slope_and_bend
 from .rng_replay import RandomReplay
-from .rules import HELD, SCALED_START, START, largest
+from .rules import HELD, first_damping, largest
 from .scaling import is_scaled, marquardt
 from .stopping import in_vain, looked_into, promised_without_damping, say, tested
 
@@ -138,7 +138,7 @@ class HostStep:
         if scale:
             m.curvature = scale
         if m.state.mu != m.state.mu:
-            mu = max((SCALED_START if m.scaled else START) * (scale or 1.0), self.options.rule.smallest)
+            mu = first_damping(scale, self.options.rule, m.scaled)
             m.state = m.state._replace(mu=mu, start=mu)
 
     # --- solve ------------------------------------------------------------------------------------------------------------

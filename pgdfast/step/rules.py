@@ -57,6 +57,14 @@ def raised(mu, factor, curvature: Callable[[], float]):
     return bounded(mu * factor, 0.0, LARGEST)
 
 
+def first_damping(scale: float, rule: DampingRule, scaled: bool = False) -> float:
+    """The first mu where none is given.
+
+    scale: its scale, a curvature in the norm of D; 0 where there is none. scaled: is D Marquardt's?
+    """
+    return max((SCALED_START if scaled else START) * (scale or 1.0), rule.smallest)
+
+
 class DampingRule(ABC):
     """A damping rule; subclass it, and define `accepted` and `rejected`, for one of your own.
 

@@ -20,7 +20,8 @@ from helpers import (
 )
 
 import pgdfast
-from pgdfast.step import START, gradient_curvature
+from pgdfast.step import gradient_curvature
+from pgdfast.step.rules import START
 
 ADAPTIVE = ("gain-ratio", "delayed", "sweep")
 OPTIONS = [{"damping_rule": rule} for rule in ADAPTIVE] + [{"damping_rule": "delayed", "acceleration": "chord"}]
