@@ -29,6 +29,7 @@ _ENOUGH, _EXACT = 0.25, 0.9       # gain ratios of a corrected step after which 
 _SLOWEST, _FASTEST = 3.0, 6.0     # by how much mu falls
 _FASTER, _SLOWER = 1.25, 2.0      # by how much that grows and shrinks
 _LINEAR, _EAGER = 0.03, 4.0       # two plain steps in a row whose gain ratio is so near 1 lower mu so much further
+_SAME = 1e-6      # of ln(loss) between a step's end and the next one's start: the batch is the same
 _CHEAP = 0.2      # a round that costs less than this part of a plain step: then more of them are no loss
 
 
@@ -58,14 +59,15 @@ class Auto(DampingRule):
 
     After some plain steps whose gain ratio shows that curvature limits mu, four corrected steps from mu / 3 are a probe. They
     are gone on with if ln(loss) fell by more per operation than over the plain steps before; otherwise mu returns, halfway in
-    its logarithm to where it was. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What probes
-    in vain have cost beyond the plain steps that would have gained as much is bounded: none begins above a tenth of all, and
-    none goes on above a fifth. Corrected steps end when few corrections lead to a step, or when late ones gain less than the
-    plain steps before them did.
+    its logarithm where the probe gained. Operations are predicted from sizes (cost.py), so runs repeat on every machine. What
+    probes in vain have cost beyond the plain steps that would have gained as much is bounded: none begins above a tenth of
+    all, and none goes on above a fifth; nor does one begin where changes of the batch hide the progress. Corrected steps end
+    when few corrections lead to a step, or when late ones gain less than the plain steps before them did.
 
     mu of corrected steps falls by 3, by up to 6 where rounds of correction cost little beside a step, and doubles in vain;
-    plain ones are GainRatio's, but for a fall by a further 4 where the model predicts the loss to 3 % twice in a row. Where
-    there is nothing to correct with (ensembles, losses that are no sums of squares), all steps are GainRatio's.
+    plain ones are GainRatio's, but for a fall by a further 4 where the model predicts the loss of an unchanged batch to 3 %
+    twice in a row. Where there is nothing to correct with (ensembles, losses that are no sums of squares), all steps are
+    GainRatio's.
 
     smallest: as for GainRatio.
     """
@@ -150,6 +152,7 @@ class Auto(DampingRule):
     @staticmethod
     def _may_probe(m: Memory) -> bool:
         limited = m["wait"] <= 0 and m["ratio"] < _LIMITED and m["spent"] > 0
+        limited = limited and m["fall"] >= m["drift"]   # where changes of the batch hide progress, there is nothing to compare
         return limited and m["regret"] + _EXTRA * m["round"] < _REGRET * m["total"]
 
     def _probed(self, mu, m: Memory, fall: float):
@@ -178,8 +181,9 @@ class Auto(DampingRule):
     def accepted(self, mu, memory, rho):
         """As the mode's rule has it."""
         mu, own = self._rule(memory).accepted(mu, memory, rho)
-        if memory["mode"] == PLAIN and abs(rho - 1) < _LINEAR > abs(memory["ratio"] - 1):
-            mu = max(mu / _EAGER, min(mu, self.smallest))   # the model holds: mu alone is in the way
+        holds = abs(rho - 1) < _LINEAR > abs(memory["ratio"] - 1)
+        if memory["mode"] == PLAIN and holds and memory["drift"] < _SAME:
+            mu = max(mu / _EAGER, min(mu, self.smallest))   # mu alone is in the way
         return mu, memory | own
 
     def rejected(self, mu, memory, rho, curvature):

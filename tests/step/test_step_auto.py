@@ -415,3 +415,13 @@ def test_a_model_that_holds_lowers_mu_faster():
     assert factor(1.0) == factor(0.5, 1.0) == factor(0.95, 1.0) == pytest.approx(3)
     assert factor(1.0, 1.02) == factor(0.98, 1.0) == pytest.approx(3 * auto._EAGER)
     assert factor(1.0, 0.9) < 3
+
+
+def test_small_steps_over_noisy_batches_are_left_alone():
+    """Where the loss jumps from batch to batch and gains nothing on the whole, little is probed, and mu not pushed."""
+    noise, run = 0.3 * torch.randn(201, generator=torch.Generator().manual_seed(0)), Told()
+    for jump in noise.diff().tolist():
+        run.steps(1, 1e-3, 1e-3, jump=jump)
+    assert run.modes.count(PLAIN) > 0.8 * len(run.modes)
+    steady, jumping = (Told().steps(4, 0.3, 0.3, ratio=1.0, jump=jump).mu for jump in (0.0, 0.05))
+    assert jumping > 3 * steady   # not lowered by more than Nielsen's rule does
