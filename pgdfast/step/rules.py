@@ -191,19 +191,17 @@ class GainRatio(DampingRule):
 
 
 class Delayed(DampingRule):
-    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / fall, rejected 2 mu.
+    """Delayed gratification (Transtrum and Sethna, arXiv 1201.5885, section 4): accepted mu / 5, rejected 2 mu.
 
-    smallest: as for GainRatio. fall: above 1.
+    smallest: as for GainRatio.
     """
 
-    def __init__(self, smallest: float = SMALLEST, fall: float = 5.0):
-        self.smallest, self.fall = _checked(smallest), fall
-        if not (isinstance(fall, (int, float)) and 1 < fall < LARGEST):
-            raise ValueError(f"pgdfast.LM: Delayed's fall is {fall!r}; mu is divided by it, so it must be a number above 1.")
+    def __init__(self, smallest: float = SMALLEST):
+        self.smallest = _checked(smallest)
 
     def accepted(self, mu, memory, rho):
-        """Down by `fall`."""
-        return (mu if isinstance(mu, float) and mu == 0 else bounded(mu / self.fall, self.smallest, LARGEST)), memory
+        """Down by 5."""
+        return (mu if isinstance(mu, float) and mu == 0 else bounded(mu / 5, self.smallest, LARGEST)), memory
 
     def rejected(self, mu, memory, rho, curvature):
         """Up by 2."""
