@@ -9,6 +9,8 @@ import math
 
 import torch
 
+import pgdfast
+
 from . import PROBLEMS
 from .runs import HAS_MINPACK, STEPS, by_lm, by_minpack
 
@@ -30,6 +32,10 @@ def main(argv=None) -> int:
         parser.error(f"unknown data set {unknown[0]!r}; use {', '.join(PROBLEMS)}")
     options = {"damping_rule": given.rule, "acceleration": given.acceleration, "scaling": given.scaling}
     options = {name: value for name, value in options.items() if value is not None}
+    try:
+        pgdfast.LM([torch.zeros(1, requires_grad=True)], **options)
+    except ValueError as refused:
+        parser.error(str(refused))
     torch.set_num_threads(1)
     fits, missed = [], []
     print(HEADER)
