@@ -82,7 +82,7 @@ def test_groups_have_their_own_rates_and_decay():
         model, _, closure = sine_fit()
         first, *others = model.parameters()
         groups = [{"params": [first], "lr": 0.5}, {"params": others, "lr": 0.9}]
-        problems.append((model, pgdfast.LM(groups, damping=1.0), closure))
+        problems.append((model, pgdfast.LM(groups, damping=1.0, damping_rule="gain-ratio"), closure))
     (model, lm, closure), (twin, captured, same) = problems
     step = pgdfast.CapturedStep(captured, same)
     for k in range(12):

@@ -24,9 +24,9 @@ def problem(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_emulated_kernels_take_the_same_steps(name, solver, dtype):
     model, closure = problem(name, dtype)
-    lm = pgdfast.LM(model.parameters(), damping=0.1, solver=solver)
+    lm = pgdfast.LM(model.parameters(), damping=0.1, damping_rule="gain-ratio", solver=solver)
     twin, same = problem(name, dtype)
-    captured = pgdfast.LM(twin.parameters(), damping=0.1, solver=solver)
+    captured = pgdfast.LM(twin.parameters(), damping=0.1, damping_rule="gain-ratio", solver=solver)
     step = pgdfast.CapturedStep(captured, same)
     for _ in range(5):
         lm.step(closure)
