@@ -108,8 +108,8 @@ def test_a_schedule_of_the_damping():
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("solver", ["dual", "primal"])
 def test_every_form_of_loss(name, solver):
-    lm, closure = fit_by(name, solver=solver)
-    captured, same = fit_by(name, solver=solver)
+    lm, closure = fit_by(name, solver=solver, damping_rule="gain-ratio")
+    captured, same = fit_by(name, solver=solver, damping_rule="gain-ratio")
     step = pgdfast.CapturedStep(captured, same)
     for _ in range(4):
         lm.step(closure)
