@@ -15,6 +15,7 @@ from ..tape import real_size, shaped_as
 from .rng_replay import RandomReplay, code_of
 
 LARGE_TAPE = 4 << 20   # bytes of activations from which a trial without a tape is worth its detour through Python
+SPARED = 1 << 30       # bytes of activations above which the automatic rule does not ask for the residuals of scalar losses
 _ROUNDING = 1e3        # times the rounding unit: what the order of sums may change in a loss
 # "One of the differentiated Tensors does not require grad", "cannot register a hook on a tensor that doesn't require gradient"
 _REFUSED = re.compile("(not|n't) require (a )?grad")

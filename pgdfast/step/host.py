@@ -16,7 +16,7 @@ from ..solve import Solutions
 from .attempt import STATUS, Trial, advance, demanded, judge
 from .corrected import CorrectedStep
 from .cost import step_cost
-from .evaluate import LARGE_TAPE, restore_modes
+from .evaluate import LARGE_TAPE, SPARED, restore_modes
 from .member import Member
 from .momentum import KEY, kept, prior
 from .multi_damping import best_of
@@ -88,6 +88,8 @@ class HostStep:
         self._corrects = options.acceleration is not None and networks.lin.has_squares_only
         if options.acceleration is not None and not self._corrects and not options.rule.learns:
             raise ValueError(_NO_SQUARES)
+        if self._corrects and options.rule.learns and networks.lin.residuals_need_tape:
+            self._corrects = networks.lin.tape_bytes <= SPARED   # a trial would hold a second tape, which nobody asked for
         if again:
             self._replay.linearized()
         self.loss, lin = networks.loss, networks.lin

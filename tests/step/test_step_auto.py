@@ -425,3 +425,23 @@ def test_small_steps_over_noisy_batches_are_left_alone():
     assert run.modes.count(PLAIN) > 0.8 * len(run.modes)
     steady, jumping = (Told().steps(4, 0.3, 0.3, ratio=1.0, jump=jump).mu for jump in (0.0, 0.05))
     assert jumping > 3 * steady   # not lowered by more than Nielsen's rule does
+
+
+def test_a_second_tape_is_not_asked_for_where_it_is_large(monkeypatch):
+    """Corrections of a scalar loss read residuals off the trial's tape, beside that of the linearization."""
+    def modes(scalar):
+        net, closure, _ = poisson_2d.problem(poisson_2d.SMALL, 0)
+
+        def loss():
+            inside, edge = closure()
+            return 0.5 * (inside.square().sum() + edge.square().sum())
+
+        optimizer, seen = pgdfast.LM(net.parameters()), set()
+        for _ in range(20):
+            optimizer.step(loss if scalar else closure)
+            seen.add(optimizer.report.mode)
+        return seen
+
+    assert PROBING in modes(True)
+    monkeypatch.setattr("pgdfast.step.host.SPARED", 0)
+    assert modes(True) == {PLAIN} and PROBING in modes(False)
