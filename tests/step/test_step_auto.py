@@ -5,6 +5,7 @@ import itertools
 import math
 from collections import Counter
 
+import bench_folder  # noqa: F401 - makes `bench` importable
 import pytest
 import torch
 import torch.nn.functional as F
