@@ -28,7 +28,7 @@ def chosen_rule(rule) -> DampingRule:
     )
 
 
-_ENOUGH = 0.5   # gain ratio from which the automatic rule's steps are not corrected
+_GOOD = 0.5   # gain ratio from which the automatic rule's steps are not corrected
 
 
 def chosen_together(rule, acceleration, plain: bool) -> tuple[DampingRule, Acceleration | None]:
@@ -40,6 +40,6 @@ def chosen_together(rule, acceleration, plain: bool) -> tuple[DampingRule, Accel
     """
     found = chosen_rule(rule)
     if isinstance(acceleration, str) and acceleration == "auto":
-        return found, Chord(enough=_ENOUGH) if found.learns and not plain else None
+        return found, Chord(enough=_GOOD) if found.learns and not plain else None
     given = chosen_acceleration(acceleration)
     return (GainRatio() if rule == "auto" and given is not None else found), given

@@ -29,8 +29,9 @@ class CorrectedStep:
         return found if parameters.common_rates[b] is not None else parameters.scaled(b, found) / max(parameters.rates(b))
 
     def ratio(self, loss: float) -> float:
-        """The gain ratio of the step itself."""
-        promised = self._solution.predicted_reduction
+        """The gain ratio of the step itself, at its learning rate; of several rates at the largest."""
+        rate = self._parameters.common_rates[self._b]
+        promised = self._solution.reduction(max(self._parameters.rates(self._b)) if rate is None else rate)
         return (self._before - loss) / promised if promised > 0 else -math.inf
 
     def size(self, e: torch.Tensor) -> float:

@@ -446,3 +446,12 @@ def test_a_second_tape_is_not_asked_for_where_it_is_large(monkeypatch):
     assert PROBING in modes(True)
     monkeypatch.setattr("pgdfast.step.host.SPARED", 0)
     assert modes(True) == {PLAIN} and PROBING in modes(False)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.1])
+def test_a_step_that_keeps_its_promise_is_left_alone_at_any_rate(lr):
+    """The promise of a shorter step is smaller; its gain ratio is not."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = pgdfast.LM([w], lr=lr, damping_rule="gain-ratio", acceleration=Chord(enough=0.5))
+    optimizer.step(lambda: 3 * w + 0.01 * w**2)
+    assert optimizer.report.gain_ratio > 0.9 and optimizer.report.trials == 1
