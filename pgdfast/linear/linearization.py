@@ -17,7 +17,10 @@ from .fallback import Arbiter
 from .live import CHANGED, Live
 from .plan import UNKNOWN, Plan
 from .rows import RowLayout
+from .values import values_of
 
+CHANGED_PARAMETERS = "pgdfast: the parameters have changed since this linearization was made; linearize again."
+RELEASED = "pgdfast: this linearization was released at the end of its step, and its tape is gone; linearize again."
 _announced: set[str] = set()
 _version = attrgetter("_version")
 
@@ -33,10 +36,15 @@ class Linearizer:
         self.params = list(params)
         self.backend = backend
         self._complex = has_complex(self.params)
-        self._tracer = Tracer(self.params)
-        self._arbiter = Arbiter(self.params, self._tracer, check)
+        self.tracer = Tracer(self.params)
+        self._arbiter = Arbiter(self.params, self.tracer, check)
         self._plans: dict[int, tuple] = {}
         self._searches: dict[tuple, int] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of residuals and products."""
+        return self.tracer.dtype
 
     @property
     def reals(self) -> list[torch.Tensor]:
@@ -59,11 +67,11 @@ class Linearizer:
         """
         single = isinstance(result, torch.Tensor) and result.numel() == 1
         if single and result.dim():
-            result = self._tracer.as_loss(result, allow_sync)
+            result = self.tracer.as_loss(result, allow_sync)
         scalar = single and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
             self._check_device(result)
-        trace = self._tracer.trace(result, allow_sync)
+        trace = self.tracer.trace(result, allow_sync)
         if allow_sync and not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
@@ -71,10 +79,10 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self._tracer, scalar)
+            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self.tracer, scalar)
             if plan.agrees or not allow_sync:
                 return found
-            again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self._tracer, scalar=scalar)
+            again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self.tracer, scalar=scalar)
             found = self._arbiter.judged(plan, found, again, trace, result)
             if found is not None:
                 return found
@@ -82,7 +90,7 @@ class Linearizer:
         else:
             self._announce(trace)
         operator = self._arbiter.operator(trace, result)
-        return Linearization(trace, self.reals, operator, None, self._tracer, scalar)
+        return Linearization(trace, self.reals, operator, None, self.tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -153,12 +161,18 @@ class Bound:
             self._refresh()
         constants, plan = self._constants, self._plan
         if constants is None:
-            raise RuntimeError(
-                "pgdfast: this linearization was released at the end of its step, and its tape is gone; linearize again."
-            )
+            raise RuntimeError(RELEASED)
         if plan is None:
             return self._operator
         return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
+
+    @property
+    def constant_bytes(self) -> int:
+        """What the tape's saved tensors take that products with J need."""
+        if self._plan is None or self._constants is None:
+            return 2 * self._operator.arena_size * self.dtype.itemsize if self._operator is not None else 0
+        storages = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._constants if torch.is_tensor(c)}
+        return sum(storages.values())
 
     @property
     def nodes(self) -> int:
@@ -216,7 +230,7 @@ class Bound:
         """Let copies take the place of constants that have changed. Raises RuntimeError where there is none of them."""
         count, constants = len(self.params), self._constants
         if list(map(_version, self.params)) != self._versions[:count]:
-            raise RuntimeError("pgdfast: the parameters have changed since this linearization was made; linearize again.")
+            raise RuntimeError(CHANGED_PARAMETERS)
         if constants is None:
             return
         changed = self._changed()
@@ -280,6 +294,10 @@ class Products:
         if not self.penalties:
             return None
         return self.penalty * torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.params])
+
+    def agreed(self, number: float) -> float:
+        """The least of what all processes have that share the rows: of one, the number."""
+        return number
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,). One forward sweep."""
@@ -379,23 +397,6 @@ class Linearization(Bound, Products):
 
     def _forget(self) -> None:
         self._penalty = None
-
-
-def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
-    """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
-    if scalar:
-        with torch.enable_grad():
-            result = result.reshape(()) if result.dim() else result
-        trace = tracer.trace(result)
-        return trace.value, trace.residual
-    residual = flat_residuals(result)
-    return 0.5 * float(residual.double().square().sum()), residual
-
-
-def flat_residuals(result) -> torch.Tensor:
-    """The residual tensors of a closure's result as one vector."""
-    parts = result if isinstance(result, (tuple, list)) else [result]
-    return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:
