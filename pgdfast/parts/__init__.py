@@ -1,0 +1,1 @@
+"""A least-squares problem whose rows come in parts."""
