@@ -33,7 +33,7 @@ py::tuple factored(py::handle H, index n, py::handle added, const std::optional<
 }
 
 template <class T>
-void bind_parts_of(py::module_& m, const std::string& type) {
+void bind_parts_of(py::module_& m, const std::string& type, const std::string& name) {
   using F = FactorHandle<T>;
   py::class_<F>(m, ("Factor" + type).c_str())
       .def("solve", &F::solve)
@@ -42,15 +42,15 @@ void bind_parts_of(py::module_& m, const std::string& type) {
       .def_property_readonly("order", &F::order)
       .def_property_readonly("is_dual", &F::is_dual)
       .def_property_readonly("bytes", &F::bytes);
-  m.def(("factor" + type).c_str(), &factored<T>);
-  m.def(("stride" + type).c_str(), &gram_stride<T>);
+  m.def(("factor" + name).c_str(), &factored<T>);
+  m.def(("gram_stride" + name).c_str(), &gram_stride<T>);
 }
 
 }  // namespace
 
 void bind_parts(py::module_& m) {
-  bind_parts_of<float>(m, "Float");
-  bind_parts_of<double>(m, "Double");
+  bind_parts_of<float>(m, "Float", "_float");
+  bind_parts_of<double>(m, "Double", "_double");
 }
 
 }  // namespace pgdfast

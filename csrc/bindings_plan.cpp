@@ -415,7 +415,7 @@ void bind_plan(py::module_& m, const char* name) {
   py::class_<P>(m, name)
       .def(py::init<py::handle, const std::vector<double>&, const py::list&, const std::vector<int>&>(), py::arg("words"),
            py::arg("alphas"), py::arg("constants"), py::arg("functions"))
-      .def("bind", &P::bind)
+      .def("bind", &P::bind, py::arg("constants"), py::arg("row_scale") = py::none())
       .def("set_members", &P::set_members)
       .def("select", &P::select)
       .def("members_dual", &P::members_dual)

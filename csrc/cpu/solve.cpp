@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../plan/blas.h"
+#include "../plan/environment.h"
 #include "normal.h"
 #include "parallel.h"
 #include "simd.h"
@@ -128,7 +129,9 @@ void Solver<T>::normal_matrix(T* H, bool add, index most) {
 
 template <class T>
 void Solver<T>::add_normal(T* H) {
-  normal_matrix(H, true, std::max<index>(limits::kRowsBytes / index(sizeof(T)) / std::max<index>(structure.num_parameters, 1), 1));
+  // PGDFAST_PASS_BYTES forces another size, for tests.
+  const index bytes = number_from_environment("PGDFAST_PASS_BYTES", limits::kRowsBytes);
+  normal_matrix(H, true, std::max<index>(bytes / index(sizeof(T)) / std::max<index>(structure.num_parameters, 1), 1));
 }
 
 template <class T>

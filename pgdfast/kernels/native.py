@@ -147,7 +147,7 @@ def normal_matrix(order: int, dtype: torch.dtype) -> torch.Tensor:
 
     Its upper triangle is what counts: what is left of the diagonal, behind column n and in the last row is not defined.
     """
-    return torch.zeros(order + 1, _of(dtype, "stride")(order), dtype=dtype)
+    return torch.zeros(order + 1, _of(dtype, "gram_stride")(order), dtype=dtype)
 
 
 gram_matrix = normal_matrix
@@ -176,7 +176,7 @@ def factor(H: torch.Tensor, added, positions=None) -> tuple[NativeFactor | None,
 
 
 def _of(dtype: torch.dtype, name: str):
-    return getattr(_C, name + ("Float" if dtype == torch.float32 else "Double"))
+    return getattr(_C, name + ("_float" if dtype == torch.float32 else "_double"))
 
 
 class Kernels(Traits):

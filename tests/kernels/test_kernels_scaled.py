@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import forget_rules, gradient, mlp, parameters, rand, relative
+from helpers import forget_rules, rand, relative
+from kernels.cases_parts import chained, coupled, pinn, regression
 
 import pgdfast
 from pgdfast.kernels import native, scaled
@@ -10,43 +11,6 @@ from pgdfast.linear import Linearizer
 from pgdfast.linear.chained import Chained
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the C++ core is not built")
-
-
-def regression(outputs, dtype=torch.float64, rows=9):
-    model, x = mlp(3, 12, outputs, dtype=dtype), rand(rows, 3, seed=1, dtype=dtype)
-    return list(model.parameters()), lambda: model(x)
-
-
-def pinn():
-    model, inside, edge = mlp(2, 12, 12, 1), rand(7, 2, seed=1).requires_grad_(), rand(3, 2, seed=2)
-
-    def closure():
-        slope = gradient(model(inside), inside)
-        return sum(gradient(slope[:, d], inside)[:, d] for d in range(2)), model(edge)
-
-    return list(model.parameters()), closure
-
-
-def coupled(rows=9):
-    """Residuals that do not separate: every one sees all rows, twice."""
-    weights, x, A = parameters((3, 4), (4, 4), (4, 1)), rand(rows, 3, seed=1), rand(rows, rows, seed=2) / rows**0.5
-
-    def closure():
-        h = x
-        for w in weights:
-            h = torch.tanh(A @ torch.tanh(h @ w))
-        return h
-
-    return weights, closure
-
-
-def chained():
-    model, x, (k,) = mlp(2, 9, 1), rand(8, 2, seed=1), parameters((1,))
-    return [k, *model.parameters()], lambda: (torch.exp(k) * model(x) - 1, model(x).mean().view(1))
-
-
-def by_hand():
-    return regression(2)   # a test makes its operations unknown
 
 
 CASES = {
@@ -57,7 +21,7 @@ CASES = {
     "no rows": coupled,
     "no rows, few parameters": lambda: coupled(40),
     "chain": chained,
-    "double backward": by_hand,
+    "double backward": lambda: regression(2),   # its operations are made unknown
 }
 
 
