@@ -9,6 +9,7 @@ from operator import attrgetter
 
 import torch
 
+from ..kernels.scaled import row_scaled
 from ..tape import Tracer, has_complex, real_size, real_views
 from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
@@ -131,6 +132,7 @@ class Bound:
     """What a closure's tape has left at one point, and the kernels that are bound to it when asked for."""
 
     _constants = None
+    row_scale: torch.Tensor | None = None
 
     def __init__(self, trace, params, operator, plan, tracer, constants):
         self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
@@ -164,7 +166,9 @@ class Bound:
             raise RuntimeError(RELEASED)
         if plan is None:
             return self._operator
-        return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
+        if plan.bound is constants and plan.row_scale is self.row_scale and member is None:
+            return plan.kernels
+        return plan.bind(constants, member, self.row_scale)
 
     @property
     def constant_bytes(self) -> int:
@@ -207,13 +211,16 @@ class Bound:
             wide.__dict__.update(self.__dict__)
             wide.residual, wide.dtype = self.residual.double(), torch.float64
             if self._plan is None:
-                wide._operator = Widened(self._operator)   # an ensemble's is not asked
+                wide._operator = self._widened_operator()
             else:
                 wide._plan = self._plan.wide
                 wide.choices = wide._plan.choices
             wide._forget()
             self._wide = wide
         return self._wide
+
+    def _widened_operator(self):
+        return Widened(self._operator)   # an ensemble's is not asked
 
     def _forget(self) -> None:
         """Drop what was computed in another precision."""
@@ -358,7 +365,43 @@ class Linearization(Bound, Products):
         super().__init__(trace, params, operator, plan, tracer, trace.constants)
         self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
         self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
-        self.scalar = scalar
+        self.scalar, self._plain = scalar, None   # _plain: the residual and the operator without a row scale
+
+    def scale_rows(self, row_scale: torch.Tensor) -> None:
+        """Multiply residual and rows of J with these factors, (M,), from now on, in place of those of an earlier call.
+
+        Kernels are bound with them anew; the loss stays. Raises ValueError where there is not one factor per residual.
+        """
+        if row_scale.shape != self.residual.shape:
+            raise ValueError(
+                f"pgdfast: row_scale has shape {tuple(row_scale.shape)}; it must have one factor for each of the "
+                f"{self.num_residuals} residuals."
+            )
+        if self._plain is None:
+            self._plain = self.residual, self._operator
+        residual, operator = self._plain
+        self.row_scale, self._wide = row_scale.detach(), None
+        self.residual = residual * self.row_scale.to(residual.dtype)
+        if operator is not None:
+            self._operator = row_scaled(operator, self.row_scale)
+
+    def widened(self):
+        """See Bound; the row scale keeps the digits that it was given."""
+        new, wide = self._wide is None, super().widened()
+        if new and wide is not self and self.row_scale is not None:
+            wide.residual, wide._plain = self._plain[0].double() * self.row_scale.double(), None
+        return wide
+
+    def _widened_operator(self):
+        if self._plain is None:
+            return super()._widened_operator()
+        return row_scaled(Widened(self._plain[1]), self.row_scale)
+
+    def release(self) -> None:
+        """See Bound."""
+        if self._plain is not None:
+            self._plain = self._plain[0], None
+        super().release()
 
     def flat(self) -> Flat:
         """The products, to be compared with autograd's."""
@@ -393,7 +436,8 @@ class Linearization(Bound, Products):
                 f"pgdfast.LM: the closure returned {self.num_residuals} residuals before the step and {residual.numel()} at a "
                 "trial point; with acceleration their number must not change within a step."
             )
-        return loss, residual.to(self.dtype)
+        residual = residual.to(self.dtype)
+        return loss, residual if self.row_scale is None else residual * self.row_scale.to(self.dtype)
 
     def _forget(self) -> None:
         self._penalty = None
