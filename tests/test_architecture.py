@@ -22,6 +22,7 @@ BELOW = {
     "kernels": {"_C"},
     "tape": {"kernels"},
     "linear": {"tape", "kernels"},
+    "parts": {"linear", "tape", "kernels"},
     "solve": {"linear", "tape", "kernels"},
     "step": {"report", "solve", "linear", "tape", "kernels"},
     "networks": {"step", "solve", "linear"},
