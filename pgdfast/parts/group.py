@@ -10,6 +10,7 @@ ranks (Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from .failures import LostRank, combined, described, ranks_named
 
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)   # its older name
-_ROWS = 512   # rows of a symmetric matrix that are summed at once
-_MIX = 0x9E3779B97F4A7C15 - 2**64   # odd: 2^64 over the golden ratio, as a signed number
+_AT_ONCE = 1 << 20   # parameters of which a checksum is made at once
+_MIX = 0x1E3779B97F4A7C16   # even; its multiples modulo 2^64 spread
 
 
 class _Section:
@@ -42,14 +43,15 @@ class Alone:
 
     rank, size, words = 0, 1, 0.0
 
-    def reset(self) -> None:
-        """Count words from 0."""
+    def check(self, params: list[torch.Tensor]) -> None:
+        """Nothing to compare with."""
+
+    def start(self, params: list[torch.Tensor]) -> None:
+        """Nothing to compare with."""
 
     def total(self, t: torch.Tensor) -> torch.Tensor:
         """`t` itself."""
         return t
-
-    total_of_symmetric = total
 
     def joined(self, t: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         """`t` itself."""
@@ -79,7 +81,7 @@ class Alone:
         """J itself."""
         return J
 
-    def settle(self, error: BaseException | None) -> None:
+    def settle(self, error: BaseException | None = None) -> None:
         """Raise the error, if there is one."""
         if error is not None:
             raise error
@@ -88,10 +90,7 @@ class Alone:
         """A local section, which needs no settling here."""
         return _Section(self)
 
-    def check_values(self, params: list[torch.Tensor]) -> None:
-        """Nothing to compare with."""
-
-    def check_option(self, name: str, value: Any) -> None:
+    def agree(self, name: str, value: Any) -> None:
         """Nothing to compare with."""
 
 
@@ -101,27 +100,25 @@ class Ranks:
     Args:
         process_group: of torch.distributed, such as torch.distributed.group.WORLD or one of new_group(); gloo moves CPU
             tensors, NCCL moves CUDA tensors.
-        params: the parameters, of equal shapes and dtypes on all ranks.
+        check_every: compare the parameters of all ranks bit for bit at the first step and every so many steps, 0 for the first
+            alone. Cost: the time of reading them.
 
-    Making it is a collective: every rank of the group does it. Raises ValueError on all ranks where torch.distributed is not
-    initialised, this process is not in the group, its backend does not move the parameters' device, or shapes differ.
+    Raises ValueError where torch.distributed is not initialised or this process is not in the group.
 
-    `rank` and `size` are those of the group, in messages too. `words`: numbers sent by this rank since `reset()`, by the model
-    at the head of this file; what `objects` and the checks exchange is not counted.
+    `rank` and `size` are those of the group, in messages too. `words`: numbers sent by this rank since `start`, by the model at
+    the head of this file; what `objects` and the checks exchange is not counted.
     """
 
-    def __init__(self, process_group, params: list[torch.Tensor]):
+    def __init__(self, process_group, check_every: int = 1):
         _check_group(process_group)
-        self.group, self.device = process_group, params[0].device
+        if not isinstance(check_every, int) or isinstance(check_every, bool) or check_every < 0:
+            raise ValueError(f"pgdfast.LM: check_every is {check_every!r}; it must be a number of steps, or 0 for never again.")
+        self.group, self.check_every = process_group, check_every
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        self.words = 0.0
+        self.words, self.device = 0.0, _device_of(process_group)
         self._lost: LostRank | None = None
-        error = _unserved(process_group, self.device, self.rank)
-        told = self.objects((error, [(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in params]))
-        for text, _ in told:
-            if text:
-                raise ValueError(text)
-        _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
+        self._checked: list[torch.Tensor] = []
+        self._steps = 0
 
     def __deepcopy__(self, memo) -> Ranks:
         return self
@@ -129,8 +126,23 @@ class Ranks:
     def __reduce__(self):
         raise TypeError("pgdfast.LM: a process group cannot be pickled; save state_dict() and load it into a new LM.")
 
-    def reset(self) -> None:
-        """Count words from 0."""
+    def start(self, params: list[torch.Tensor]) -> None:
+        """Begin a step of these parameters: check what is due, then count words from 0. Raises ValueError as the checks do.
+
+        Cost: the parameters are read once where their values are compared, and two numbers are gathered.
+        """
+        new = len(params) != len(self._checked) or not all(map(is_, params, self._checked))
+        due = self.check_every and self._steps % self.check_every == 0 and not new
+        mine = torch.tensor([0, new], dtype=torch.int64, device=self.device)
+        if due:
+            mine[0] = _checksum(params)
+        told = self.joined(mine, [2] * self.size).view(-1, 2)
+        sums = told[:, 0]
+        if told[:, 1].any():
+            self.check(params)
+            self._steps, sums = 0, self.joined(_checksum(params).view(1), [1] * self.size)
+        _same_bits(sums.tolist())
+        self._steps += 1
         self.words = 0.0
 
     # --- collectives ------------------------------------------------------------------------------------------------------
@@ -146,20 +158,6 @@ class Ranks:
             self._run(dist.all_reduce, t)
             self._count(2 * t.numel())
         return t
-
-    def total_of_symmetric(self, H: torch.Tensor) -> torch.Tensor:
-        """The sum of symmetric matrices (P, P) over all ranks, in place; their lower triangles alone are read and sent.
-
-        Words: (R - 1) / R (P^2 + 512 P). Memory: 512 rows.
-        """
-        H, size = H.detach(), len(H)
-        for first in range(0, size, _ROWS):
-            end = min(first + _ROWS, size)
-            block = self.total(H[first:end, :end].clone(memory_format=torch.contiguous_format))
-            H[first:end, :end] = block
-            H[:first, first:end] = block[:, :first].T
-            H[first:end, first:end].copy_(block[:, first:].tril() + block[:, first:].tril(-1).T)
-        return H
 
     def joined(self, t: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         """The tensors of all ranks, one after another along the first dimension, in which alone they may differ.
@@ -237,7 +235,7 @@ class Ranks:
 
     # --- errors -----------------------------------------------------------------------------------------------------------
 
-    def settle(self, error: BaseException | None) -> None:
+    def settle(self, error: BaseException | None = None) -> None:
         """End a local section: return where no rank has an error, else raise the same error on all ranks.
 
         The message names the rank, and where it can be made from a message the error has the type that it has there; else it
@@ -271,31 +269,19 @@ class Ranks:
 
     # --- checks -----------------------------------------------------------------------------------------------------------
 
-    def check_values(self, params: list[torch.Tensor]) -> None:
-        """Raise ValueError on all ranks unless the parameters are bit for bit equal on all ranks.
+    def check(self, params: list[torch.Tensor]) -> None:
+        """Raise ValueError on all ranks unless the backend moves these parameters and all have equal shapes and dtypes."""
+        error = _unserved(self.group, params[0].device, self.rank)
+        told = self.objects((error, [(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in params]))
+        for text, _ in told:
+            if text:
+                raise ValueError(text)
+        _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
+        self.device, self._checked = params[0].device, list(params)
 
-        Compares a sum of P products modulo 2^64: a difference in one parameter never goes unseen, one in several with a chance
-        of about 2^-64.
-        """
-        with torch.no_grad():
-            sums = [_checksum(p) for p in params]
-            mine = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device=self.device)
-        mine = mine.sum().reshape(1)
-        sums = mine.new_empty(self.size)
-        self._run(_gather_into, sums, mine)
-        sums = sums.tolist()
-        others = [r for r in range(self.size) if sums[r] != sums[0]]
-        if others:
-            raise ValueError(
-                f"pgdfast.LM: the parameters of {ranks_named(others)} differ from those of rank 0; all ranks must hold the "
-                "same bits, since every rank takes the same step. Seed all ranks alike before the model is built, load the "
-                "same checkpoint on all of them, or copy rank 0's: for p in params: torch.distributed.broadcast(p.data, 0). "
-                "Nothing was changed."
-            )
-
-    def check_option(self, name: str, value: Any) -> None:
-        """Raise ValueError on all ranks unless they give the option the same value (compared with ==)."""
-        _compare(name, self.objects(value), "Give every rank the same value.")
+    def agree(self, name: str, value: Any) -> None:
+        """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural."""
+        _compare(name, self.objects(value), "Give every rank the same.")
 
     # --- below ------------------------------------------------------------------------------------------------------------
 
@@ -343,29 +329,56 @@ def _check_group(group) -> None:
         )
 
 
+def _backends(group) -> dict[str, str]:
+    """{"cpu": "gloo", "cuda": "nccl"}: the backend of each device type that one moves tensors of."""
+    config = dist.get_backend_config(group)   # "cpu:gloo,cuda:nccl", whatever was asked for
+    pairs = dict(part.split(":") for part in config.split(","))
+    moves = {"gloo": ("cpu",), "nccl": ("cuda",)}   # gloo would move CUDA tensors by way of the host
+    return {device: backend for device, backend in pairs.items() if device in moves.get(backend, (device,))}
+
+
+def _device_of(group) -> torch.device:
+    """Where this group's small numbers are, until parameters say."""
+    return torch.device("cpu" if "cpu" in _backends(group) else "cuda")
+
+
 def _unserved(group, device: torch.device, rank: int) -> str:
     """Why the group's backend does not move tensors of this device; "" where it does."""
-    config = dist.get_backend_config(group)   # "cpu:gloo,cuda:nccl"
-    serves = dict(part.split(":") for part in config.split(",")) if ":" in config else {}
-    moves = {"gloo": ("cpu",), "nccl": ("cuda",), "mpi": ("cpu",)}
-    backend = serves.get(device.type, "")
-    if backend and device.type in moves.get(backend, (device.type,)):
+    if device.type in _backends(group):
         return ""
-    used = " and ".join(sorted(set(serves.values()))) or config
     return (
-        f"pgdfast.LM: the parameters of rank {rank} are on {device} and the process group has the backend {used}; gloo moves "
-        "CPU tensors and nccl moves CUDA tensors. Call init_process_group without a backend to have both, or move the model."
+        f"pgdfast.LM: the parameters of rank {rank} are on {device} and the process group has the backend "
+        f"{dist.get_backend(group)}; gloo moves CPU tensors and nccl moves CUDA tensors. Call init_process_group without a "
+        "backend to have both, or move the model."
     )
 
 
-def _checksum(p: torch.Tensor) -> torch.Tensor:
-    """A number that tells tensors apart, 0-dim int64."""
-    p = p.detach()
-    real = torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
-    bits = real.contiguous().reshape(-1).view(whole).to(torch.int64)
-    places = torch.arange(bits.numel(), dtype=torch.int64, device=bits.device)
-    return (bits * (places * 2 * _MIX + 1)).sum() * (2 * p.numel() + 1)
+@torch.no_grad()
+def _checksum(params: list[torch.Tensor]) -> torch.Tensor:
+    """A sum modulo 2^64 of the parameters' bits times odd numbers, 0-dim int64.
+
+    A difference in one number never goes unseen; of several together one in 2^64 does.
+    """
+    total, first = torch.zeros((), dtype=torch.int64, device=params[0].device), 0
+    for p in params:
+        real = torch.view_as_real(p.detach().resolve_conj()) if p.is_complex() else p.detach()
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+        for bits in real.contiguous().reshape(-1).view(whole).split(_AT_ONCE):
+            places = torch.arange(first, first + bits.numel(), dtype=torch.int64, device=bits.device)
+            total += (bits * (places.mul_(_MIX).add_(1))).sum()
+            first += bits.numel()
+    return total
+
+
+def _same_bits(sums: list[int]) -> None:
+    others = [r for r, number in enumerate(sums) if number != sums[0]]
+    if others:
+        raise ValueError(
+            f"pgdfast.LM: the parameters of {ranks_named(others)} differ from those of rank 0; all ranks must hold the same "
+            "bits, since every rank takes the same step. Seed all ranks alike before the model is built, load the same "
+            "checkpoint on all of them, or copy rank 0's: for p in params: torch.distributed.broadcast(p.data, 0). Nothing was "
+            "changed."
+        )
 
 
 def _compare(name: str, values: list, advice: str) -> None:
@@ -380,3 +393,8 @@ def _compare(name: str, values: list, advice: str) -> None:
 def _brief(value) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def chosen_group(process_group, check_every: int = 1) -> Alone | Ranks:
+    """The group of LM's options; None for one process."""
+    return Alone() if process_group is None else Ranks(process_group, check_every)

@@ -14,7 +14,9 @@ from pgdfast.parts.group import Ranks
 
 
 def ranks_of(group, params=None):
-    return Ranks(group, params or [torch.zeros(3, dtype=torch.float64)])
+    ranks = Ranks(group)
+    ranks.start(params or [torch.zeros(3, dtype=torch.float64)])
+    return ranks
 
 
 def rows_of(rank, columns=3):
@@ -39,7 +41,7 @@ def collectives(group):
 
     def note(name, value):
         found[name] = value, ranks.words
-        ranks.reset()
+        ranks.words = 0.0
 
     note("total", ranks.total(rand(7, seed=ranks.rank)))
     note("view", ranks.total(rand(4, 6, seed=ranks.rank).T[1:3]))
@@ -55,8 +57,6 @@ def collectives(group):
     note("least", ranks.least([5.0, float("inf"), -2.5, 3.0][ranks.rank]))
     note("infinite", ranks.least(float("inf")))
     note("same", ranks.same(rand(5, seed=ranks.rank)))
-    H = rand(1100, 1100, seed=ranks.rank)
-    note("symmetric", ranks.total_of_symmetric((H + H.T).tril()))   # the lower triangle alone is read
     note("nan", told(lambda: ranks.least(float("nan") if ranks.rank == 1 else 1.0)))
     return ranks.rank, ranks.size, found
 
@@ -125,12 +125,14 @@ def different(group, what):
     params = list(mlp(2, 3, 1).parameters())
     other = group.rank() == 1
     if what == "shape":
-        return told(lambda: Ranks(group, params[:2] if other else params))
+        return told(lambda: ranks_of(group, params[:2] if other else params))
     if what == "dtype":
-        return told(lambda: Ranks(group, [p.float() for p in params] if other else params))
-    ranks = Ranks(group, params)
+        return told(lambda: ranks_of(group, [p.float() for p in params] if other else params))
+    ranks = ranks_of(group, params)
+    if what == "list":   # one freezes a parameter, the others go on
+        return told(lambda: ranks.start(params[1:] if other else params))
     if what == "option":
-        return told(lambda: ranks.check_option("damping", 0.5 if other else 0.25))
+        return told(lambda: ranks.agree("dampings", 0.5 if other else 0.25))
     if what in ("bit", "sign of zero", "swapped"):
         with torch.no_grad():
             params[1][0] = 0.0
@@ -141,20 +143,32 @@ def different(group, what):
                 params[1][0] = -0.0
             if other and what == "swapped":
                 params[0][0] = torch.tensor([2.0, 1.0])
-    return told(lambda: ranks.check_values(params))
+    return told(lambda: ranks.start(params))
 
 
 def kinds(group):
     """Parameters of all kinds are compared."""
     params = [rand(3, 2, dtype=d) for d in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)]
     params += [rand(4, 4).T, rand(6)[::2], torch.zeros(0, dtype=torch.float64)]
-    ranks = ranks_of(group, params)
-    ranks.check_values(params)
+    ranks_of(group, params)
     found = []
     for k, p in enumerate(params[:-1]):
-        q = p.clone() if not ranks.rank else p * 2
-        found.append(told(lambda q=q, k=k: ranks.check_values([*params[:k], q, *params[k + 1:]])))
+        q = p.clone() if not group.rank() else p * 2
+        found.append(told(lambda q=q, k=k: ranks_of(group, [*params[:k], q, *params[k + 1:]])))
     return found
+
+
+def now_and_then(group, check_every):
+    """At which of six steps it is seen that rank 1's parameters have changed after the first."""
+    params, ranks = [torch.zeros(3)], Ranks(group, check_every)
+    seen = []
+    for step in range(6):
+        seen.append(told(lambda: ranks.start(params)) is not None)
+        if group.rank() == 1 and step == 0:
+            params[0] += 1
+        if seen[-1]:
+            break
+    return seen.index(True) if any(seen) else None
 
 
 def late(group, delay):
