@@ -40,8 +40,7 @@ class PartsKernels(Traits):
         self.arena_size = max(fact.arena for fact in facts)
         # Of tapes that are not kept: to run the closure and to read its tape take about four sweeps.
         self.remake = 4.0 * self.flops * (1 - lin.kept / max(lin.count, 1))
-        direct, packs = all(fact.direct for fact in facts), all(fact.packs for fact in facts)
-        self.has_direct = direct and (packs or lin.row_layout() is None)
+        self.has_direct = all(fact.packs for fact in facts)
         self._held: tuple = None, None
 
     def release(self) -> None:
@@ -95,7 +94,7 @@ class PartsKernels(Traits):
 
     def dense(self) -> torch.Tensor:
         """J, (M, P), in every process; sends M P numbers."""
-        return self._group.joined(self._own_rows())
+        return self._group.joined(self._own_rows(), self._lin.sizes)
 
     def _own_rows(self) -> torch.Tensor:
         with self._group.section():
@@ -178,7 +177,7 @@ class PartsKernels(Traits):
             J *= torch.cat([J.new_full((n,), w) for n, w in zip(sizes, weights, strict=True)]).sqrt()
         if self._group.size == 1:
             return J @ J.T
-        columns = self._group.columns_of(J)
+        columns = self._group.columns_of(J, self._lin.sizes)
         return self._group.total(columns @ columns.T)
 
     def _check_memory(self) -> None:
