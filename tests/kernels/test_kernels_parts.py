@@ -145,13 +145,18 @@ def other_windows():
     """A part of a weight or a bias in one part, all of it or another part of it in another; biases of other weights."""
     W, V, b = parameters((20, 16), (20, 16), (40,))
     x = rand(30, 16, seed=1)
+
+    def mixed(z, outputs=1):
+        return torch.tanh(z) @ rand(z.shape[1], outputs, seed=2)
+
     return [W, V, b], [
-        lambda: torch.tanh(x @ W.T + b[:20]),
-        lambda: torch.tanh(x @ W.T + b[20:])[:, :3],
-        lambda: torch.tanh(x[:7, :5] @ W[:, :5].T),
-        lambda: torch.tanh(x @ V.T + b[:20]),
-        lambda: torch.tanh(x[:25, :10] @ W[:10, 3:13]),
-        lambda: torch.tanh(x[:2] @ W.T + b[20:]),
+        lambda: mixed(x[:9] @ W.T + b[:20]),
+        lambda: mixed(x[:8] @ W.T + b[20:], 2),
+        lambda: mixed(x[:7, :5] @ W[:, :5].T),
+        lambda: mixed(x[:6] @ V.T + b[:20]),
+        lambda: mixed(x[:5, :10] @ W[:10, 3:13]),
+        lambda: mixed(x[:2] @ W.T + b[20:]),
+        lambda: (mixed(x[:4] @ W.T + b[:20]), mixed(x[5:8] @ W.T + b[20:])),
     ]
 
 
