@@ -85,7 +85,8 @@ class Traits:
     has_lsmr: bool = False
     has_multishift: bool = False
     scales_rows: bool = False      # bind takes a row scale; for others scaled.py
-    packs: bool = False            # has add_normal, and with rows pack and gram_order; see parts.py
+    packs: bool = False            # has pack and gram_order (native.py); known once there are rows
+    adds_normal: bool = False      # has add_normal (native.py)
     solves_members: bool = False   # has set_members, select and members_solve
     sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
     has_columns: bool = False      # has columns, squared and gram(weights): what a chain (linear/chained.py) asks of its parts
