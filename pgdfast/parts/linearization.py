@@ -196,9 +196,9 @@ class Parts(Products):
             return self._uniform[k] * (loss - penalty)
         if not terms:
             raise ValueError(
-                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over other numbers of rows), and "
-                "of one of them the value cannot be told from the loss's; return the residuals of each term, or give all "
-                "batches the same number of rows of each term."
+                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over other numbers of "
+                "rows), and of one of them the value cannot be told from the loss's; return the residuals of each term, or give "
+                "all batches the same number of rows of each term."
             )
         return sum(s * term for s, term in zip(scales, terms, strict=True))
 

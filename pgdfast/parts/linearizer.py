@@ -23,8 +23,8 @@ class Facts(NamedTuple):
     shares: how its terms combine. size: its residuals. loss: as its closure returned it; terms: the loss term by term, None
     where nobody asked. penalties, penalty: coefficients and what they add to the loss. flops, arena, nodes, constants: of its
     program, the last in bytes. rows: num_rows, max_outputs, operations of its Gram matrix, packed elements, explicit columns;
-    None where rows do not separate. packs, fused: of
-    its kernels; the rest of its linearization.
+    None where rows do not separate. adds_normal,
+    packs: what its kernels have beside those of kernels.protocol; the rest of its linearization.
     """
 
     shares: tuple
@@ -37,8 +37,8 @@ class Facts(NamedTuple):
     nodes: int
     constants: int
     rows: tuple | None
+    adds_normal: bool
     packs: bool
-    fused: bool
     coupling: str
     scalar: bool
     has_squares_only: bool
@@ -119,8 +119,8 @@ class PartsLinearizer:
         loss = float(lin.loss if exact else half_square(lin.residual))
         return Facts(
             shares, lin.num_residuals, loss, terms, tuple(sorted(lin.penalties.items())), kernels.flops,
-            kernels.arena_size, lin.nodes, lin.constant_bytes, None if rows is None else Rows.of(rows), kernels.packs,
-            kernels.fused, lin.coupling, lin.scalar, lin.has_squares_only, lin.tapeless,
+            kernels.arena_size, lin.nodes, lin.constant_bytes, None if rows is None else Rows.of(rows),
+            hasattr(kernels, "add_normal"), kernels.packs, lin.coupling, lin.scalar, lin.has_squares_only, lin.tapeless,
             lin.residuals_need_tape, lin.loss.dtype,
         )
 
