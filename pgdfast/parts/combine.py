@@ -29,7 +29,8 @@ class Combination:
     ):
         self._name = name
         self.scales: list[list[float]] = [[1.0] * len(part or ()) for part in shares]
-        known = [b for b, part in enumerate(shares) if part is not None]
+        known = [b for b, part in enumerate(shares) if part is not None and any(s.size for s in part)]
+        self._entries = [sum(s.size for s in part or ()) for part in shares]
         for b in known[1:]:
             first, count = known[0], len(shares[b])
             if count != len(shares[first]):
@@ -70,8 +71,8 @@ class Combination:
         kinds = {s.kind for s in shares}
         what = f"term {k} of the loss" + (f" ({shares[0].operation})" if shares[0].operation else "")
         if kinds == {"parameters"}:
-            self._same_factor(k, what, there, shares)
-            return [1.0] + [0.0] * (len(shares) - 1)
+            self._same_factor(what, there, shares)
+            return self._once(there)
         for b, s in zip(there, shares, strict=True):
             if s.kind == "whole":
                 raise ValueError(
@@ -83,7 +84,7 @@ class Combination:
         values = [s.value for s in shares]
         alike = None not in values and min(values) > 0 and max(values) - min(values) <= 1e-12 * max(values)
         if alike and all(s.fixed for s in shares):
-            return [1.0] + [0.0] * (len(shares) - 1)
+            return self._once(there)
         if all(s.normalised for s in shares):
             raise ValueError(
                 f"pgdfast.LM: the weights of {what} sum to one in every part, so that they may be normalised over the rows of "
@@ -101,6 +102,11 @@ class Combination:
             )
         return [1.0] * len(shares)
 
+    def _once(self, there: list[int]) -> list[float]:
+        """For what counts once: in the largest part."""
+        largest = max(there, key=self._entries.__getitem__)
+        return [float(b == largest) for b in there]
+
     def _kind(self, what: str, there: list[int], shares: list, settled: str | None) -> tuple[str, list[float]]:
         """("sum" or "mean", what each part's mean divides by)."""
         known = [(b, s) for b, s in zip(there, shares, strict=True) if s.kind != "unknown"]
@@ -113,7 +119,9 @@ class Combination:
         kinds, rows = {s.kind for _, s in known}, [s.rows for _, s in known]
         counts, totals = [s.count for _, s in known], [s.count / s.factor if s.factor else 0.0 for _, s in known]
         sizes = [s.size for _, s in known]
-        if kinds in ({"sum"}, {"mean"}) and _same([s.factor for _, s in known]):
+        several = [s.factor for _, s in known if s.rows > 1] or [s.factor for _, s in known]
+        if kinds in ({"sum"}, {"mean"}, {"mean", "likely"}) and _same(several):   # of one row, weights may look like numbers
+            kinds = kinds - {"likely"}
             (kind,) = kinds
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
@@ -129,14 +137,14 @@ class Combination:
         if settled and _same(totals):
             return settled, [float(n) for n in rows]
         if kinds in ({"sum"}, {"mean"}):
-            self._same_factor(0, what, [b for b, _ in known], [s for _, s in known])
-        b, s = next((b, s) for b, s in known if s.kind == "divided" or s.kind != known[0][1].kind)
+            self._same_factor(what, [b for b, _ in known], [s for _, s in known])
+        b, s = next((b, s) for b, s in known if s.kind not in ("sum", "mean") or s.kind != known[0][1].kind)
         raise ValueError(
             f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number counts "
             f"rows, or is a constant, cannot be told; {_ADVICE}."
         )
 
-    def _same_factor(self, k: int, what: str, there: list[int], shares: list) -> None:
+    def _same_factor(self, what: str, there: list[int], shares: list) -> None:
         first = shares[0]
         for b, s in zip(there, shares, strict=True):
             if not _same([first.factor, s.factor]):

@@ -91,6 +91,14 @@ def _single(m: torch.Tensor) -> bool:
     return bool(((m[0] * m[2] - m[1] ** 2).abs() <= 1e-5 * m[0] * m[2]).all())
 
 
+def kind_of_all(states: list[State]) -> str:
+    """The kind of a sum of several quantities. Raises Unclear where they have different ones."""
+    kinds = {s.kind for s in states}
+    if len(kinds - {"likely"}) > 1 or max(s.count for s in states) > (1 + 1e-9) * min(s.count for s in states):
+        raise Unclear("it adds up a sum and a mean, or means over different numbers, of one quantity")
+    return "mean" if "mean" in kinds else kinds.pop()
+
+
 def labels_of(rows: int) -> torch.Tensor:
     """Numbers of rows that a sum of some cannot hide among."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
@@ -103,6 +111,7 @@ class Rows:
     def __init__(self, tape, rows: int, entries: int, tolerance: float):
         self.tape, self.rows, self.entries, self.tolerance = tape, rows, entries, tolerance
         self.fixed = True
+        self._totals: list[float] = []    # weights of a cross-entropy's labels: label smoothing divides by them, too
         self._squared: set[int] = set()   # nodes that square a norm, whose root they take back
 
     # --- along a chain ----------------------------------------------------------------------------------------------------
@@ -141,6 +150,8 @@ class Rows:
             if kind in ("MulBackward1", "DivBackward1"):
                 number = float(self._field(position, "_saved_other"))
                 return self.number(position, state, number if kind[0] == "M" else 1 / number if number else math.inf, kind[0] == "D")
+            if kind in ("DotBackward0", "VdotBackward0") and not all(tape.edges[position]):
+                return self._over(self._weighted(position, k, state), None, False, shape)
             if kind in ("MulBackward0", "DivBackward0") and sum(map(bool, tape.edges[position])) == 1 and (kind[0] == "M" or k == 0):
                 return self._weighted(position, k, state)
             if kind in ("AddBackward0", "SubBackward0", "RsubBackward1"):
@@ -156,7 +167,7 @@ class Rows:
             if kind == "LinalgVectorNormBackward0" and self._takes_back(position, above):
                 self._squared.add(above)
                 return self._sum(position, state)
-            if kind in LINEAR and kind not in ("DotBackward0", "MulBackward0", "DivBackward0"):
+            if kind in LINEAR and kind not in ("MulBackward0", "DivBackward0"):
                 return self._pushed(position, k, state)
         if not inputs:
             raise Unclear(f"{kind} stands between")
@@ -180,20 +191,20 @@ class Rows:
     def number(self, position: int, state: State, c: float, divides: bool) -> State:
         """A quantity times a number, which may be one over a number of rows."""
         new = state.like(state.moments, state.weights, state.axis)
-        if c == 0 or abs(c) == 1 or not math.isfinite(c):
+        if c == 0 or not math.isfinite(c) or (abs(c) == 1 and not divides):
             new.factor *= c
             return new
         d = 1 / abs(c)
         weights = float(state.weights.sum().abs())
-        counted = self._is(d, weights) or self._is(d, weights * self.rows / self.entries)
+        counted = any(self._is(d, total) for total in self._totals) or self._is(d, weights) or self._is(d, weights * self.rows / self.entries)
         plainly = self._is(d, self.rows) or self._is(d, self.entries)
         exact = plainly or counted or self._is(d, float(state.total()[0]))
         sure = counted and not plainly
-        multiple = self.rows > 1 and d > 1 and self._is(d / self.rows, round(d / self.rows))
+        multiple = self.rows > 1 and d > 1.5 and self._is(d / self.rows, round(d / self.rows))
         back = state.kind != "sum" and abs(c) > 1 and any(self._is(abs(c), n) for n in (self.rows, self.entries, state.count))
-        if back or exact or multiple:
-            mean = exact and state.kind == "sum" and (sure or (divides and d > 2.5))
-            new.kind, new.count = "mean" if mean else "divided", state.count * d
+        if back or (state.kind == "sum" and (exact or multiple)):
+            mean = exact and (sure or (divides and (d > 2.5 or d == self.rows == 1)))
+            new.kind, new.count = "mean" if mean else "divided" if back or not exact else "likely", state.count * d
             new.factor *= math.copysign(1, c)
             new.passed = [*state.passed, position]
         else:
@@ -208,15 +219,14 @@ class Rows:
         divides = self.tape.kind(position)[0] == "D"
         other = self._field(position, "_saved_self" if k == 1 else "_saved_other")
         other = plain(other).detach()
-        state = self._broadcast(state, self.tape.shape(position))
-        if other.numel() > 1:
-            self.fixed = False
-            if bool((other == other.reshape(-1)[0]).all()):
-                other = other.reshape(-1)[0]
-        if other.numel() == 1:
-            c = other.reshape(())
+        state = self._broadcast(state, torch.broadcast_shapes(state.shape, other.shape))
+        if other.numel() and (other.numel() == 1 or bool((other == other.reshape(-1)[0]).all())):
+            c = other.reshape(-1)[0]
             c = float(c.real if c.is_complex() else c)
-            return self.number(position, state, (1 / c if c else math.inf) if divides else c, divides)
+            new = self.number(position, state, (1 / c if c else math.inf) if divides else c, divides)
+            if not other.dim() or new.kind != state.kind or (other.numel() == 1 and self.rows > 1):
+                return new
+        self.fixed = False
         other = (other.abs() if other.is_complex() else other).double().cpu()
         other = 1 / other if divides else other
         new = state.like(state.moments, state.weights * other, state.axis)
@@ -240,12 +250,10 @@ class Rows:
 
     def _reduction(self, position: int, state: State, new: State) -> str:
         """How a reduction takes rows together: within rows, over all of them, or in "parts"."""
-        if self.rows == 1:
+        if self.rows == 1 or state.one_row:
             if new.axis == -1:
                 raise Unclear(f"this part has one row, for which {self.tape.name(position)} does not tell what it is over")
             return "within" if state.axis is None or new.axis is not None else "over"
-        if state.one_row:
-            raise Unclear("it picks one row by its place")
         if state.over_all() and not state.single():
             return "within"
         if not state.single():
@@ -262,6 +270,7 @@ class Rows:
         if reduction == 1:
             total.kind, total.count = "mean", float(self._field(position, "_saved_total_weight"))
             total.passed = [*state.passed, position]
+            self._totals.append(total.count)
         return total
 
     # --- linear operations ------------------------------------------------------------------------------------------------
@@ -344,9 +353,7 @@ class Rows:
     def _joined(self, position: int, inputs: dict) -> State:
         """A sum, or a choice, of several quantities."""
         parts = list(inputs.values())
-        first = parts[0]
-        if any((s.kind, s.count) != (first.kind, first.count) for s in parts):
-            raise Unclear("it adds up a sum and a mean, or means over different numbers, of one quantity")
+        kind = kind_of_all(parts)
         if self.tape.kind(position)[0] in "AS" and self.tape.kind(position)[1] in "du":   # Add, Sub
             pushed = [self._broadcast(s, self.tape.shape(position)) for s in parts]
         elif self.tape.kind(position)[0] == "W":
@@ -356,7 +363,7 @@ class Rows:
             pushed = [self._pushed(position, k, s) for k, s in inputs.items()]
         new = pushed[0].like(sum(s.moments for s in pushed), sum(s.weights for s in pushed), pushed[0].axis)
         factors = {s.factor for s in parts}
-        new.factor, new.weighted = sum(factors), any(s.weighted for s in parts)
+        new.kind, new.factor, new.weighted = kind, sum(factors), any(s.weighted for s in parts)
         new.passed = [p for s in parts for p in s.passed]
         return new
 

@@ -14,7 +14,7 @@ from ..rules import RULES
 from ..rules.table import plain
 from ..walk import Tape
 from .blocks import Form, Route, unrolled
-from .rows import Rows, State, Unclear, labels_of
+from .rows import Rows, State, Unclear, kind_of_all, labels_of
 
 _UNARY = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "TBackward0", "TransposeBackward0",
@@ -35,7 +35,7 @@ class Share:
 
     size: entries of the block's residual; 0: the part has no rows of it. rows: of its outputs z, their first dimension.
     kind: "sum", "mean", "parameters" (of the parameters alone: it counts once), "divided" (by a number that may count rows or
-    may not), "whole" (no sum over rows), "unknown". count: D, also of "divided". factor: product of all other numbers on the
+    may not; "likely", where it is the number of rows), "whole" (no sum over rows), "unknown". count: D, also of "divided". factor: product of all other numbers on the
     way, the same in all parts. why: of "whole" and "unknown". guess: what an "unknown" would be, "" where there is no guess.
     fixed: might the term be the same in every part, a constant that parameters are drawn to? normalised: do the term's
     weights sum to 1, or to its count? operation: that the term ends with. value: 1/2 ||r||^2, None where it was not asked for.
@@ -74,7 +74,7 @@ def shares_of(tape: Tape, form: Form, dtype: torch.dtype) -> tuple[tuple[Share, 
     if passed & {step for steps in beside for step in steps if isinstance(step, int)}:
         why = "what counts its rows also divides a penalty of the parameters; divide the data's part of the loss alone"
         found = [
-            replace(s, kind="unknown", why=why) if s.kind in ("mean", "divided") else s for s in found
+            replace(s, kind="unknown", why=why) if s.kind in ("mean", "likely", "divided") else s for s in found
         ]
     return tuple(found), fixed
 
@@ -111,18 +111,19 @@ def _share(tape: Tape, block, route: Route, tolerance: float) -> tuple[Share, se
         if not len(shape) and not coupled:
             raise Unclear("it is a function of one number, which all rows of a part share", True)
         start = State(shape, labels_of(rows))
-        states = [_inner(tape, block.edges, reader, reader.along(steps, block.edges, start), block.squares) for steps in ways]
+        states = [
+            _inner(tape, block.edges, reader, reader.along(steps, block.edges, start), block.squares)
+            for steps in ways
+        ]
+        kind = kind_of_all(states)
     except Unclear as error:
         return replace(share, kind="whole" if error.whole else "unknown", why=str(error)), set(), reader.fixed
     first = states[0]
-    if any((s.kind, s.count) != (first.kind, first.count) for s in states):
-        why = "it adds up a sum and a mean, or means over different numbers, of one quantity"
-        return replace(share, kind="unknown", why=why), set(), reader.fixed
     weights, entries = float(first.weights.sum()), float(first.moments.reshape(3, -1)[0].sum())
     near = [1.0, shape.numel() / rows] if first.kind == "sum" else [entries]
     normalised = first.weighted and any(abs(weights - n) <= tolerance * n for n in near)
     share = replace(
-        share, kind=first.kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
+        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
     )
     return share, {p for s in states for p in s.passed}, reader.fixed
 
