@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..tape import Share
-
 _ADVICE = (
     "write the loss with .mean() or .sum(), which the tape shows as such, return residuals, or give parts of different numbers "
     "of rows"
@@ -97,8 +95,8 @@ class Combination:
             return [c / total for c in counts]
         if alike:
             raise ValueError(
-                f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term that "
-                "does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
+                f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term "
+                "that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
             )
         return [1.0] * len(shares)
 
@@ -120,8 +118,11 @@ class Combination:
         counts, totals = [s.count for _, s in known], [s.count / s.factor if s.factor else 0.0 for _, s in known]
         sizes = [s.size for _, s in known]
         several = [s.factor for _, s in known if s.rows > 1] or [s.factor for _, s in known]
-        if kinds in ({"sum"}, {"mean"}, {"mean", "likely"}) and _same(several):   # of one row, weights may look like numbers
-            kinds = kinds - {"likely"}
+        sure = kinds - {"likely"} or {"mean"}
+        if settled and kinds & {"likely", "divided"} and _same(rows):
+            return settled, [float(n) for n in rows]
+        if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same(several):
+            kinds = sure   # of one row, weights may look like numbers
             (kind,) = kinds
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
@@ -134,14 +135,12 @@ class Combination:
                 return "sum", counts
             if _same([t / n for t, n in zip(totals, rows, strict=True)]):
                 return "mean", [float(n) for n in rows]
-        if settled and _same(totals):
-            return settled, [float(n) for n in rows]
         if kinds in ({"sum"}, {"mean"}):
             self._same_factor(what, [b for b, _ in known], [s for _, s in known])
         b, s = next((b, s) for b, s in known if s.kind not in ("sum", "mean") or s.kind != known[0][1].kind)
         raise ValueError(
-            f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number counts "
-            f"rows, or is a constant, cannot be told; {_ADVICE}."
+            f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number "
+            f"counts rows, or is a constant, cannot be told; {_ADVICE}."
         )
 
     def _same_factor(self, what: str, there: list[int], shares: list) -> None:
@@ -149,8 +148,9 @@ class Combination:
         for b, s in zip(there, shares, strict=True):
             if not _same([first.factor, s.factor]):
                 raise ValueError(
-                    f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} in "
-                    f"{self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return residuals."
+                    f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} "
+                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return "
+                    "residuals."
                 )
 
 
