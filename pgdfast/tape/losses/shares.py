@@ -68,12 +68,41 @@ class Share:
         return replace(self, value=0.5 * float(residual.double().square().sum()))
 
 
-def shares_of(tape: Tape, form: Form, dtype: torch.dtype) -> tuple[tuple[Share, ...], bool]:
-    """The shares of a scalar loss's blocks, and whether they are the same for each tape of this structure and these numbers."""
+def known_shares(tape: Tape, key: tuple) -> tuple[Share, ...] | None:
+    """The shares of an earlier tape, of the same structure and with the same numbers; key: the edges of the results."""
+    known = tape.structure.shares.get(key)
+    if known is None:
+        return None
+    shares, ways, numbers = known
+    same = ways == tape.structure.losses and all(
+        _number_at(tape.nodes[position], name) == value for position, name, value in numbers
+    )
+    return shares if same else None
+
+
+def _remember(tape: Tape, key: tuple, shares: tuple, seen: set[int]) -> None:
+    numbers = [
+        (position, name, _number_at(tape.nodes[position], name))
+        for position in sorted(seen) if tape.leaf[position] < 0
+        for name in dir(tape.nodes[position]) if name.startswith("_saved_")
+    ]
+    tape.structure.shares[key] = shares, dict(tape.structure.losses), numbers
+
+
+def _number_at(node, name: str):
+    """A saved number, or the shape of a saved tensor."""
+    value = getattr(node, name)
+    if not isinstance(value, torch.Tensor):
+        return [t.shape if isinstance(t, torch.Tensor) else t for t in value] if isinstance(value, (tuple, list)) else value
+    return (value.item(),) if value.dim() == 0 else value.shape
+
+
+def shares_of(tape: Tape, key: tuple, form: Form, dtype: torch.dtype) -> tuple[Share, ...]:
+    """The shares of a scalar loss's blocks."""
     tolerance = 1e-11 if dtype == torch.float64 else 2e-6
-    found, passed, fixed = [], set(), True
+    found, passed, fixed, seen = [], set(), not form.entries, set(form.consumed)
     for block, route in zip(form.blocks, form.routes, strict=True):
-        share, positions, same = _share(tape, block, route, tolerance)
+        share, positions, same = _share(tape, block, route, tolerance, seen)
         found.append(share)
         passed |= positions
         fixed &= same
@@ -87,34 +116,40 @@ def shares_of(tape: Tape, form: Form, dtype: torch.dtype) -> tuple[tuple[Share, 
         found = [
             replace(s, kind="unknown", why=why) if s.kind in ("mean", "likely", "divided") else s for s in found
         ]
-    return tuple(found), fixed
+    shares = tuple(found)
+    if fixed:
+        _remember(tape, key, shares, seen)
+    return shares
 
 
-def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: list, dtype: torch.dtype) -> tuple[Share, ...]:
+def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dtype: torch.dtype) -> tuple[Share, ...]:
     """The shares of residual tensors, whose squares are summed."""
     tolerance = 1e-11 if dtype == torch.float64 else 2e-6
-    found = []
+    found, seen = [], set()
     for r, edge in zip(residuals, edges, strict=True):
-        below = closed(tape, (edge,)) if edge else ""
+        below = closed(tape, (edge,), seen) if edge else ""
         share = Share(r.numel(), r.shape[0], "sum", fixed=below == "offsets", operation="residuals")
         if below == "parameters":
             share = replace(share, kind="parameters")
         elif edge and r.numel():
             reader = Rows(tape, edge, r.shape, tolerance)
-            state = _inner(tape, (edge,), reader, reader.start)
+            state = _inner(tape, (edge,), reader, reader.start, seen)
             share = replace(share, rows=reader.rows, kind=state.kind, count=state.count, factor=state.factor)
         found.append(share)
-    return tuple(found)
+    shares = tuple(found)
+    _remember(tape, edges, shares, seen)
+    return shares
 
 
-def _share(tape: Tape, block, route: Route, tolerance: float) -> tuple[Share, set[int], bool]:
+def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) -> tuple[Share, set[int], bool]:
+    """(share, nodes that divide by numbers of rows, does it follow from numbers alone); seen: nodes that were looked at."""
     shape = tape.shape(*block.edges[0]) if len(block.edges) == 1 or block.handles else block.residual.shape
     ways = [steps for chain in route.chains for steps in unrolled(chain)]
     named = [step if isinstance(step, int) else max(step) for step in ways[0] if step != COUPLED]
     share = Share(block.residual.numel(), 0, "sum", operation=tape.name(named[-1]) if named else "")
     if not share.size:
         return share, set(), True
-    below = closed(tape, block.edges)
+    below = closed(tape, block.edges, seen)
     coupled = any(COUPLED in steps for steps in ways)
     if below == "parameters" and not coupled:
         return replace(share, kind="parameters"), set(), True
@@ -124,7 +159,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float) -> tuple[Share, se
         if not len(shape) and not coupled:
             raise Unclear("it is a function of one number, which all rows of a part share", True)
         states = [
-            _inner(tape, block.edges, reader, reader.along(steps, block.edges), block.squares) for steps in ways
+            _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
         ]
         kind = kind_of_all(states)
     except Unclear as error:
@@ -139,12 +174,13 @@ def _share(tape: Tape, block, route: Route, tolerance: float) -> tuple[Share, se
     return share, {p for s in states for p in s.passed}, reader.fixed
 
 
-def _inner(tape: Tape, edges, reader: Rows, state: State, squares: bool = True) -> State:
+def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], squares: bool = True) -> State:
     """Numbers that multiply the outputs of squares themselves."""
     if not squares or len(edges) > 1:
         return state
     (position, _), c, divides = edges[0], 1.0, False
     while tape.leaf[position] < 0:
+        seen.add(position)
         kind, node, inputs = tape.kind(position), tape.nodes[position], tape.edges[position]
         if kind in ("MulBackward1", "DivBackward1"):
             number = float(node._saved_other)
@@ -167,7 +203,7 @@ def _inner(tape: Tape, edges, reader: Rows, state: State, squares: bool = True) 
     return state
 
 
-def closed(tape: Tape, edges) -> str:
+def closed(tape: Tape, edges, seen: set[int]) -> str:
     """Are quantities functions of parameters alone? "parameters"; "offsets" where constants are added or multiplied; or ""."""
     stack, met, found = [e[0] for e in edges if e], set(), "parameters"
     while stack:
@@ -175,6 +211,7 @@ def closed(tape: Tape, edges) -> str:
         if position in met:
             continue
         met.add(position)
+        seen.add(position)
         if tape.leaf[position] >= 0:
             continue
         kind, inputs = tape.kind(position), tape.edges[position]
