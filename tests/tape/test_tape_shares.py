@@ -222,3 +222,116 @@ def combined(name, form, sizes):
     if terms is not None:
         total = combination.total_of_terms(values, penalty)
         assert total == pytest.approx(sum(terms) + penalty, rel=1e-12)
+
+
+UNDECIDED = {  # where all parts have the same number of rows
+    "times one over n",
+    "half over n",
+    "mean times n",
+    "residuals over roots of n",
+    "squares of residuals over roots",
+    "interior and boundary",
+}
+
+
+@pytest.mark.filterwarnings("ignore:var")
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_equal_parts_combine_or_are_refused(name):
+    for sizes in ([6, 6], [5, 5]):
+        if name not in UNDECIDED:
+            combined(name, ADDITIVE[name], sizes)
+            continue
+        if name == "interior and boundary" and sizes == [6, 6]:
+            continue  # ten times the mean over twelve points
+        with pytest.raises(ValueError, match="whether that number counts rows, or is a constant"):
+            combined(name, ADDITIVE[name], sizes)
+
+
+def normed(d):
+    return d.w / d.w.sum()
+
+
+def uncertain(z, d, net):
+    return torch.exp(-net[0].bias[0]) * F.mse_loss(z, d.y) + net[0].bias[0]
+
+
+REFUSED = {
+    "norm": (lambda z, d, net: torch.linalg.norm(z - d.y), "LinalgVectorNorm.*no sum over rows"),
+    "root of a mean": (lambda z, d, net: F.mse_loss(z, d.y).sqrt(), "Sqrt.* summed over rows"),
+    "logarithm": (lambda z, d, net: F.mse_loss(z, d.y).log(), "Log.* summed over rows|depends on"),
+    "roots of sums": (lambda z, d, net: (z - d.y).square().sum(0).sqrt().sum(), "Sqrt.* summed"),
+    "squared mean": (lambda z, d, net: (z - d.y).mean() ** 2, "function of one number"),
+    "square of a loss": (lambda z, d, net: F.mse_loss(z, d.y) ** 2, "function of one number|summed"),
+    "variance": (lambda z, d, net: z.var(0).sum(), "VarBackward0 takes all rows together"),
+    "deviation": (lambda z, d, net: z.std(), "StdBackward0 takes all rows together"),
+    "distance": (lambda z, d, net: torch.dist(z, d.y), "DistBackward0 takes all rows together"),
+    "softmax over rows": (
+        lambda z, d, net: -(d.q * torch.log_softmax(z, 0)).sum(),
+        "LogSoftmaxBackward0 takes all rows together",
+    ),
+    "learned weight": (uncertain, "depends on other terms"),
+    "product of losses": (
+        lambda z, d, net: F.mse_loss(z, d.y) * net(d.b).square().mean(),
+        "depends on other terms",
+    ),
+    "first rows": (lambda z, d, net: (z - d.y).square()[:2].sum(), "picks rows by their place"),
+    "first row": (lambda z, d, net: (z - d.y).square()[0].sum(), "picks rows by their place"),
+    "other factors": (lambda z, d, net: (0.1 * d.n + 0.01) * F.mse_loss(z, d.y), "is multiplied by"),
+    "roots of n": (lambda z, d, net: (z - d.y).square().sum() / (d.n + 1.3), "is multiplied by"),
+    "normalised weights": (
+        lambda z, d, net: (normed(d) * (z - d.y) ** 2).sum(),
+        "weights .* sum to one in every part",
+    ),
+    "decay over n": (
+        lambda z, d, net: ((z - d.y).square().sum() + net[0].weight.square().sum()) / d.n,
+        "divides a penalty of the parameters",
+    ),
+    "l1 over n": (
+        lambda z, d, net: ((z - d.y).square().sum() + net[0].weight.abs().sum()) / d.n,
+        "divides a penalty of the parameters",
+    ),
+    "terms of some parts": (
+        lambda z, d, net: F.mse_loss(z, d.y) + (F.huber_loss(z, d.y) if d.n > 6 else 0.0),
+        "has 1 term in part 0 and 2 terms in part 1",
+    ),
+    "the same in every part": (
+        lambda z, d, net: F.mse_loss(z, d.y) + (net(rand(2, D)) - 1).square().sum(),
+        "the same value.*in every part",
+    ),
+    "outputs first": (
+        lambda z, d, net: (z - d.y).T.contiguous().square().mean(1).sum(),
+        "is multiplied by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_combined_is_refused(name):
+    form, message = REFUSED[name]
+    parts, everything = batches([5, 7])
+    with pytest.raises(ValueError, match=message):
+        Combination([read(name, form, part)[1] for part in parts])
+    assert Combination([read(name, form, everything)[1]]).scales  # one part is all rows
+
+
+def test_known_shares_follow_the_numbers():
+    parts, _ = batches([6, 6])
+    model = mlp(D, 5, K)
+    tracer = Tracer(list(model.parameters()))
+
+    def shares(divisor, weight):
+        result = weight * (model(parts[0].x) - parts[0].y).square().sum() / divisor
+        (share,) = tracer.shares(result)
+        return share.kind, share.count, share.factor
+
+    for _ in range(2):
+        assert shares(6, 0.3) == ("likely", 6.0, 0.3)
+        assert shares(7, 0.3) == ("sum", 1.0, pytest.approx(0.3 / 7))
+        assert shares(12, 0.4) == ("divided", 12.0, 0.4)
+
+
+def test_parts_without_rows_count_for_nothing():
+    parts, _ = batches([5, 7])
+    shares = [read("", ADDITIVE["mse"], part)[1] for part in parts]
+    assert Combination([None, *shares, None]).scales == [[], [5 / 12], [7 / 12], []]
+    assert Combination([None, None]).scales == [[], []]
