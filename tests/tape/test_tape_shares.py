@@ -256,18 +256,18 @@ def uncertain(z, d, net):
 
 
 REFUSED = {
-    "norm": (lambda z, d, net: torch.linalg.norm(z - d.y), "LinalgVectorNorm.*no sum over rows"),
-    "root of a mean": (lambda z, d, net: F.mse_loss(z, d.y).sqrt(), "Sqrt.* summed over rows"),
-    "logarithm": (lambda z, d, net: F.mse_loss(z, d.y).log(), "Log.* summed over rows|depends on"),
-    "roots of sums": (lambda z, d, net: (z - d.y).square().sum(0).sqrt().sum(), "Sqrt.* summed"),
+    "norm": (lambda z, d, net: torch.linalg.norm(z - d.y), "torch.linalg.norm .* takes all rows together"),
+    "root of a mean": (lambda z, d, net: F.mse_loss(z, d.y).sqrt(), "torch.sqrt .* is applied to a sum over rows"),
+    "logarithm": (lambda z, d, net: F.mse_loss(z, d.y).log(), "torch.log .* is applied to a sum over rows"),
+    "roots of sums": (lambda z, d, net: (z - d.y).square().sum(0).sqrt().sum(), "torch.sqrt .* is applied to a sum over rows"),
     "squared mean": (lambda z, d, net: (z - d.y).mean() ** 2, "function of one number"),
-    "square of a loss": (lambda z, d, net: F.mse_loss(z, d.y) ** 2, "function of one number|summed"),
-    "variance": (lambda z, d, net: z.var(0).sum(), "VarBackward0 takes all rows together"),
-    "deviation": (lambda z, d, net: z.std(), "StdBackward0 takes all rows together"),
-    "distance": (lambda z, d, net: torch.dist(z, d.y), "DistBackward0 takes all rows together"),
+    "square of a loss": (lambda z, d, net: F.mse_loss(z, d.y) ** 2, "function of one number"),
+    "variance": (lambda z, d, net: z.var(0).sum(), "torch.var .* takes all rows together"),
+    "deviation": (lambda z, d, net: z.std(), "torch.std .* takes all rows together"),
+    "distance": (lambda z, d, net: torch.dist(z, d.y), "torch.dist .* takes all rows together"),
     "softmax over rows": (
         lambda z, d, net: -(d.q * torch.log_softmax(z, 0)).sum(),
-        "LogSoftmaxBackward0 takes all rows together",
+        "torch.log_softmax .* takes all rows together",
     ),
     "learned weight": (uncertain, "depends on other terms"),
     "product of losses": (
@@ -284,11 +284,11 @@ REFUSED = {
     ),
     "decay over n": (
         lambda z, d, net: ((z - d.y).square().sum() + net[0].weight.square().sum()) / d.n,
-        "divides a penalty of the parameters",
+        "divide a penalty of the parameters",
     ),
     "l1 over n": (
         lambda z, d, net: ((z - d.y).square().sum() + net[0].weight.abs().sum()) / d.n,
-        "divides a penalty of the parameters",
+        "divide a penalty of the parameters",
     ),
     "terms of some parts": (
         lambda z, d, net: F.mse_loss(z, d.y) + (F.huber_loss(z, d.y) if d.n > 6 else 0.0),

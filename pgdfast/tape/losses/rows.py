@@ -13,6 +13,7 @@ import torch
 from ..rules import RULES
 from ..rules.table import plain, signed
 from .linear import LINEAR, READERS, Walk
+from .names import written
 from .states import State, Unclear, alike, kind_of_all, labels_of
 
 _NOT_ELEMENTWISE = {"TrilBackward0", "TriuBackward0", "GluBackward0"}
@@ -115,6 +116,9 @@ class Rows:
             return self._joined(position, inputs)
         return self._nonlinear(position, kind, inputs)
 
+    def _written(self, position: int) -> str:
+        return written(self.tape.name(position))
+
     def _field(self, position: int, name: str):
         return getattr(self.tape.nodes[position], name)
 
@@ -199,7 +203,7 @@ class Rows:
         """How a reduction takes rows together: within rows, over all of them, or in "parts"."""
         if self.rows == 1 or state.one_row:
             if new.axis == -1:
-                raise Unclear(f"of one row {self.tape.name(position)} does not tell what it is over")
+                raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
             return "within" if state.axis is None or new.axis is not None else "over"
         if state.like_all(state.total()) and not state.single():
             return "within"
@@ -264,7 +268,7 @@ class Rows:
             pulled = READERS[tape.kind(position)](Walk(tape, True), position, node, edges, v)
             found = [w for *edge, w in pulled if tuple(edge) == edges[k]]
         if not found or not all(isinstance(w, torch.Tensor) and w.requires_grad for w in found):
-            raise Unclear(f"{tape.name(position)} does not tell what it does with rows")
+            raise Unclear(f"{self._written(position)} does not tell what it does with rows")
         total = sum(found[1:], start=found[0])
 
         def push(x):
@@ -274,7 +278,7 @@ class Rows:
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
         if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
-            raise Unclear("it picks rows by their place")
+            raise Unclear("it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask")
         return new
 
     def _moved(self, position: int, state: State):
@@ -341,7 +345,7 @@ class Rows:
             found is not None and found.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
         )
         if not elementwise:
-            raise Unclear(f"{self.tape.name(position)} does not tell what it does with rows")
+            raise Unclear(f"{self._written(position)} does not tell what it does with rows")
         return self._flat(position, inputs, shape)
 
     def _broadcast_back(self, state: State, shape) -> State:
@@ -352,14 +356,14 @@ class Rows:
         for state in inputs.values():
             if state.axis is None if self.rows == 1 else not state.single():
                 raise Unclear(
-                    f"{self.tape.name(position)} is applied to what was summed over rows, so that it is no sum over rows", True
+                    f"{self._written(position)} is applied to a sum over rows", True
                 )
             if self.rows == 1 and state.axis == -1:
-                raise Unclear(f"of one row {self.tape.name(position)} does not tell what it is applied to")
+                raise Unclear(f"of one row {self._written(position)} does not tell what it is applied to")
         pushed = [self._broadcast(s, shape) for s in inputs.values()]
         new = pushed[0].like(sum(s.moments for s in pushed), torch.ones(shape, dtype=torch.float64), pushed[0].axis)
         if not (new.single() or self.rows == 1):
-            raise Unclear(f"{self.tape.name(position)} takes different rows together", True)
+            raise Unclear(f"{self._written(position)} takes different rows together", True)
         new.kind, new.count, new.factor = "sum", 1.0, math.prod(s.factor / s.count for s in pushed)
         return new
 
@@ -371,7 +375,7 @@ class Rows:
             shape = [1 if d in dims else size for d, size in enumerate(state.shape)]
         new = self._over(state, dims, keep, shape)
         if (self.rows == 1 and new.axis is None and state.axis is not None) or not new.single():
-            raise Unclear(f"{self.tape.name(position)} takes all rows together, and is no sum over rows", True)
+            raise Unclear(f"{self._written(position)} takes all rows together", True)
         new.weights = torch.ones(new.shape, dtype=torch.float64)
         return new
 
@@ -381,15 +385,15 @@ class Rows:
         used = {k: s for k, s in inputs.items() if not (kind == "AddmmBackward0" and k == 0)}
         for state in used.values():
             if not (self.rows == 1 or state.single()):
-                raise Unclear(f"{self.tape.name(position)} is applied to what was summed over rows", True)
+                raise Unclear(f"{self._written(position)} is applied to a sum over rows", True)
         if shape.numel() == 1:   # r^T r
             state = next(iter(used.values()))
             new = state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
             if len(used) == 1 and sum(map(bool, edges)) == 1:
-                raise Unclear(f"{self.tape.name(position)} does not tell what it does with rows")
+                raise Unclear(f"{self._written(position)} does not tell what it does with rows")
             return new
         if self.rows == 1:
-            raise Unclear(f"of one row {self.tape.name(position)} does not tell what it is over")
+            raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
         moments = 0.0
         for k, state in used.items():
             first = k == (1 if kind == "AddmmBackward0" else 0)
@@ -401,7 +405,7 @@ class Rows:
         first = next(iter(used.values()))
         new = first.like(moments, torch.ones(shape, dtype=torch.float64), -1)
         if not new.single():
-            raise Unclear(f"{self.tape.name(position)} takes different rows together", True)
+            raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
 
 

@@ -15,6 +15,7 @@ from ..rules import RULES
 from ..rules.table import plain
 from ..walk import Tape
 from .blocks import COUPLED, Form, Route, unrolled
+from .names import written
 from .rows import Rows, is_scaling
 from .states import State, Unclear, kind_of_all
 
@@ -111,8 +112,9 @@ def shares_of(tape: Tape, key: tuple, form: Form, dtype: torch.dtype) -> tuple[S
         steps for share, route in zip(found, form.routes, strict=True) if share.kind == "parameters"
         for chain in route.chains for steps in unrolled(chain)
     ]
-    if passed & {step for steps in beside for step in steps if isinstance(step, int)}:
-        why = "what counts its rows also divides a penalty of the parameters; divide the data's part of the loss alone"
+    steps = {step for steps in beside for step in steps if isinstance(step, int)}
+    if passed & steps or any(_divisor(tape, step) in (s.rows, s.size) for step in steps for s in found if s.rows > 1):
+        why = "what counts its rows may also divide a penalty of the parameters; divide what depends on rows alone"
         found = [
             replace(s, kind="unknown", why=why) if s.kind in ("mean", "likely", "divided") else s for s in found
         ]
@@ -120,6 +122,15 @@ def shares_of(tape: Tape, key: tuple, form: Form, dtype: torch.dtype) -> tuple[S
     if fixed:
         _remember(tape, key, shares, seen)
     return shares
+
+
+def _divisor(tape: Tape, position: int) -> float:
+    """What a node divides by, 0 where it divides by no number."""
+    kind = tape.kind(position)
+    if kind == "DivBackward1" or (kind == "DivBackward0" and is_scaling(tape, position)):
+        other = tape.nodes[position]._saved_other
+        return float(other) if not isinstance(other, torch.Tensor) or other.numel() == 1 else 0.0
+    return 0.0
 
 
 def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dtype: torch.dtype) -> tuple[Share, ...]:
@@ -146,7 +157,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     shape = tape.shape(*block.edges[0]) if len(block.edges) == 1 or block.handles else block.residual.shape
     ways = [steps for chain in route.chains for steps in unrolled(chain)]
     named = [step if isinstance(step, int) else max(step) for step in ways[0] if step != COUPLED]
-    share = Share(block.residual.numel(), 0, "sum", operation=tape.name(named[-1]) if named else "")
+    share = Share(block.residual.numel(), 0, "sum", operation=written(tape.name(named[-1])) if named else "")
     if not share.size:
         return share, set(), True
     below = closed(tape, block.edges, seen)
@@ -157,7 +168,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     share = replace(share, rows=reader.rows, fixed=below == "offsets")
     try:
         if not len(shape) and not coupled:
-            raise Unclear("it is a function of one number, which all rows of a part share", True)
+            raise Unclear("it is a function of one number, to which all rows of a part contribute", True)
         states = [
             _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
         ]

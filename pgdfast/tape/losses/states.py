@@ -67,7 +67,7 @@ def kind_of_all(states: list[State]) -> str:
     """The kind of a sum of several quantities. Raises Unclear where they have different ones."""
     kinds = {s.kind for s in states}
     if len(kinds - {"likely"}) > 1 or max(s.count for s in states) > (1 + 1e-9) * min(s.count for s in states):
-        raise Unclear("it adds up a sum and a mean, or means over different numbers, of one quantity")
+        raise Unclear("it adds up a sum and a mean, or means over different numbers, of one quantity; write one of the two")
     return "mean" if "mean" in kinds else kinds.pop()
 
 
