@@ -17,6 +17,8 @@ _ADVICE = (
 class Combination:
     """The scale of every term of the loss in every part: the loss on all rows is sum_b sum_k scales[b][k] L_bk.
 
+    Parts without rows have scales of 0.
+
     shares: of every part one Share per term, or None for a part without rows, whose terms are not known; name: of a part, for
     messages. settled: of each term the kind that was found out otherwise (probe.py), or None.
     kinds: of each term "sum", "mean" or "once"; "" where one part alone has rows of it.
@@ -27,8 +29,9 @@ class Combination:
         self, shares: Sequence, name: Callable[[int], str] = "part {}".format, settled: Sequence[str | None] = ()
     ):
         self._name = name
-        self.scales: list[list[float]] = [[1.0] * len(part or ()) for part in shares]
-        known = [b for b, part in enumerate(shares) if part is not None and any(s.size for s in part)]
+        known = [b for b, part in enumerate(shares) if any(_has_rows(s) for s in part or ())]
+        known = known or [b for b, part in enumerate(shares) if part]   # a loss of the parameters alone
+        self.scales: list[list[float]] = [[float(b in known)] * len(part or ()) for b, part in enumerate(shares)]
         self._entries = [sum(s.size for s in part or ()) for part in shares]
         for b in known[1:]:
             first, count = known[0], len(shares[b])
@@ -115,27 +118,29 @@ class Combination:
         for b, s in zip(there, shares, strict=True):
             if s.kind == "unknown" and settled not in ("sum", "mean"):
                 raise ValueError(f"pgdfast.LM: {what} cannot be combined with that of other parts ({self._name(b)}): {s.why}.")
+        sizes = [float(s.size) for s in shares]
         if "unknown" in kinds:
-            return settled, [float(n) for n in rows]
+            return settled, sizes
         counts, totals = [s.count for s in shares], [s.count / s.factor if s.factor else 0.0 for s in shares]
         several = [s.factor for s in shares if s.rows > 1] or [s.factor for s in shares]
         sure = kinds - {"likely"} or {"mean"}
         if settled in ("sum", "mean") and kinds & {"likely", "divided"} and _same(rows):
-            return settled, [float(n) for n in rows]
+            return settled, sizes
         if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same(several):
             kinds = sure   # of one row, weights may look like numbers
             (kind,) = kinds
-            if kind == "mean" and _same(rows) and not _same([s.size for s in shares]) and _same(counts):
+            if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
                     f"pgdfast.LM: {what} is a mean over the first dimension of its {rows[0]} x ... outputs, which is not that "
                     "of the rows: it is the same in all parts; let rows be the first dimension."
                 )
             return kind, counts
-        if not _same(rows):
-            if _same(totals):
-                return "sum", counts
-            if _same([t / n for t, n in zip(totals, rows, strict=True)]):
-                return "mean", [float(n) for n in rows]
+        for measure in (rows, sizes):
+            if not _same(measure):
+                if _same(totals):
+                    return "sum", counts
+                if _same([t / n for t, n in zip(totals, measure, strict=True)]):
+                    return "mean", [float(n) for n in measure]
         if kinds in ({"sum"}, {"mean"}):
             self._same_factor(what, there, shares)
         pairs = list(zip(there, shares, strict=True))
@@ -172,6 +177,10 @@ def common_penalties(penalties: Sequence[dict | None], name: Callable[[int], str
                     f"{d / 2:.6g} in {name(b)}; a penalty counts once and must be the same for every part of the rows."
                 )
     return dict(penalties[asked[0]]) if asked else {}
+
+
+def _has_rows(share) -> bool:
+    return share.size > 0 and share.kind != "parameters" and not share.fixed
 
 
 def _terms(count: int) -> str:

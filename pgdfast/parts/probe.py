@@ -16,7 +16,7 @@ import torch
 
 from ..linear.adjoint import tolerance_of
 from ..tape import Tracer
-from .combine import Combination
+from .combine import Combination, common_penalties
 
 _OPEN = ("likely", "divided", "unknown")   # kinds that sizes may decide
 _MOST_OPEN = 4
@@ -38,6 +38,7 @@ class _Read(NamedTuple):
     shares: tuple
     values: list | None
     penalty: float
+    penalties: dict
 
 
 def probe(closure: Callable, batch, tracer: Tracer) -> Probed:
@@ -77,13 +78,15 @@ def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed |
         result = tracer.as_loss(result)
     trace = tracer.trace(result)
     whole = _read(result, tracer, trace)
-    name = ("its first {} rows".format, "its other {} rows".format)
-    sizes = [max([s.rows for s in part.shares], default=0) for part in read]
-    totals = {}
-    refused = None
+    name = ("the first rows of a batch", "its other rows", "the batch").__getitem__
+    totals, refused = {}, None
+    try:
+        common_penalties([part.penalties for part in (*read, whole)], name)
+    except ValueError as error:
+        return Probed(str(error))
     for settled in _suppositions(read):
         try:
-            combination = Combination([part.shares for part in read], lambda b: name[b](sizes[b]), settled)
+            combination = Combination([part.shares for part in read], name, settled)
         except ValueError as error:
             refused = refused or str(error)
             continue
@@ -102,8 +105,8 @@ def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed |
     return Probed(
         f"pgdfast.LM: the closure's loss on a batch, {loss:.9g}, is not what its losses on two parts of it combine to, "
         f"{total:.9g}; either rows depend on each other (batch norm, differences of neighbours, a quantity that is taken over "
-        "the batch), or their number enters in a way that the tape does not show. Let each row count by itself, and write means "
-        "with .mean()."
+        "the batch), or their number enters in a way that the tape does not show. Let each row count by itself, and write "
+        "means with .mean()."
     )
 
 
@@ -123,7 +126,8 @@ def _read(result, tracer: Tracer, trace=None) -> _Read:
     if not math.isfinite(trace.value):
         raise ValueError("the loss is not finite")
     shares = tracer.shares(result, trace.residual)
-    return _Read(trace.value, shares, tracer.term_values(result), tracer.penalty_value(trace.penalties))
+    values = tracer.term_values(result)
+    return _Read(trace.value, shares, values, tracer.penalty_value(trace.penalties), trace.penalties)
 
 
 def _total(combination: Combination, read: list[_Read], whole: _Read) -> tuple[float, float, float] | None:

@@ -206,15 +206,17 @@ def combined(name, form, sizes):
     combination = Combination([shares for _, shares, _, _ in found])
     gradient = 0.0
     for part, (lin, shares, _, _), scales in zip(parts, found, combination.scales, strict=True):
-        if part.n:
+        if part.n == 0:
+            assert set(scales) <= {0.0}
+        else:
             gradient = gradient + gradient_of(lin, shares, scales)
     if full.penalty is not None:
         gradient = gradient + full.penalty_gradient
     assert relative(gradient, full.gradient()) < 1e-12
     held = [k for k, part in enumerate(parts) if part.n]
     if combination.uniform is not None and name not in COUNTED_IN_EVERY_PART:
-        losses = [float(found[k][0].loss) if k in held else 0.0 for k in range(len(parts))]
-        penalties = [found[k][3] if k in held else 0.0 for k in range(len(parts))]
+        losses = [float(found[k][0].loss) if k in held else float("nan") for k in range(len(parts))]
+        penalties = [found[k][3] for k in range(len(parts))]
         total = combination.total(losses, penalties, penalty)
         assert total == pytest.approx(float(full.loss), rel=1e-12)
     values = [found[k][2] if k in held else [0.0] * len(found[k][1]) for k in range(len(parts))]
@@ -300,7 +302,7 @@ REFUSED = {
     ),
     "outputs first": (
         lambda z, d, net: (z - d.y).T.contiguous().square().mean(1).sum(),
-        "is multiplied by",
+        "its outputs are transposed",
     ),
 }
 

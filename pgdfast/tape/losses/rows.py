@@ -37,21 +37,21 @@ _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", 
 class Rows:
     """Pushes states up a tape.
 
-    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have. tolerance: of numbers, relative.
-    fixed: does the same hold for any tape of this structure with these numbers?
+    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have, along dimension `dim`.
+    tolerance: of numbers, relative. fixed: does the same hold for any tape of this structure with these numbers?
     """
 
-    def __init__(self, tape, edge, shape, tolerance: float):
+    def __init__(self, tape, edge, shape, tolerance: float, dim: int = 0):
         self.tape, self.tolerance, self.fixed = tape, tolerance, True
         base = shape
         while edge and len(base) == 1 and tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) in _VIEWS:
             edge = tape.edges[edge[0]][0]   # the tensor that was flattened
             base = tape.shape(*edge)
         base = base or torch.Size([1])
-        self.rows, self.entries = base[0], shape.numel()
+        self.rows, self.entries = base[dim], shape.numel()
         self._numbers = [self.rows, self.entries, *shape[:1]]   # what a mean may divide by
-        labels = labels_of(self.rows).reshape(-1, *[1] * (len(base) - 1)).expand(base)
-        self.start = State(labels.reshape(shape))
+        labels = labels_of(self.rows).reshape(-1, *[1] * (len(base) - 1 - dim)).expand(base)
+        self.start = State(labels.reshape(shape), dim)
         self._totals: list[float] = []    # weights of a cross-entropy's labels: label smoothing divides by them, too
         self._squared: set[int] = set()   # nodes that square a norm, whose root they take back
 
@@ -278,7 +278,9 @@ class Rows:
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
         if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
-            raise Unclear("it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask")
+            raise Unclear(
+                "it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask"
+            )
         return new
 
     def _moved(self, position: int, state: State):
@@ -340,11 +342,7 @@ class Rows:
         if kind == "DistBackward0":
             state = self._flat(position, inputs, torch.broadcast_shapes(*[s.shape for s in inputs.values()]))
             return self._group(position, state, None, False, shape)
-        found = RULES.get(kind)
-        elementwise = kind in _ALSO_ELEMENTWISE or (
-            found is not None and found.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
-        )
-        if not elementwise:
+        if not is_elementwise(kind):
             raise Unclear(f"{self._written(position)} does not tell what it does with rows")
         return self._flat(position, inputs, shape)
 
@@ -407,6 +405,30 @@ class Rows:
         if not new.single():
             raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
+
+
+def transposed(tape, edge) -> int:
+    """The dimension that outputs have for the first one of what they were transposed from; 0 where they were not."""
+    while tape.leaf[edge[0]] < 0:
+        kind, node, inputs = tape.kind(edge[0]), tape.nodes[edge[0]], [e for e in tape.edges[edge[0]] if e]
+        if kind == "TBackward0":
+            return len(tape.shape(*edge)) - 1
+        if kind == "PermuteBackward0":
+            return [signed(d) % len(tape.shape(*edge)) for d in node._saved_dims].index(0)
+        if kind == "TransposeBackward0":
+            pair = [signed(d) % len(tape.shape(*edge)) for d in (node._saved_dim0, node._saved_dim1)]
+            return max(pair) if 0 in pair else 0
+        if len(inputs) != 1 or not is_elementwise(kind) or tape.shape(*inputs[0]) != tape.shape(*edge):
+            return 0
+        edge = inputs[0]
+    return 0
+
+
+def is_elementwise(kind: str) -> bool:
+    """Whether each entry of what a node puts out depends on one entry of each input."""
+    rule = RULES.get(kind)
+    known = rule is not None and rule.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
+    return known or kind in _ALSO_ELEMENTWISE
 
 
 def is_scaling(tape, position: int) -> bool:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..rules import RULES
 from ..rules.table import plain
 from ..walk import Tape
 from .blocks import COUPLED, Form, Route, unrolled
 from .names import written
-from .rows import Rows, is_scaling
+from .rows import Rows, is_elementwise, is_scaling, transposed
 from .states import State, Unclear, kind_of_all
 
 _PICKING = {
@@ -173,6 +172,13 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
             _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
         ]
         kind = kind_of_all(states)
+        dim = transposed(tape, block.edges[0]) if len(shape) > 1 else 0
+        if dim:
+            other = Rows(tape, block.edges[0], shape, tolerance, dim)
+            for steps, state in zip(ways, states, strict=True):
+                turned = other.along(steps, block.edges)
+                if (turned.kind, turned.count, turned.factor) != (state.kind, state.count, state.factor):
+                    raise Unclear("its outputs are transposed, so that their first dimension may not be that of rows")
     except Unclear as error:
         return replace(share, kind="whole" if error.whole else "unknown", why=str(error)), set(), reader.fixed
     first = states[0]
@@ -237,12 +243,7 @@ def closed(tape: Tape, edges, seen: set[int]) -> str:
                 if below != tape.shape(position):   # a parameter that was repeated for every row
                     return ""
                 found = "offsets"
-        elif not (kind in _SEVERAL or _elementwise(kind)) or not all(inputs):
+        elif not (kind in _SEVERAL or is_elementwise(kind)) or not all(inputs):
             return ""
         stack += [e[0] for e in inputs if e]
     return found
-
-
-def _elementwise(kind: str) -> bool:
-    rule = RULES.get(kind)
-    return rule is not None and rule.apply.__module__.endswith(".elementwise")

@@ -26,11 +26,11 @@ class State:
 
     __slots__ = ("axis", "count", "factor", "kind", "moments", "passed", "shape", "weighted", "weights")
 
-    def __init__(self, labels: torch.Tensor):
+    def __init__(self, labels: torch.Tensor, dim: int = 0):
         self.shape = shape = labels.shape
         self.moments = torch.stack([labels**k for k in range(3)])
         self.weights = torch.ones(self.shape, dtype=torch.float64)
-        self.kind, self.count, self.factor, self.axis, self.weighted = "sum", 1.0, 1.0, 0 if len(shape) else None, False
+        self.kind, self.count, self.factor, self.axis, self.weighted = "sum", 1.0, 1.0, dim if len(shape) else None, False
         self.passed: list[int] = []
 
     def like(self, moments: torch.Tensor, weights: torch.Tensor, axis) -> State:
