@@ -47,7 +47,7 @@ def rows(problem):
     u = torch.randn(lin.num_residuals, generator=generator)
     result = closure()
     results = list(result) if isinstance(result, tuple) else [result]
-    walk = Linearizer(params)._tracer._walker.walk
+    walk = Linearizer(params).tracer._walker.walk
     walk(results)
 
     def gradient():

@@ -188,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
   blas_name = fill_blas(nullptr);
   fill_maths();
   bind_jets(m);
+  bind_parts(m);
   bind_plans(m);
   bind_rules(m);
   bind_tapes(m);

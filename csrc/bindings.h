@@ -52,6 +52,7 @@ T* optional_pointer(py::handle object, index count, const char* name) {
 }
 
 void bind_jets(py::module_& m);
+void bind_parts(py::module_& m);
 void bind_plans(py::module_& m);
 void bind_rules(py::module_& m);
 

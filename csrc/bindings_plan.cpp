@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-#include "bindings.h"
+#include "bindings_factor.h"
 #include "cpu/members.h"
 #include "cpu/simd.h"
 #include "cpu/solve.h"
@@ -27,30 +27,6 @@ std::pair<const index*, index> words_of(py::handle object) {
   return {t.const_data_ptr<std::int64_t>(), t.numel()};
 }
 
-// A factor that Python holds; see Solver::dual.
-template <class T>
-class FactorHandle {
- public:
-  explicit FactorHandle(std::shared_ptr<Factor<T>> factor) : factor_(std::move(factor)) {}
-
-  void solve(py::handle b, py::handle x) {
-    const T* from = pointer<T>(b, order(), "b");
-    T* to = pointer<T>(x, order(), "x");
-    const Running running;
-    factor_->solve(from, to);
-  }
-  void dual_vector(py::handle y) const {
-    if (!is_dual()) throw py::value_error("a factor of the primal matrix has no dual vector");
-    std::copy_n(factor_->dual_vector.data(), order(), pointer<T>(y, order(), "y"));
-  }
-  index order() const { return factor_->order(); }
-  bool is_dual() const { return factor_->is_dual(); }
-  index bytes() const { return factor_->bytes(); }
-
- private:
-  std::shared_ptr<Factor<T>> factor_;
-};
-
 // A program with its constants. One call at a time works on it: others wait, without the GIL.
 template <class T>
 class Plan {
@@ -71,11 +47,14 @@ class Plan {
     solver_.program.constants.resize(layouts_.size());
   }
 
-  // Points the constants at this step's tensors. False if one differs in layout from those the plan was built for.
-  bool bind(const py::list& constants) {
+  // Points the constants at this step's tensors, and the row scale at one of the plan's dtype, or None. False if a constant
+  // differs in layout from those the plan was built for.
+  bool bind(const py::list& constants, py::handle row_scale) {
     if (constants.size() != layouts_.size()) return false;
+    const T* scale = optional_pointer<T>(row_scale, M(), "row_scale");
     const Locked locked(mutex_);
     bound_ = false;   // until all are in place: memory may run out on the way
+    solver_.program.row_scale = scale;
     solver_.invalidate();
     members_.sources.assign(members_.count ? layouts_.size() : 0, {});
     for (std::size_t i = 0; i < layouts_.size(); ++i) {
@@ -184,6 +163,11 @@ class Plan {
     T* to = pointer<T>(K, M() * M(), "K");
     const Running running = alone();
     solver_.gram_matrix(w, to);
+  }
+  void add_normal(py::handle H) {
+    T* to = pointer<T>(H, (P() + 1) * gram_stride<T>(P()), "H");
+    const Running running = alone();
+    solver_.add_normal(to);
   }
   void columns(const std::vector<int>& parameters, py::handle J) {
     require_rows("columns");
@@ -426,19 +410,12 @@ class Plan {
 };
 
 template <class T>
-void bind_plan(py::module_& m, const char* name, const char* factor_name) {
-  using F = FactorHandle<T>;
-  py::class_<F>(m, factor_name)
-      .def("solve", &F::solve)
-      .def("dual_vector", &F::dual_vector)
-      .def_property_readonly("order", &F::order)
-      .def_property_readonly("is_dual", &F::is_dual)
-      .def_property_readonly("bytes", &F::bytes);
+void bind_plan(py::module_& m, const char* name) {
   using P = Plan<T>;
   py::class_<P>(m, name)
       .def(py::init<py::handle, const std::vector<double>&, const py::list&, const std::vector<int>&>(), py::arg("words"),
            py::arg("alphas"), py::arg("constants"), py::arg("functions"))
-      .def("bind", &P::bind)
+      .def("bind", &P::bind, py::arg("constants"), py::arg("row_scale") = py::none())
       .def("set_members", &P::set_members)
       .def("select", &P::select)
       .def("members_dual", &P::members_dual)
@@ -451,6 +428,7 @@ void bind_plan(py::module_& m, const char* name, const char* factor_name) {
       .def("vjps", &P::vjps)
       .def("dense", &P::dense)
       .def("gram", &P::gram)
+      .def("add_normal", &P::add_normal)
       .def("columns", &P::columns)
       .def("squared", &P::squared)
       .def("diagonal", &P::diagonal)
@@ -470,8 +448,8 @@ void bind_plan(py::module_& m, const char* name, const char* factor_name) {
 }  // namespace
 
 void bind_plans(py::module_& m) {
-  bind_plan<float>(m, "PlanFloat", "FactorFloat");
-  bind_plan<double>(m, "PlanDouble", "FactorDouble");
+  bind_plan<float>(m, "PlanFloat");
+  bind_plan<double>(m, "PlanDouble");
 }
 
 }  // namespace pgdfast

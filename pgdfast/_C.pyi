@@ -17,7 +17,7 @@ CG_PHASES: tuple[str, ...]
 _Numbers = tuple[int, int, float, float, float, float, float]
 
 class _Factor:
-    """The Cholesky factor of one solve; vectors are in residual order where it is that of the dual matrix."""
+    """The Cholesky factor of one solve or given matrix; vectors are in residual order where it is that of the dual matrix."""
 
     order: int
     is_dual: bool
@@ -25,7 +25,9 @@ class _Factor:
     def solve(self, b: Tensor, x: Tensor) -> None:
         """X = F^-1 b; x may be b."""
     def dual_vector(self, y: Tensor) -> None:
-        """Write y of the solve; ValueError for a primal factor."""
+        """Write y of the solve; ValueError for a primal factor, or where there is none."""
+    def set_dual_vector(self, y: Tensor) -> None:
+        """Keep y; ValueError for a primal factor."""
 
 class FactorFloat(_Factor): ...
 class FactorDouble(_Factor): ...
@@ -44,8 +46,8 @@ class _Plan:
         functions: Sequence[int],
     ) -> None:
         """Words and alphas as kernels.encoding.encoded makes them; per constant (sizes, strides), None for a number."""
-    def bind(self, constants: list[Any]) -> bool:
-        """Point at these constants; False where one is laid out differently."""
+    def bind(self, constants: list[Any], row_scale: Tensor | None = None) -> bool:
+        """Point at these constants, and factors (M,) of the rows of J; False where a constant is laid out differently."""
     def set_members(self, count: int, shifts: Sequence[int], spans: Sequence[int]) -> None: ...
     def select(self, member: int) -> None: ...
     def set_rows(self, words: Tensor) -> None:
@@ -56,6 +58,8 @@ class _Plan:
     def vjps(self, U: Tensor, K: int, V: Tensor) -> None: ...
     def dense(self, J: Tensor) -> None: ...
     def gram(self, weights: Tensor, K: Tensor) -> None: ...
+    def add_normal(self, H: Tensor) -> None:
+        """Add J^T J to the upper triangle of H, (P + 1, gram_stride)."""
     def columns(self, parameters: Sequence[int], J: Tensor) -> None: ...
     def squared(self, A: Tensor, rows: int, columns: int, transposed: bool, K: Tensor) -> None: ...
     def diagonal(self, d: Tensor) -> None: ...
@@ -154,6 +158,16 @@ def subtract(params: list[Tensor], rates: Sequence[float], direction: Tensor) ->
 def copy_tensors(to: list[Tensor], source: list[Tensor]) -> bool:
     """Copy contiguous CPU tensors pairwise, in place; False, with nothing done, where a pair differs in dtype or size."""
 
+def gram_stride_float(order: int) -> int:
+    """Return the row length of matrices of this order as the core keeps them."""
+
+def gram_stride_double(order: int) -> int: ...
+def factor_float(H: Tensor, order: int, added: Tensor, positions: Sequence[int] | None) -> tuple[FactorFloat | None, float]:
+    """Return the factor of H + diag(added), added (order,) in float64, and the trace of H diag(added)^-1."""
+
+def factor_double(
+    H: Tensor, order: int, added: Tensor, positions: Sequence[int] | None
+) -> tuple[FactorDouble | None, float]: ...
 def fail_in_parallel(kind: str, threads: int, failing: int) -> None: ...
 def instruction_set() -> str: ...
 def blas() -> str: ...

@@ -10,8 +10,9 @@ from .captured import CapturedStep
 from .ensembles import Ensemble, functional_ensemble
 from .hybrid import Hybrid
 from .kernels import backends
-from .linear import Linearization, linearize
+from .linear import Linearization
 from .lm import LM
+from .parts import linearize
 from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, Solutions, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum

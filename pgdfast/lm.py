@@ -14,6 +14,7 @@ from torch.optim import optimizer
 
 from .backend import backend as choose_backend
 from .linear import as_operations, check_stacked, checked_check
+from .parts import Batched, chosen_group, on_all_rows
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -134,6 +135,10 @@ class LM(torch.optim.Optimizer, Generic[R]):
             promises, at most this part of it. xtol: the step without damping is at most this part of the parameters, each in
             units of its column of J. gtol: the largest cosine of the residuals with a column of J. The tests take a gradient
             and diag(J^T J) at steps where the numbers at hand allow them to hold. Not part of the state_dict.
+        process_group (None or a torch.distributed process group): each process's closure has rows of its own, and the step is
+            that of the closure on all of them, in every process. See pgdfast.Ranks.
+        memory (None or bytes): what steps over batches may keep of their tapes in this process, a quarter of what is available
+            unless given; closures whose tapes do not fit run again for every product with J.
 
     Raises ValueError or TypeError for options out of these ranges; RuntimeError for a backend that cannot be used here.
 
@@ -151,7 +156,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: None = None, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
-        xtol: float | None = None, gtol: float | None = None,
+        xtol: float | None = None, gtol: float | None = None, process_group: Any = None, memory: float | None = None,
     ) -> None: ...
 
     @overload
@@ -162,13 +167,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
         weight_decay: float = 0.0, solver: Solver = "auto", line_search: Search = None, cg: CG | None = None,
         rcond: float = 1e-8, ensemble: int, backend: Backend = "auto", momentum: float = 0.0,
         norm_constraint: float | None = None, balance: Weights = None, check: Check = "first", ftol: float | None = None,
-        xtol: float | None = None, gtol: float | None = None,
+        xtol: float | None = None, gtol: float | None = None, process_group: Any = None, memory: float | None = None,
     ) -> None: ...
 
     def __init__(
         self, params, lr=1.0, damping=None, *, damping_rule="auto", acceleration="auto", scaling="auto",
         weight_decay=0.0, solver="auto", line_search=None, cg=None, rcond=1e-8, ensemble=None, backend="auto", momentum=0.0,
-        norm_constraint=None, balance=None, check="first", ftol=None, xtol=None, gtol=None,
+        norm_constraint=None, balance=None, check="first", ftol=None, xtol=None, gtol=None, process_group=None, memory=None,
     ):
         _check_options(lr, damping, damping_rule, scaling, weight_decay, solver, cg, rcond, ensemble)
         search, momentum = chosen_search(line_search), checked_momentum(momentum)
@@ -179,8 +184,12 @@ class LM(torch.optim.Optimizer, Generic[R]):
             Tolerances(ftol, xtol, gtol), chosen_balance(balance),
         )
         _check_together(self._options)
-        self._tools = StepTools(choose_backend(backend, checked_check(check, "LM")))
+        group = chosen_group(process_group)
+        self._tools = StepTools(choose_backend(backend, checked_check(check, "LM"), group, _checked_memory(memory)))
+        self._in_group = process_group is not None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if self._in_group:
+            self._check_parts(ensemble, "a process group")
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
         self._damping: Any = _GIVEN if damping is None and not self._options.rule.tries else damping
@@ -189,17 +198,43 @@ class LM(torch.optim.Optimizer, Generic[R]):
         self.report = none[0] if ensemble is None else EnsembleReport(none, {})
 
     @_hooked
-    def step(self, closure: Callable[[], _Result] | None = None) -> torch.Tensor:   # type: ignore[override]
+    def step(   # type: ignore[override]
+        self, closure: Callable[..., _Result] | None = None, batches: Iterable | None = None, *,
+        progress: bool | Callable[[str, int], None] = False,
+    ) -> torch.Tensor:
         """Take one step and return the loss before it, a 0-dim tensor; (B,) for an ensemble.
 
-        closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
-        runs once, and once more per trial point. What happened stands in `report`.
-        Raises ValueError (bad closure, non-finite loss), MemoryError or whatever the closure raises; the parameters are
-        left unchanged.
+        Args:
+            closure: callable that computes and returns a scalar loss or residual tensors, without calling backward(); it
+                runs once, and once more per trial point.
+            batches: None, or an iterable of batches, the same each time it is gone through: a list, a DataLoader. The closure
+                is then called with each of them, and the step is that of the closure on all rows as one batch.
+            progress: with batches, True for a line on standard error, or a callable (what runs, batches done).
+
+        What happened stands in `report`. Raises ValueError (bad closure, non-finite loss, batches that change), MemoryError or
+        whatever the closure raises; the parameters are left unchanged.
         """
         if closure is None:
             raise ValueError("pgdfast.LM.step: needs a closure that returns the loss or the residuals; pass step(closure).")
+        if batches is not None or self._in_group:
+            closure = self._parts(closure, batches, progress)
         return as_operations(self._step, closure)
+
+    def _parts(self, closure, batches, progress):
+        """The closure over all batches, of this process."""
+        self._check_parts(self.ensemble, "batches")
+        if self._tools.backend.name == "reference":
+            return on_all_rows(closure, batches)
+        return Batched(closure, batches, progress=progress)
+
+    def _check_parts(self, ensemble, what: str) -> None:
+        """Raise ValueError for options that do not go with parts of rows."""
+        if ensemble is not None:
+            raise ValueError(f"pgdfast.LM: ensemble and {what} do not work together; use one of them.")
+        if self._options.balance is not None:
+            raise ValueError(f"pgdfast.LM: balance and {what} do not work together; weight the terms in the closure.")
+        if self._in_group and self._tools.backend.name == "reference":
+            raise ValueError("pgdfast.LM: backend 'reference' runs in one process; use another backend in a process group.")
 
     def _step(self, closure) -> torch.Tensor:
         step = self._begin(closure)
@@ -270,8 +305,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
 
     def __getstate__(self) -> dict:
         """Everything, for copies and pickles; torch.optim's own keeps only what every optimizer has."""
+        if self._in_group:
+            raise ValueError(
+                "pgdfast.LM: an LM in a process group cannot be copied or pickled; make one with process_group= where it is "
+                "needed, and load its state_dict()."
+            )
         self._settle()
-        own = {name: getattr(self, name) for name in ("_options", "_damping", "ensemble")}
+        own = {name: getattr(self, name) for name in ("_options", "_damping", "ensemble", "_in_group")}
         report = getattr(self.report, "now", lambda: self.report)()   # a captured step's, with its numbers
         return super().__getstate__() | own | {"report": report, "_tools": StepTools(self._tools.backend)}
 
@@ -369,6 +409,12 @@ def _check_range(mu: float, params: list[torch.Tensor]) -> None:
                 f"pgdfast.LM: damping is {mu!r}, more than {str(p.dtype).removeprefix('torch.')} holds; nothing was changed. "
                 "Use a smaller damping, or a float64 model."
             )
+
+
+def _checked_memory(memory) -> float | None:
+    if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
+        raise ValueError(f"pgdfast.LM: memory is {memory!r}; it must be None or a number of bytes.")
+    return memory
 
 
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .linear import losses_of
+from .linear import half_square, loss_at, losses_of
 from .solve import solve, solve_members
-from .step.evaluate import half_square, loss_at
 
 
 class OneNetwork:
@@ -16,7 +15,7 @@ class OneNetwork:
     """
 
     __slots__ = ("_solve", "lin", "loss", "losses")
-    separates = True
+    separates, in_parts = True, False
 
     def __init__(self, lin, solve):
         self.lin, self.loss, self._solve = lin, lin.loss, solve
@@ -48,10 +47,25 @@ class OneNetwork:
         self.lin.parameters_unchanged()
 
 
+class NetworkInParts(OneNetwork):
+    """One network whose rows come in parts, linearized as a parts.Parts."""
+
+    __slots__ = ()
+    in_parts = True
+
+    def __init__(self, lin, solve):
+        self.lin, self.loss, self.losses, self._solve = lin, lin.loss, (lin.value,), solve
+
+    def losses_at(self, result) -> tuple[float, ...]:
+        """The loss, as a list of one number, of what the batches returned at a trial point."""
+        return (self.lin.loss_of(result),)
+
+
 class ManyNetworks:
     """An ensemble: as OneNetwork, for B members."""
 
     __slots__ = ("lin", "loss", "losses")
+    in_parts = False
 
     def __init__(self, lin):
         self.lin, self.loss, self.losses = lin, lin.loss, lin.losses

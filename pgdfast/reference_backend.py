@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from . import reference
-from .linear import losses_of, split_result
+from .linear import half_square, losses_of, split_result
 from .networks import OneNetwork
 from .solve import CG, Solution, Solutions
-from .step.evaluate import Substituted, half_square
+from .step.evaluate import Substituted
 from .step.rng_replay import MovedGenerators, RandomReplay
 
 

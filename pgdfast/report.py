@@ -31,6 +31,8 @@ class Report:
     dropped because a trial with it did not descend. weights, terms: with `balance`, w_k and the unweighted 1/2 ||r_k||^2 of
     each residual tensor before the step; `loss` is the weighted sum. residuals, parameters: M and P. scaling: D. seconds: wall
     time of the phases linearize, solve, trial.
+    parts: of a step over batches or in a process group, how many there were; kept: of those, how many held what products with J
+    need; reruns: closures that ran again in this process for products of the others; sent: numbers that it sent to others.
     """
 
     loss: float
@@ -58,6 +60,10 @@ class Report:
     residuals: int = 0
     parameters: int = 0
     scaling: str = ""
+    parts: int = 0
+    kept: int = 0
+    reruns: int = 0
+    sent: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

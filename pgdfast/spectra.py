@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .backend import backend as choose_backend
-from .solve.memory import available_memory
+from .kernels.memory import available_memory
+from .parts import Batched, chosen_group
 
 
 def kernel_drift(K: torch.Tensor, K0: torch.Tensor) -> float:
@@ -149,20 +150,21 @@ class Spectrum:
         return _saved(figure, path)
 
 
-def ntk_spectrum(closure, params, *, backend: str = "auto") -> Spectrum:
+def ntk_spectrum(closure, params, *, batches=None, process_group=None, backend: str = "auto") -> Spectrum:
     """The spectrum of K = J J^T of a closure at the present parameters, for any model.
 
     closure: as for LM.step. For `lambda: model(x)` K is the neural tangent kernel of the outputs; for residuals f - y too, and
     the coefficients are the error in its modes. A scalar loss is taken as written: the mean of F.mse_loss puts 2/(N O) into
     K. For cross-entropies J is S^T dF, S S^T the Hessian in the outputs: K is that of the generalized Gauss-Newton matrix.
-    Penalties are left out. params: tensors or an iterable of them; frozen ones do not count. backend: as for LM.
+    Penalties are left out. params: tensors or an iterable of them; frozen ones do not count. batches, process_group: as for
+    linearize, of whose rows K is then made. backend: as for LM.
 
     Cost: one run of the closure, the Gram matrix, and an eigendecomposition of about 9 M^3 operations; five float64 matrices
     of M x M in memory. Nothing is changed.
     Raises MemoryError when these do not fit into the free memory, before any is made; ValueError for a closure without
     residuals, with a loss or Jacobian that is not finite, or one that LM refuses.
     """
-    probe, params = Probe("ntk_spectrum", closure, backend), list(params)
+    probe, params = Probe("ntk_spectrum", closure, backend, batches, process_group), list(params)
     return _spectrum(*probe(params, copies=5, wide=True), params, probe.name)
 
 
@@ -250,10 +252,12 @@ class SpectrumHistory:
 class Probe:
     """Linearizes a closure again and again, for its Gram matrix."""
 
-    def __init__(self, name: str, closure, backend: str = "auto"):
+    def __init__(self, name: str, closure, backend: str = "auto", batches=None, process_group=None):
         if not callable(closure):
             raise TypeError(f"pgdfast.{name}: closure is {closure!r}; it must be a callable that returns the residuals.")
-        self.name, self.closure, self._backend = name, closure, choose_backend(backend)
+        group = chosen_group(process_group)
+        self.name, self._backend = name, choose_backend(backend, group=group)
+        self.closure = closure if batches is None and group.size == 1 else Batched(closure, batches)
 
     def __call__(self, params, copies: int = 2, wide: bool = False):
         """(K, r): the Gram matrix (M, M) and the residual (M,) at the present parameters.

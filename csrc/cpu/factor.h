@@ -24,7 +24,7 @@ class Factor {
   // Factors matrix + diag(added(i)), of which the upper triangle is read: n x n, rows `ld` apart. False if it is not positive
   // definite. positions: null, or where each residual stands in the matrix; `solve` then takes and gives vectors in residual order.
   template <class D>
-  bool factor(const std::vector<T>& matrix, index ld, index n, D&& added, const std::vector<index>* positions,
+  bool factor(const T* matrix, index ld, index n, D&& added, const std::vector<index>* positions,
               FactorScratch<T>& scratch);
   // x <- (F^T F)^-1 x in the matrix's own order. One thread at a time.
   void solve_in_place(T* x);
@@ -52,7 +52,7 @@ int threads_for_factor(index n);
 
 template <class T>
 template <class D>
-bool Factor<T>::factor(const std::vector<T>& matrix, index ld, index n, D&& added, const std::vector<index>* positions,
+bool Factor<T>::factor(const T* matrix, index ld, index n, D&& added, const std::vector<index>* positions,
                        FactorScratch<T>& scratch) {
   order_ = n;
   dual_ = positions != nullptr;
@@ -61,12 +61,12 @@ bool Factor<T>::factor(const std::vector<T>& matrix, index ld, index n, D&& adde
   if (!wide_) {
     ensure(scratch.diagonal, n);
     for (index i = 0; i < n; ++i) scratch.diagonal[std::size_t(i)] = T(added(i));
-    return narrow_.factor(matrix.data(), ld, n, scratch.diagonal.data(), threads_for_factor(n));
+    return narrow_.factor(matrix, ld, n, scratch.diagonal.data(), threads_for_factor(n));
   }
   ensure(scratch.matrix, n * n);
   ensure(scratch.wide_diagonal, n);
   for (index i = 0; i < n; ++i) {
-    std::copy(matrix.data() + i * ld + i, matrix.data() + i * ld + n, scratch.matrix.data() + i * n + i);
+    std::copy(matrix + i * ld + i, matrix + i * ld + n, scratch.matrix.data() + i * n + i);
     scratch.wide_diagonal[std::size_t(i)] = double(added(i));
   }
   return double_.factor(scratch.matrix.data(), n, n, scratch.wide_diagonal.data(), 1);

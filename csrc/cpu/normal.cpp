@@ -217,7 +217,8 @@ void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work
 }
 
 template <class T>
-void symmetric_product(const T* A, index n, index count, index row, index column, Workspace<T>& work, T* H, index ld) {
+void symmetric_product(const T* A, index n, index count, index row, index column, Workspace<T>& work, T* H, index ld,
+                       bool add) {
   const Tiles<T>& t = tiles<T>();
   const index panels = (n + t.width - 1) / t.width, stride = kDepth * t.width, group = kTilePanels * t.width;
   const int threads = threads_for(double(count) * double(n) * double(n));
@@ -238,7 +239,7 @@ void symmetric_product(const T* A, index n, index count, index row, index column
         for (int v = 0; v < width; ++v) right[v] = packed + (p + v) * stride;
         for (index i = 0; i < rows; i += t.rows)
           t.product(width, std::min(t.rows, rows - i), depth, packed + (first + i) / t.width * stride + i % t.width, right,
-                    H + (first + i) * ld + p * t.width, ld, begin > 0);
+                    H + (first + i) * ld + p * t.width, ld, add || begin > 0);
       }
     });
   }
@@ -246,7 +247,7 @@ void symmetric_product(const T* A, index n, index count, index row, index column
 
 #define PGDFAST_INSTANTIATE(T)                                                                \
   template void normal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*, index);       \
-  template void symmetric_product<T>(const T*, index, index, index, index, Workspace<T>&, T*, index);
+  template void symmetric_product<T>(const T*, index, index, index, index, Workspace<T>&, T*, index, bool);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

@@ -13,8 +13,9 @@ template <class T>
 void normal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, T* H, index ld);
 
 // H = A A^T of an explicit A, n x depth, element (i, l) at i * row + l * column: the upper triangle, as above, with columns up
-// to ld; H need not be cleared.
+// to ld; H need not be cleared, unless the product is to be added to it.
 template <class T>
-void symmetric_product(const T* A, index n, index depth, index row, index column, Workspace<T>& work, T* H, index ld);
+void symmetric_product(const T* A, index n, index depth, index row, index column, Workspace<T>& work, T* H, index ld,
+                       bool add = false);
 
 }  // namespace pgdfast

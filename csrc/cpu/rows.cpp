@@ -144,27 +144,35 @@ bool vjp_from_units(const Bound<T>& program, const RowLayout& layout, const Work
 
 namespace {
 
-// J by M products with J^T, or by P with J where those are fewer; several at a time where threads are to be had.
+// body(i, line, arena) for `count` rows of J from `first` on, by products with J^T, or columns by those with J; several at a
+// time where threads are to be had.
+template <class T, class F>
+void each_line(const Bound<T>& program, Workspace<T>& work, bool columns, index first, index count, F&& body) {
+  const Structure& s = *program.structure;
+  const index given = columns ? s.num_parameters : s.num_residuals, found = columns ? s.num_residuals : s.num_parameters;
+  const bool large = s.arena_size * index(sizeof(T)) > limits::kOneArenaBytes / 8;
+  const int threads = large ? 1 : int(std::min<index>(count, threads_for(0.5 * double(count) * s.flops)));
+  const index own = s.arena_size + given + found;   // of one thread: an arena, a unit vector, a line
+  ensure(work.arenas, threads * own);
+  for (int t = 0; t < threads; ++t) std::fill_n(work.arenas.data() + t * own + s.arena_size, given, T(0));
+  each_item(threads, count, [&](index i, int thread) {
+    T *arena = work.arenas.data() + thread * own, *unit = arena + s.arena_size, *line = unit + given;
+    unit[first + i] = 1;
+    if (columns) jvp(program, unit, line, arena);
+    else vjp(program, unit, line, arena);
+    body(i, line, arena);
+    unit[first + i] = 0;
+  });
+}
+
+// J by M products with J^T, or by P with J where those are fewer.
 template <class T>
 void dense_by_products(const Bound<T>& program, Workspace<T>& work, T* J) {
-  const Structure& s = *program.structure;
-  const index M = s.num_residuals, P = s.num_parameters, count = std::min(M, P);
-  const bool forward = P < M, large = s.arena_size * index(sizeof(T)) > limits::kOneArenaBytes / 8;
-  const int threads = large ? 1 : int(std::min<index>(count, threads_for(0.5 * double(count) * s.flops)));
-  const index own = s.arena_size + count + (forward ? M : 0);   // of one thread: an arena, a unit vector, a column
-  ensure(work.arenas, threads * own);
-  for (int t = 0; t < threads; ++t) std::fill_n(work.arenas.data() + t * own + s.arena_size, count, T(0));
-  each_item(threads, count, [&](index i, int thread) {
-    T *arena = work.arenas.data() + thread * own, *unit = arena + s.arena_size;
-    unit[i] = 1;
-    if (forward) {
-      T* column = unit + count;
-      jvp(program, unit, column, arena);
-      for (index e = 0; e < M; ++e) J[e * P + i] = column[e];
-    } else {
-      vjp(program, unit, J + i * P, arena);
-    }
-    unit[i] = 0;
+  const index M = program.structure->num_residuals, P = program.structure->num_parameters;
+  const bool columns = P < M;
+  each_line(program, work, columns, index(0), std::min(M, P), [&](index i, const T* line, T*) {
+    if (!columns) std::copy(line, line + P, J + i * P);
+    for (index e = 0; columns && e < M; ++e) J[e * P + i] = line[e];
   });
 }
 
@@ -189,6 +197,52 @@ void dense_columns(const Bound<T>& program, const RowLayout& layout, Workspace<T
     for (index o = 0; o < layout.max_outputs && start[std::size_t(use.parameter)] >= 0; ++o)
       add_rows(program, layout, use, s.instructions[std::size_t(use.instruction)], work.arenas.data() + o * s.arena_size,
                layout.element, o, J + start[std::size_t(use.parameter)], width);
+}
+
+template <class T>
+void each_rows(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, index most, T* J,
+               const std::function<void(index rows)>& body) {
+  const Structure& s = *program.structure;
+  const index M = s.num_residuals, P = s.num_parameters;
+  if (!layout.local) {
+    for (index first = 0; first < M; first += most) {
+      const index rows = std::min(most, M - first);
+      each_line(program, work, false, first, rows,
+                [&](index i, const T* line, T*) { std::copy(line, line + P, J + i * P); });
+      body(rows);
+    }
+    return;
+  }
+  unit_sweeps(program, layout, work);
+  std::vector<index> row_index(layout.k_index.size());
+  std::vector<char> reached(std::size_t(layout.max_outputs));
+  for (index first = 0; first < M; first += most) {
+    const index rows = std::min(most, M - first);
+    std::fill(reached.begin(), reached.end(), char(0));
+    for (std::size_t i = 0; i < row_index.size(); ++i) {
+      const index k = layout.k_index[i] - first;
+      row_index[i] = k >= 0 && k < rows ? k : -1;
+      if (row_index[i] >= 0) reached[i % reached.size()] = 1;
+    }
+    std::memset(J, 0, sizeof(T) * std::size_t(rows * P));
+    for (const Use& use : layout.uses)
+      for (index o = 0; o < layout.max_outputs; ++o)
+        if (reached[std::size_t(o)])
+          add_rows(program, layout, use, s.instructions[std::size_t(use.instruction)], work.arenas.data() + o * s.arena_size,
+                   row_index, o, J + s.buffers[std::size_t(use.parameter)].offset, P);
+    body(rows);
+  }
+}
+
+template <class T>
+void normal_by_products(const Bound<T>& program, Workspace<T>& work, T* H, index ld) {
+  const index P = program.structure->num_parameters;
+  each_line(program, work, true, index(0), P, [&](index i, T* line, T* arena) {
+    thread_local std::vector<T> row;   // grown where an exception is caught: see parallel.h
+    ensure(row, P);
+    vjp(program, line, row.data(), arena);
+    for (index j = i; j < P; ++j) H[i * ld + j] += row[std::size_t(j)];
+  });
 }
 
 template <class T>
@@ -249,6 +303,9 @@ void diagonal(const Bound<T>& program, const RowLayout& layout, Workspace<T>& wo
   template void dense<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);                  \
   template void dense_columns<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, const std::vector<index>&, index, T*); \
   template void diagonal<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, T*);              \
+  template void each_rows<T>(const Bound<T>&, const RowLayout&, Workspace<T>&, index, T*,        \
+                             const std::function<void(index)>&);                                 \
+  template void normal_by_products<T>(const Bound<T>&, Workspace<T>&, T*, index);               \
   template bool vjp_from_units<T>(const Bound<T>&, const RowLayout&, const Workspace<T>&, const T*, T*, T*);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)

@@ -4,6 +4,8 @@
 // cotangent rows Y_o (N x m): the rows of J for that use are the outer products C_i (x) Y_oi.
 #pragma once
 
+#include <functional>
+
 #include "sweep.h"
 
 namespace pgdfast {
@@ -19,7 +21,8 @@ struct Workspace {
   std::vector<std::vector<T>> scratch;  // one per thread
 };
 
-// Fills one arena per output with the cotangents that unit residuals produce, unless they are there.
+// Fills one arena per output with the cotangents that unit residuals produce, unless they are there; the units are those of the
+// row scale where there is one.
 template <class T>
 void unit_sweeps(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work);
 
@@ -58,6 +61,17 @@ void dense(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work,
 template <class T>
 void dense_columns(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, const std::vector<index>& start,
                    index width, T* J);
+
+// body(rows) for all rows of J, `most` of them at a time in J: row-major with P columns, in the order of K where there is a row
+// layout. Without one each row is a product with J^T.
+template <class T>
+void each_rows(const Bound<T>& program, const RowLayout& layout, Workspace<T>& work, index most, T* J,
+               const std::function<void(index rows)>& body);
+
+// H += J^T J of a J without a row layout, by P products with J and as many with J^T: H row-major, `ld` elements to a row, of which
+// the upper triangle is written.
+template <class T>
+void normal_by_products(const Bound<T>& program, Workspace<T>& work, T* H, index ld);
 
 // diag(J^T J), P entries.
 template <class T>

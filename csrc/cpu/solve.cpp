@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../plan/blas.h"
+#include "../plan/environment.h"
 #include "normal.h"
 #include "parallel.h"
 #include "simd.h"
@@ -101,21 +102,45 @@ bool Solver<T>::normal_pays() const {
 }
 
 template <class T>
+void Solver<T>::normal_matrix(T* H, bool add, index most) {
+  const index M = structure.num_residuals, P = structure.num_parameters, ld = gram_stride<T>(P);
+  if (normal_pays()) {
+    if (!add) std::memset(H, 0, sizeof(T) * std::size_t(P * ld));
+    return normal(program, layout, work, H, ld);
+  }
+  if (explicit_J || most >= M) {
+    if (!explicit_J) {   // not set until it is there: memory may run out on the way
+      ensure(J, M * P);
+      dense(program, layout, work, J.data());
+      explicit_J = M * P <= structure.arena_size;
+    }
+    return symmetric_product(J.data(), P, M, index(1), P, work, H, ld, add);
+  }
+  if (!layout.local && P < M) {
+    if (!add) std::memset(H, 0, sizeof(T) * std::size_t(P * ld));
+    return normal_by_products(program, work, H, ld);
+  }
+  ensure(J, most * P);
+  each_rows<T>(program, layout, work, most, J.data(), [&](index rows) {
+    symmetric_product(J.data(), P, rows, index(1), P, work, H, ld, add);
+    add = true;
+  });
+}
+
+template <class T>
+void Solver<T>::add_normal(T* H) {
+  // PGDFAST_PASS_BYTES forces another size, for tests.
+  const index bytes = number_from_environment("PGDFAST_PASS_BYTES", limits::kRowsBytes);
+  normal_matrix(H, true, std::max<index>(bytes / index(sizeof(T)) / std::max<index>(structure.num_parameters, 1), 1));
+}
+
+template <class T>
 Outcome Solver<T>::primal(const T* r, const T* d, const T* q, T* delta) {
   const index M = structure.num_residuals, P = structure.num_parameters, ld = gram_stride<T>(P);
   if (held != Held::normal) {
     held = Held::nothing;
     ensure(matrix, (P + 1) * ld);
-    if (normal_pays()) {
-      std::memset(matrix.data(), 0, sizeof(T) * std::size_t(P * ld));
-      normal(program, layout, work, matrix.data(), ld);
-    } else {
-      explicit_J = false;   // until it is there: memory may run out on the way
-      ensure(J, M * P);
-      dense(program, layout, work, J.data());
-      explicit_J = M * P <= structure.arena_size;
-      symmetric_product(J.data(), P, M, index(1), P, work, matrix.data(), ld);
-    }
+    normal_matrix(matrix.data(), false, M);
     held = Held::normal;
   }
   ensure(rhs, P);
@@ -138,7 +163,7 @@ bool Solver<T>::solve_direct(index ld, index n, D&& added, const std::vector<ind
   if (!factor || factor.use_count() > 1) factor = std::make_shared<Factor<T>>();
   std::atomic_thread_fence(std::memory_order_acquire);   // whoever let go of it may have done so on another thread
   factor->dual_vector.clear();
-  if (factor->factor(matrix, ld, n, added, positions, factor_scratch)) {
+  if (factor->factor(matrix.data(), ld, n, added, positions, factor_scratch)) {
     factor->solve_in_place(x);
     return true;
   }

@@ -82,6 +82,9 @@ struct Solver {
   void columns(const std::vector<int>& parameters, T* J);
   // K = A A^T, full symmetric, n x n, of any matrix: element (i, l) at i * row + l * column. What is held is lost.
   void squared(const T* A, index n, index depth, index row, index column, T* K);
+  // H += J^T J, the upper triangle: row-major, gram_stride(P) elements to a row, of P + 1 rows. Where the factors do not give it
+  // at most kRowsBytes of J are there at once.
+  void add_normal(T* H);
   // Does J^T J come cheaper from factors summed over outputs (normal.h) than from J?
   bool normal_pays() const;
 
@@ -90,6 +93,9 @@ struct Solver {
   // a zero step, where the matrix is not positive definite. positions: as for Factor.
   template <class D>
   bool solve_direct(index ld, index n, D&& added, const std::vector<index>* positions, T* x, T* delta, Outcome& outcome);
+
+  // J^T J, written to H or added to it, by at most `most` rows of J at once.
+  void normal_matrix(T* H, bool add, index most);
 
   bool explicit_J = false;   // J holds the rows of the current constants
 };

@@ -386,6 +386,17 @@ void by_rows(const Structure& s, bool reversed, F&& body) {
   });
 }
 
+// The cotangents of the residuals, times the row scale where there is one.
+template <class T>
+const T* scaled_rows(const Bound<T>& program, const T* u) {
+  if (program.row_scale == nullptr) return u;
+  static thread_local std::vector<T> scaled;   // grown where an exception is caught: see parallel.h
+  const index count = program.structure->num_residuals;
+  ensure(scaled, count);
+  for (index e = 0; e < count; ++e) scaled[std::size_t(e)] = program.row_scale[e] * u[e];
+  return scaled.data();
+}
+
 template <class T>
 void adjoint(const Bound<T>& program, const Memory<T>& memory, Part part) {
   const Structure& s = *program.structure;
@@ -409,16 +420,18 @@ void jvp(const Bound<T>& program, const T* v, T* u, T* arena) {
   const Memory<T> memory{const_cast<T*>(v), u, arena};   // parameters are only read in this direction
   clear(s, s.zero_forward, memory, Part::inner);
   by_rows<T>(s, false, [&](const Instruction& op) { forward(program, memory, op); });
+  if (program.row_scale)
+    for (index e = 0; e < s.num_residuals; ++e) u[e] *= program.row_scale[e];
 }
 
 template <class T>
 void vjp(const Bound<T>& program, const T* u, T* v, T* arena) {
-  adjoint(program, Memory<T>{v, const_cast<T*>(u), arena}, Part::all);
+  adjoint(program, Memory<T>{v, const_cast<T*>(scaled_rows(program, u)), arena}, Part::all);
 }
 
 template <class T>
 void adjoint_to_uses(const Bound<T>& program, const T* u, T* arena) {
-  adjoint(program, Memory<T>{nullptr, const_cast<T*>(u), arena}, Part::inner);
+  adjoint(program, Memory<T>{nullptr, const_cast<T*>(scaled_rows(program, u)), arena}, Part::inner);
 }
 
 template <class T>

@@ -1,4 +1,6 @@
 // The Jacobian's two products: the program run forward (tangents) and backward (cotangents).
+//
+// J is that of the program, or where there is a row scale that times it, row by row: all that is made of J comes from these.
 #pragma once
 
 #include "../plan/plan.h"
@@ -9,6 +11,7 @@ template <class T>
 struct Bound {
   const Structure* structure;
   std::vector<Constant<T>> constants;
+  const T* row_scale = nullptr;   // of every residual a factor of its row of J; null: ones
 };
 
 // u = J v. `arena` holds structure.arena_size elements.

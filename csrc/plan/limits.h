@@ -41,6 +41,7 @@ constexpr double kShiftDrift = 1.1;        // true residual over the recurrence'
 // --- Memory -----------------------------------------------------------------------------------------------------------------
 constexpr index kPassBytes = 64 << 20;     // what a pass over the Gram matrix may pack at least ...
 constexpr int kPassPart = 4;               // ... or one in so many of the matrix's own bytes
+constexpr index kRowsBytes = 64 << 20;     // of J at once where J^T J is added up
 constexpr index kOneArenaBytes = 64 << 20; // larger arenas serve unit sweeps and products alike
 
 // --- Formats ----------------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ constexpr Limit kAll[] = {
     PGDFAST_LIMIT(kProgressLeast), PGDFAST_LIMIT(kProgressPart),   PGDFAST_LIMIT(kPathSlots),       PGDFAST_LIMIT(kLeastTolerance),
     PGDFAST_LIMIT(kClaims),        PGDFAST_LIMIT(kShiftPanel),     PGDFAST_LIMIT(kShiftProbes),     PGDFAST_LIMIT(kShiftEarly),
     PGDFAST_LIMIT(kShiftDrift),    PGDFAST_LIMIT(kPassBytes),      PGDFAST_LIMIT(kPassPart),        PGDFAST_LIMIT(kOneArenaBytes),
-    PGDFAST_LIMIT(kOutcomeNumbers),
+    PGDFAST_LIMIT(kOutcomeNumbers), PGDFAST_LIMIT(kRowsBytes),
 };
 #undef PGDFAST_LIMIT
 #endif

@@ -233,9 +233,10 @@ class Kernels(Traits):
             self.library.squares(self._wide, *J.shape, J.data_ptr(), d.data_ptr(), self.stream)
         return d
 
-    def gram(self) -> torch.Tensor:
-        """J J^T, (M, M); needs rows."""
-        return self._gram(self._new(len(self.parameter_sizes)).fill_(1))
+    def gram(self, weights: list[float] | None = None) -> torch.Tensor:
+        """J W J^T, (M, M), W one number per parameter or None; needs rows."""
+        ones = self._new(len(self.parameter_sizes)).fill_(1)
+        return self._gram(ones if weights is None else torch.tensor(weights).to(ones))
 
     def _gram(self, weights: torch.Tensor) -> torch.Tensor:
         if self._rows is None:

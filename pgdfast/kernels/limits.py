@@ -52,6 +52,7 @@ SHIFT_DRIFT: float = _known["kShiftDrift"]
 
 PASS_BYTES: int = _known["kPassBytes"]
 PASS_PART: int = _known["kPassPart"]
+ROWS_BYTES: int = _known["kRowsBytes"]
 ONE_ARENA_BYTES: int = _known["kOneArenaBytes"]
 
 OUTCOME_NUMBERS: int = _known["kOutcomeNumbers"]

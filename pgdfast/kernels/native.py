@@ -137,6 +137,47 @@ class NativeFactor:
         self._held.dual_vector(y)
         return y
 
+    @dual_vector.setter
+    def dual_vector(self, y: torch.Tensor) -> None:
+        self._held.set_dual_vector(y.to(self._dtype).contiguous())
+
+
+def normal_matrix(order: int, dtype: torch.dtype) -> torch.Tensor:
+    """A zero matrix for sums of J^T J or J J^T of this order n, (n + 1, more than n) as the core needs it, contiguous.
+
+    Its upper triangle is what counts: what is left of the diagonal, behind column n and in the last row is not defined.
+    """
+    return torch.zeros(order + 1, _of(dtype, "gram_stride")(order), dtype=dtype)
+
+
+gram_matrix = normal_matrix
+
+
+def symmetric(H: torch.Tensor) -> torch.Tensor:
+    """The whole symmetric matrix, (n, n), a copy, of one of `normal_matrix` or `gram_matrix`."""
+    upper = H[: len(H) - 1, : len(H) - 1].triu()
+    return upper + upper.triu(1).T
+
+
+normal_tensor = symmetric
+
+
+def factor(H: torch.Tensor, added, positions=None) -> tuple[NativeFactor | None, float]:
+    """(The Cholesky factor of H + diag(added), None where that is not positive definite; the trace of H diag(added)^-1).
+
+    H: of `normal_matrix` or `gram_matrix`, order n, not changed. added: a number or (n,), positive. positions: of a dual matrix
+    where each residual stands in it; `solve` and the dual vector are then in the residuals' order. Cost: n^3 / 3, and half the
+    memory of H.
+    """
+    n = len(H) - 1
+    added = torch.as_tensor(added, dtype=torch.float64).expand(n).contiguous()
+    held, trace = _of(H.dtype, "factor")(H, n, added, positions)
+    return held and NativeFactor(held, H.dtype), trace
+
+
+def _of(dtype: torch.dtype, name: str):
+    return getattr(_C, name + ("_float" if dtype == torch.float32 else "_double"))
+
 
 class Kernels(Traits):
     """A program's plan (kernels.protocol.Kernels). Results are of `dtype`, which may be wider than the constants'.
@@ -145,7 +186,7 @@ class Kernels(Traits):
     """
 
     name = "native"
-    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = has_columns = True
+    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = has_columns = scales_rows = True
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -158,11 +199,13 @@ class Kernels(Traits):
         self._sizes = [size for role, size in program.buffers if role == 0]
         self._unit_weights = torch.ones(len(self._sizes), dtype=self.dtype)
 
-    def bind(self, constants: list) -> None:
-        """Point the plan at these constants, which it keeps alive."""
-        if not self._plan.bind(constants):
+    def bind(self, constants: list, row_scale: torch.Tensor | None = None) -> None:
+        """Point the plan at these constants, which it keeps alive; J is diag(row_scale) J from then on."""
+        if row_scale is not None:
+            row_scale = row_scale.detach().to(self.dtype).contiguous()
+        if not self._plan.bind(constants, row_scale):
             raise RuntimeError("pgdfast: a tape of known structure holds tensors of another layout; please report this.")
-        self._constants = constants
+        self._constants = constants, row_scale
 
     def release(self) -> None:
         """Forget the constants; bind others before the next product."""
@@ -236,6 +279,10 @@ class Kernels(Traits):
         K = self._new(n, n)
         self._plan.squared(A.contiguous(), *A.shape, transposed, K)
         return K
+
+    def add_normal(self, H: torch.Tensor) -> None:
+        """Add J^T J to the upper triangle of a matrix of parts.normal_matrix; no more than 64 MiB of J are there at once."""
+        self._plan.add_normal(H)
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""

@@ -84,7 +84,7 @@ class DoubleBackward(Traits):
     block_bytes = _KEPT_BYTES
 
     def __init__(self, trace, params, dtype, learned: Learned):
-        self._blocks, self._params, self._dtype, self.learned = trace.blocks, params, dtype, learned
+        self._blocks, self._params, self.dtype, self.learned = trace.blocks, params, dtype, learned
         self._tolerance = tolerance_of(trace)
         self._shapes = [block.residual.shape for block in trace.blocks]
         self._sizes = [shape.numel() for shape in self._shapes]
@@ -166,7 +166,7 @@ class DoubleBackward(Traits):
             cotangents = [(sign * scaled[k]).to(self._blocks[k].residual.dtype) for _, k, sign in asked]
             pulled = _grad([output for output, _, _ in asked], self._params, cotangents, bool(lead))
         return torch.cat([
-            u.new_zeros(*lead, size) if g is None else real_gradient(_strided(g)).reshape((*lead, size)).to(self._dtype)
+            u.new_zeros(*lead, size) if g is None else real_gradient(_strided(g)).reshape((*lead, size)).to(self.dtype)
             for g, size in zip(pulled, self._numbers, strict=True)
         ], -1)
 
@@ -184,10 +184,10 @@ class DoubleBackward(Traits):
         if pairs:
             graphs, vectors = zip(*pairs, strict=True)
             pushed = _grad(graphs, cotangents, vectors, bool(lead))
-        totals = [torch.zeros((*lead, *s), dtype=self._dtype, device=v.device) for s in self._shapes]
+        totals = [torch.zeros((*lead, *s), dtype=self.dtype, device=v.device) for s in self._shapes]
         for (k, sign), tangent in zip(self._owner, pushed, strict=True):
             if tangent is not None:
-                totals[k] += sign * tangent.to(self._dtype)
+                totals[k] += sign * tangent.to(self.dtype)
         scaled = [
             _each(_scale, b, t, len(lead)).reshape((*lead, size))
             for b, t, size in zip(self._blocks, totals, self._sizes, strict=True)
@@ -230,7 +230,7 @@ class DoubleBackward(Traits):
         if self._jacobian is None:
             J = self._columns() if self._by_columns else None
             if J is None:
-                J = torch.empty(self.num_residuals, self.num_parameters, dtype=self._dtype, device=self._params[0].device)
+                J = torch.empty(self.num_residuals, self.num_parameters, dtype=self.dtype, device=self._params[0].device)
                 for first, rows in self._rows():
                     J[first : first + len(rows)] = rows
             if not self.learned.compared and J.numel():
@@ -240,25 +240,26 @@ class DoubleBackward(Traits):
 
     def normal(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """J^T J, (P, P), summed in `dtype`; a J that is too large to keep passes in blocks of rows, for the first sum alone."""
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         if self._normal is not None and self._normal.dtype == dtype:
             return self._normal
         H = torch.zeros(self.num_parameters, self.num_parameters, dtype=dtype, device=self._params[0].device)
-        for _, rows in self._passing(dtype):
+        for _, rows in self.row_blocks(dtype):
             H.addmm_(rows.T, rows)
         self._normal = H
         return H
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,), with no more of J at once than J^T J takes."""
-        d = torch.zeros(self.num_parameters, dtype=self._dtype, device=self._params[0].device)
-        for _, rows in self._passing(self._dtype):
+        d = torch.zeros(self.num_parameters, dtype=self.dtype, device=self._params[0].device)
+        for _, rows in self.row_blocks(self.dtype):
             d += rows.square().sum(0)
         return d
 
-    def _passing(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """The rows of J in blocks, of a J that is kept unless it is too large."""
-        size = self.num_residuals * self.num_parameters * self._dtype.itemsize
+    def row_blocks(self, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first, rows of J) in blocks, of a J that is kept unless it is too large."""
+        dtype = dtype or self.dtype
+        size = self.num_residuals * self.num_parameters * self.dtype.itemsize
         if self._jacobian is None and not self._by_columns and size > _KEPT_BYTES:
             return ((first, rows.to(dtype)) for first, rows in self._rows())
         return _parts(self.dense(), dtype)
@@ -268,7 +269,7 @@ class DoubleBackward(Traits):
         first = 0
         for k, size in enumerate(self._sizes):
             for start in range(0, size, self.rows_per_sweep):
-                units = torch.zeros(min(self.rows_per_sweep, size - start), size, dtype=self._dtype,
+                units = torch.zeros(min(self.rows_per_sweep, size - start), size, dtype=self.dtype,
                                     device=self._params[0].device)
                 units.diagonal(start).fill_(1)
                 yield first + start, self._many(lambda u, k=k: self._pulled(u, k), units, "rows")
@@ -279,7 +280,7 @@ class DoubleBackward(Traits):
         P, columns = self.num_parameters, []
         try:
             for start in range(0, P, self.rows_per_sweep):
-                units = torch.zeros(min(self.rows_per_sweep, P - start), P, dtype=self._dtype, device=self._params[0].device)
+                units = torch.zeros(min(self.rows_per_sweep, P - start), P, dtype=self.dtype, device=self._params[0].device)
                 units.diagonal(start).fill_(1)
                 columns.append(self._many(self._pushed, units, "columns"))
         except RuntimeError as error:
@@ -306,6 +307,7 @@ class Widened(Traits):
 
     name = "double-backward"
     block_bytes = _KEPT_BYTES
+    dtype = torch.float64
 
     def __init__(self, base: DoubleBackward):
         self._base = base
@@ -325,6 +327,10 @@ class Widened(Traits):
     def dense(self) -> torch.Tensor:
         """J, (M, P), a copy."""
         return self._base.dense().double()
+
+    def row_blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first, rows of J) in blocks."""
+        return self._base.row_blocks(self.dtype)
 
     def normal(self) -> torch.Tensor:
         """J^T J, (P, P)."""

@@ -11,8 +11,9 @@ from .. import kernels
 from ..kernels.protocol import Traits
 from ..tape import members
 from .adjoint import Flat
-from .linearization import Bound, Linearizer, Products, flat_residuals
+from .linearization import Bound, Linearizer, Products
 from .plan import Plan
+from .values import flat_residuals
 
 
 class EnsembleLinearizer(Linearizer):
@@ -35,7 +36,7 @@ class EnsembleLinearizer(Linearizer):
         return found
 
     def _read(self, losses, total) -> EnsembleLinearization:
-        trace = self._tracer.trace(total)
+        trace = self.tracer.trace(total)
         if trace.program is not None:
             plan = self._plan_of(trace)
             order = plan.order
@@ -87,7 +88,7 @@ class EnsembleLinearizer(Linearizer):
             found = []
             for value in (0, 1):
                 v = torch.randn(self.count, operator.num_parameters // self.count, generator=generator)
-                v = v.to(self._tracer.dtype) * ((number >> bit) % 2 == value)[:, None]
+                v = v.to(self.tracer.dtype) * ((number >> bit) % 2 == value)[:, None]
                 u = operator.jvp(scattered_parameters(v.to(self.params[0].device), self.reals)).cpu()
                 found.append((u != 0) & torch.isfinite(u))
                 certain &= bool(torch.isfinite(u).all())
@@ -162,7 +163,7 @@ class EnsembleLinearization(Bound):
     def __init__(self, linearizer, trace, losses, operator, plan, order):
         self.scalar, self.separates = False, plan is not None and plan.members is not None
         constants = [trace.constants[k] for k in plan.members.sources] if self.separates else trace.constants
-        super().__init__(trace, linearizer.reals, operator, plan, linearizer._tracer, constants)
+        super().__init__(trace, linearizer.reals, operator, plan, linearizer.tracer, constants)
         self.count, self._order, self.residuals_need_tape = linearizer.count, order, losses is not None
         self.residual = gathered(trace.residual, order, self.count)
         self.loss = 0.5 * self.residual.square().sum(1) if losses is None else losses

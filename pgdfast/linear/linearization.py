@@ -9,6 +9,7 @@ from operator import attrgetter
 
 import torch
 
+from ..kernels.scaled import row_scaled
 from ..tape import Tracer, has_complex, real_size, real_views
 from .adjoint import Flat
 from .announce import depth_of_caller, no_rule
@@ -17,7 +18,10 @@ from .fallback import Arbiter
 from .live import CHANGED, Live
 from .plan import UNKNOWN, Plan
 from .rows import RowLayout
+from .values import values_of
 
+CHANGED_PARAMETERS = "pgdfast: the parameters have changed since this linearization was made; linearize again."
+RELEASED = "pgdfast: this linearization was released at the end of its step, and its tape is gone; linearize again."
 _announced: set[str] = set()
 _version = attrgetter("_version")
 
@@ -33,10 +37,15 @@ class Linearizer:
         self.params = list(params)
         self.backend = backend
         self._complex = has_complex(self.params)
-        self._tracer = Tracer(self.params)
-        self._arbiter = Arbiter(self.params, self._tracer, check)
+        self.tracer = Tracer(self.params)
+        self._arbiter = Arbiter(self.params, self.tracer, check)
         self._plans: dict[int, tuple] = {}
         self._searches: dict[tuple, int] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of residuals and products."""
+        return self.tracer.dtype
 
     @property
     def reals(self) -> list[torch.Tensor]:
@@ -59,11 +68,11 @@ class Linearizer:
         """
         single = isinstance(result, torch.Tensor) and result.numel() == 1
         if single and result.dim():
-            result = self._tracer.as_loss(result, allow_sync)
+            result = self.tracer.as_loss(result, allow_sync)
         scalar = single and result.dim() == 0
         if not scalar or result.device != self.params[0].device:
             self._check_device(result)
-        trace = self._tracer.trace(result, allow_sync)
+        trace = self.tracer.trace(result, allow_sync)
         if allow_sync and not math.isfinite(trace.value) and trace.residual.numel():
             raise ValueError(
                 f"pgdfast.LM: the loss before the step is {trace.value}; nothing was changed. Check the data and the "
@@ -71,10 +80,10 @@ class Linearizer:
             )
         if trace.program is not None:
             plan = self._plan_of(trace)
-            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self._tracer, scalar)
+            found = Linearization(trace, self.reals if self._complex else self.params, None, plan, self.tracer, scalar)
             if plan.agrees or not allow_sync:
                 return found
-            again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self._tracer, scalar=scalar)
+            again = partial(Linearization, params=self.reals, operator=None, plan=plan, tracer=self.tracer, scalar=scalar)
             found = self._arbiter.judged(plan, found, again, trace, result)
             if found is not None:
                 return found
@@ -82,7 +91,7 @@ class Linearizer:
         else:
             self._announce(trace)
         operator = self._arbiter.operator(trace, result)
-        return Linearization(trace, self.reals, operator, None, self._tracer, scalar)
+        return Linearization(trace, self.reals, operator, None, self.tracer, scalar)
 
     def _plan_of(self, trace) -> Plan:
         """The plan of a trace's program, ready for other constants."""
@@ -123,6 +132,7 @@ class Bound:
     """What a closure's tape has left at one point, and the kernels that are bound to it when asked for."""
 
     _constants = None
+    row_scale: torch.Tensor | None = None
 
     def __init__(self, trace, params, operator, plan, tracer, constants):
         self.params, self.penalties, self.dtype = params, trace.penalties, trace.residual.dtype
@@ -153,12 +163,20 @@ class Bound:
             self._refresh()
         constants, plan = self._constants, self._plan
         if constants is None:
-            raise RuntimeError(
-                "pgdfast: this linearization was released at the end of its step, and its tape is gone; linearize again."
-            )
+            raise RuntimeError(RELEASED)
         if plan is None:
             return self._operator
-        return plan.kernels if plan.bound is constants and member is None else plan.bind(constants, member)
+        if plan.bound is constants and plan.row_scale is self.row_scale and member is None:
+            return plan.kernels
+        return plan.bind(constants, member, self.row_scale)
+
+    @property
+    def constant_bytes(self) -> int:
+        """What the tape's saved tensors take that products with J need."""
+        if self._plan is None or self._constants is None:
+            return 2 * self._operator.arena_size * self.dtype.itemsize if self._operator is not None else 0
+        storages = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._constants if torch.is_tensor(c)}
+        return sum(storages.values())
 
     @property
     def nodes(self) -> int:
@@ -193,13 +211,16 @@ class Bound:
             wide.__dict__.update(self.__dict__)
             wide.residual, wide.dtype = self.residual.double(), torch.float64
             if self._plan is None:
-                wide._operator = Widened(self._operator)   # an ensemble's is not asked
+                wide._operator = self._widened_operator()
             else:
                 wide._plan = self._plan.wide
                 wide.choices = wide._plan.choices
             wide._forget()
             self._wide = wide
         return self._wide
+
+    def _widened_operator(self):
+        return Widened(self._operator)   # an ensemble's is not asked
 
     def _forget(self) -> None:
         """Drop what was computed in another precision."""
@@ -216,7 +237,7 @@ class Bound:
         """Let copies take the place of constants that have changed. Raises RuntimeError where there is none of them."""
         count, constants = len(self.params), self._constants
         if list(map(_version, self.params)) != self._versions[:count]:
-            raise RuntimeError("pgdfast: the parameters have changed since this linearization was made; linearize again.")
+            raise RuntimeError(CHANGED_PARAMETERS)
         if constants is None:
             return
         changed = self._changed()
@@ -281,6 +302,10 @@ class Products:
             return None
         return self.penalty * torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.params])
 
+    def agreed(self, number: float) -> float:
+        """The least of what all processes have that share the rows: of one, the number."""
+        return number
+
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """J v: (P,) -> (M,). One forward sweep."""
         return self.kernels().jvp(_vector(v, self.num_parameters, self.dtype, "v", "P"))
@@ -340,7 +365,43 @@ class Linearization(Bound, Products):
         super().__init__(trace, params, operator, plan, tracer, trace.constants)
         self.loss, self.residual, self.residuals_need_tape = trace.loss, trace.residual, scalar
         self.num_residuals, self.num_parameters = trace.residual.numel(), (operator or plan.kernels).num_parameters
-        self.scalar = scalar
+        self.scalar, self._plain = scalar, None   # _plain: the residual and the operator without a row scale
+
+    def scale_rows(self, row_scale: torch.Tensor) -> None:
+        """Multiply residual and rows of J with these factors, (M,), from now on, in place of those of an earlier call.
+
+        Kernels are bound with them anew; the loss stays. Raises ValueError where there is not one factor per residual.
+        """
+        if row_scale.shape != self.residual.shape:
+            raise ValueError(
+                f"pgdfast: row_scale has shape {tuple(row_scale.shape)}; it must have one factor for each of the "
+                f"{self.num_residuals} residuals."
+            )
+        if self._plain is None:
+            self._plain = self.residual, self._operator
+        residual, operator = self._plain
+        self.row_scale, self._wide = row_scale.detach(), None
+        self.residual = residual * self.row_scale.to(residual.dtype)
+        if operator is not None:
+            self._operator = row_scaled(operator, self.row_scale)
+
+    def widened(self):
+        """See Bound; the row scale keeps the digits that it was given."""
+        new, wide = self._wide is None, super().widened()
+        if new and wide is not self and self.row_scale is not None:
+            wide.residual, wide._plain = self._plain[0].double() * self.row_scale.double(), None
+        return wide
+
+    def _widened_operator(self):
+        if self._plain is None:
+            return super()._widened_operator()
+        return row_scaled(Widened(self._plain[1]), self.row_scale)
+
+    def release(self) -> None:
+        """See Bound."""
+        if self._plain is not None:
+            self._plain = self._plain[0], None
+        super().release()
 
     def flat(self) -> Flat:
         """The products, to be compared with autograd's."""
@@ -375,27 +436,11 @@ class Linearization(Bound, Products):
                 f"pgdfast.LM: the closure returned {self.num_residuals} residuals before the step and {residual.numel()} at a "
                 "trial point; with acceleration their number must not change within a step."
             )
-        return loss, residual.to(self.dtype)
+        residual = residual.to(self.dtype)
+        return loss, residual if self.row_scale is None else residual * self.row_scale.to(self.dtype)
 
     def _forget(self) -> None:
         self._penalty = None
-
-
-def values_of(result, tracer, scalar: bool) -> tuple[float, torch.Tensor]:
-    """(loss, residual (M,)) of a closure's result, without derivatives; a scalar's stand on its tape."""
-    if scalar:
-        with torch.enable_grad():
-            result = result.reshape(()) if result.dim() else result
-        trace = tracer.trace(result)
-        return trace.value, trace.residual
-    residual = flat_residuals(result)
-    return 0.5 * float(residual.double().square().sum()), residual
-
-
-def flat_residuals(result) -> torch.Tensor:
-    """The residual tensors of a closure's result as one vector."""
-    parts = result if isinstance(result, (tuple, list)) else [result]
-    return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
 def _vector(x: torch.Tensor, size: int, dtype, name: str, letter: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import kernels
+from ..kernels.scaled import row_scaled
 from .chained import Chained
 from .rows import RowLayout, row_layout
 from .separation import Separation, separation
@@ -16,33 +17,40 @@ _SEARCHES, _SEARCH = 3, 5e5   # searches for rows at other positions; what one t
 class Plan:
     """Kernels of one program with its row structure, shared by all linearizations of that structure.
 
-    bound: the list of constants that the kernels hold, None for none. layout: that of the rows, or UNKNOWN; the kernels may be
-    others once it is known. choices: see SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
+    bound: the list of constants that the kernels hold, None for none. row_scale: what their rows of J are multiplied with,
+    None for ones. layout: that of the rows, or UNKNOWN; the kernels may be others once it is known. choices: see
+    SolvableLinearization. live: see live.py. agrees: with autograd's gradient, None where
     that is to be looked at. hides: were constants that are not finite behind what a `where` does not take? searches: for rows
     at other positions, by kinds of instructions: of all plans of a linearizer, since masks take other numbers of elements.
     """
 
     __slots__ = (
         "_asked", "_backend", "_base", "_device", "_member", "_separation", "_whole", "_wide", "agrees", "bound", "choices",
-        "hides", "kernels", "layout", "live", "mixing", "program", "searches",
+        "hides", "kernels", "layout", "live", "mixing", "program", "row_scale", "searches", "_plain",
     )
     chains = True   # may the kernels be those of a chain?
 
     def __init__(self, program, device, backend, dtype=None, base=None):
         self.program, self._device, self._backend, self._base = program, device, backend, base
-        self.kernels = self._whole = kernels.kernels_for(program, device, backend, dtype)
+        self._whole = kernels.kernels_for(program, device, backend, dtype)
+        self.kernels = self._plain = self._whole   # _plain: those that are scaled, or scale themselves
         self._separation: Separation | None = None
+        self.row_scale = None
         self.bound = self._member = self._wide = self._asked = None   # _member: of an ensemble, the one selected
         self.mixing = program.positions_that_mix()
         self.layout, self.choices, self.live, self.agrees, self.hides = UNKNOWN, {}, None, None, False
         self.searches: dict[tuple, int] = {}
 
-    def bind(self, constants, member: int | None = None):
-        """The kernels with these constants, of one member where these are an ensemble's."""
-        if self.bound is not constants:
+    def bind(self, constants, member: int | None = None, row_scale: torch.Tensor | None = None):
+        """The kernels with these constants and this row scale, of one member where these are an ensemble's."""
+        if self.bound is not constants or self.row_scale is not row_scale:
             self.bound = self._member = None   # until it is done
-            self.kernels.bind(constants)
-            self.bound = constants
+            if row_scale is not None and self._plain.scales_rows:
+                self._plain.bind(constants, row_scale)
+            else:
+                self._plain.bind(constants)
+            self.kernels = row_scaled(self._plain, row_scale)
+            self.bound, self.row_scale = constants, row_scale
         if member is not None and self._member != member:
             self._member = None
             self.kernels.select(member)
@@ -108,7 +116,10 @@ class Plan:
                 chained.adopt(self.bound)
         else:
             self._whole.set_rows(found.layout)
-        self.kernels = chained or self._whole
+        self.kernels = self._plain = chained or self._whole
+        if self.bound is not None and self.row_scale is not None:   # others scale in another way
+            bound, self.bound = self.bound, None
+            self.bind(bound, row_scale=self.row_scale)
 
     def release(self, constants=None, wide: bool = True) -> None:
         """Let go of the constants that are bound, of these alone where given; `wide`: the plan in float64, too."""

@@ -104,6 +104,9 @@ class SolvableLinearization(Linearization, Protocol):
     def coupling(self) -> str:
         """Why the residuals do not separate into rows, and what to do; "" where they do."""
 
+    def agreed(self, number: float) -> float:
+        """The least of what all processes have that share the rows, so that they decide alike."""
+
     def kernels(self) -> Kernels:
         """The kernels, after binding them to this linearization's constants where another's were bound.
 

@@ -1,1 +1,9 @@
-"""Problems in parts: rows that come in batches, or that several processes share."""
+"""A problem whose rows come in parts, of batches or of processes: J = [J_1; ...; J_R]."""
+
+from .batches import Batched, on_all_rows
+from .entry import linearize
+from .group import Alone, chosen_group
+from .linearization import Parts
+from .linearizer import PartsLinearizer
+
+__all__ = ["Alone", "Batched", "Parts", "PartsLinearizer", "chosen_group", "linearize", "on_all_rows"]

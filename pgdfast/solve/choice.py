@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..kernels.memory import memory_limit
 from .cholesky import Cholesky
 from .krylov import ConjugateGradients
 from .lsmr import LSMR
-from .memory import memory_limit
 from .options import CG
 from .problem import Problem, Solver
 from .sizes import SWEEP, Sizes
@@ -43,7 +43,7 @@ def choose(problem: Problem, solver: str, options: CG, wide: bool = False, dampi
     choice = _choice(problem, solver, costs, dampings, None)
     relevant = costs.values() if damped else [costs["eigh"]]
     if costs[choice[0]][1] > FITS or max(memory for _, memory in relevant) > OTHERS_FIT:
-        return _choice(problem, solver, costs, dampings, memory_limit(lin.device))
+        return _choice(problem, solver, costs, dampings, lin.agreed(memory_limit(lin.device)))
     if len(lin.choices) >= _REMEMBERED:
         lin.choices.clear()
     lin.choices[key] = options, choice   # held, so that no others can have their id

@@ -173,7 +173,7 @@ def cg_with(kernels):
         inverse, V, c = preconditioner
 
         def apply(x):
-            return kernels.vjp(kernels.jvp(x)) + d * x
+            return (kernels.product(x) if kernels.has_product else kernels.vjp(kernels.jvp(x))) + d * x
 
         def precondition(x):
             z = x if inverse is None else inverse * x
@@ -239,7 +239,7 @@ class ConjugateGradients:
         """See Solver."""
         M, P, options, dampings = s.M, s.P, s.options, s.dampings
         iterations = min(options.max_iterations, M, P)
-        count = iterations * 2 * SWEEP * s.sweep + 2 * s.sweep
+        count = iterations * (2 * SWEEP * s.sweep + s.kernels.remake) + 2 * s.sweep
         if not s.kernels.matrix_free:
             count = s.jacobian + iterations * 4 * SWEEP * M * P
         if isinstance(options.preconditioner, Nystrom):   # its use in every iteration, and its making in one step of `refresh`

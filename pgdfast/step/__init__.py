@@ -7,7 +7,7 @@ from .balance import Balance, Weighted, check_balance, chosen_balance
 from .choice import RULES, chosen_together
 from .convergence import Tolerances
 from .correction import Acceleration, Chord, Geodesic
-from .evaluate import Evaluator, half_square
+from .evaluate import Evaluator
 from .host import HostStep
 from .line_search import Armijo, LineSearch, chosen_search
 from .members import checked, each_of, joined, new_memory, share_of
@@ -23,6 +23,6 @@ __all__ = [
     "Delayed", "Evaluator", "GainRatio", "Geodesic", "HostStep", "LineSearch", "Longest", "MovedGenerators", "Parameters",
     "Point", "RandomReplay", "State", "StepOptions", "StepTools", "Sweep", "Tolerances", "Trial", "Verdict", "Weighted",
     "advance", "check_balance", "checked", "checked_constraint", "checked_momentum", "chosen_balance", "chosen_search",
-    "chosen_together", "demanded", "each_of", "first_damping", "gradient_curvature", "half_square", "joined", "judge",
+    "chosen_together", "demanded", "each_of", "first_damping", "gradient_curvature", "joined", "judge",
     "new_memory", "out_of_memory", "share_of",
 ]

@@ -48,7 +48,7 @@ def step_cost(lin, solution: Solution, options: CG) -> StepCost:
 
 def _predicted(lin, solution: Solution, options: CG) -> StepCost:
     kernels = lin.kernels()
-    sweep = _NARROW * kernels.flops + _NUMBER * kernels.arena_size
+    sweep = _NARROW * kernels.flops + _NUMBER * (kernels.swept or kernels.arena_size)
     matrix, damping = operations(lin, solution.solver, solution.iterations, options)
     run = _CALL + _NODE * lin.nodes
     trial = run + _RUN * sweep

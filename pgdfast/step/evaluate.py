@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.errors import out_of_memory
+from ..linear import loss_at
 from ..tape import real_size, shaped_as
 from .rng_replay import RandomReplay, code_of
 
@@ -59,9 +60,9 @@ class Evaluator:
             replay.finish()
 
     def batches(self, closure) -> bool:
-        """Whether `batched` may be tried on this closure."""
+        """Whether `batched` may be tried on this closure: not on one that runs for each of many parts."""
         code = code_of(closure)
-        return code is not None and code not in self._one_by_one
+        return code is not None and code not in self._one_by_one and not hasattr(closure, "batches")
 
     def batched(self, closure, params, displacements, replay: RandomReplay, scalar: bool) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where vmap does not serve.
@@ -130,17 +131,3 @@ def restore_modes(before: tuple[bool, int]) -> None:
     while torch._C._len_torch_function_stack() > before[1]:
         torch._C._pop_torch_function_stack()
     torch._C._set_grad_enabled(before[0])
-
-
-def loss_at(result, scalar: bool) -> torch.Tensor:
-    """The loss, 0-dim, detached, of what a closure returned; scalar: a result of one entry is the loss, whatever its shape."""
-    if isinstance(result, torch.Tensor) and (scalar or result.dim() == 0):
-        return result.detach().reshape(())
-    return half_square(result)
-
-
-def half_square(result) -> torch.Tensor:
-    """1/2 ||r||^2 of residual tensors, 0-dim, float64, detached; summed as a linearization does, to the bit."""
-    parts = [part.detach().reshape(-1) for part in (result if isinstance(result, (tuple, list)) else [result])]
-    r = (parts[0] if len(parts) == 1 else torch.cat(parts)).double()
-    return torch.dot(r, r) * 0.5

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..linear import loss_at
 from ..report import NO_RATE, Report, advice, holds_few_digits, loss_test, stall
 from ..solve import ADVICE, Direct, solve_direct
 from ..tape import real_views
 from .attempt import STATUS, State, Trial, advance, demanded, judge, without_damping
 from .convergence import Facts, Tolerances, rounding_of
-from .evaluate import loss_at
 from .rules import RESOLVED, DampingRule, bounded, bounds, largest
 
 _NOT_FINITE = len(STATUS)   # the status of a step whose loss before it is not finite

@@ -37,8 +37,8 @@ _NO_SQUARES = (
 class HostStep:
     """One step: `undo` it where an exception leaves it, `release` it at its end.
 
-    closure: LM's, a balance.Weighted with `balance`. rates, decays: by member, by parameter. memory: what the optimizer
-    remembers; state: by parameter. mus: each member's damping to begin with.
+    closure: LM's, a balance.Weighted with `balance`, a parts.Batched over batches and in a process group. rates, decays: by
+    member, by parameter. memory: what the optimizer remembers; state: by parameter. mus: each member's damping to begin with.
     """
 
     def __init__(self, options: StepOptions, tools: StepTools, closure, rates, decays, memory: dict, state, mus: list[float]):
@@ -80,9 +80,12 @@ class HostStep:
     def linearize(self) -> None:
         """Run the closure, read its tape, and see which members can take a step."""
         start, options, parameters = perf_counter(), self.options, self.parameters
-        again = options.predicts or options.acceleration is not None
+        in_parts = hasattr(self.closure, "batches")
+        again = options.predicts or options.acceleration is not None or in_parts
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
+            if in_parts:
+                self.closure.around = self._replay.repeated
         self.networks = networks = self.tools.backend.networks(self.closure, parameters)
         self.scalar = networks.lin.scalar
         self._corrects = options.acceleration is not None and networks.lin.has_squares_only
@@ -448,6 +451,8 @@ class HostStep:
                 if m.curvature == m.curvature or memory["damping"] == memory["damping"]:   # else the next step looks for both
                     memory["damping"] = mu
             report.next_damping = mu
+            if self.networks.in_parts:
+                self.networks.lin.tell(report)
             if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
                 say(m, at_bound, self.eps, dtype)
             if moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 
@@ -11,7 +12,7 @@ import torch
 
 def code_of(closure):
     """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
-    closure = getattr(closure, "unweighted", closure)
+    closure = getattr(closure, "given", closure)
     return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
 
 
@@ -34,7 +35,7 @@ class RandomReplay:
     __slots__ = ("_after", "_before", "_code", "_gpu", "_key", "_kinds", "_moved", "_seen")
 
     def __init__(self, moved: MovedGenerators, closure, device: torch.device):
-        closure = getattr(closure, "unweighted", closure)   # balance.Weighted is made anew for every step
+        closure = getattr(closure, "given", closure)   # balance.Weighted and parts.Batched are made anew for every step
         code = getattr(closure, "__code__", None)
         self._key = id(code) if code is not None else (id(code_of(closure)), id(closure))
         self._code = code if code is not None else code_of(closure)
@@ -84,6 +85,15 @@ class RandomReplay:
             torch.default_generator.set_state(self._after[0])
             if len(self._after) > 2 or self._gpu is not None:
                 self._go(self._after)
+
+    @contextlib.contextmanager
+    def repeated(self):
+        """A run of the closure with the random numbers of the first."""
+        self.rewind()
+        try:
+            yield
+        finally:
+            self.finish()
 
     def _states(self) -> tuple:
         gpu = None if self._gpu is None else torch.cuda.get_rng_state(self._gpu)

@@ -15,7 +15,7 @@ from .checkpoint import checkpoint_rule
 from .hidden import refuse_accumulation_hooks, refuse_beside_averaging, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh, slot_of
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
-from .reals import real_size
+from .reals import real_size, real_views
 from .replay import Replay, attach, block_constants
 from .rules.complex_numbers import rule_for_complex
 from .rules.table import Keyed, plain
@@ -135,6 +135,49 @@ class Tracer:
             return result
         with torch.enable_grad():
             return result.reshape(())
+
+    def shares(self, result, residual: torch.Tensor | None = None) -> tuple[losses.Share, ...]:
+        """How each block of a closure's result combines with those of other parts of the rows, in order of the residual.
+
+        To be asked while the tape is alive. residual: (M,), as `trace` gave it, for the values of the shares.
+        """
+        with torch.no_grad():
+            tape, tensors, edges, form = self._read(result)
+            if form is None:
+                shares = losses.residual_shares(tape, tensors, edges, self.dtype)
+            else:
+                shares, _ = losses.shares_of(tape, form, self.dtype)
+            if residual is None:
+                return shares
+            return tuple(
+                [share.valued(part) for share, part in zip(shares, residual.split([s.size for s in shares]), strict=True)]
+            )
+
+    def term_values(self, result) -> list[float] | None:
+        """The value of each block's term of a closure's result, in float64 and up to constants; None where it cannot be had."""
+        with torch.no_grad():
+            tape, tensors, _, form = self._read(result)
+            if form is None:
+                return [losses.half_squares(r) for r in tensors]
+            return losses.term_values(tape, form, float(result) - self.penalty_value(form.penalties))
+
+    def penalty_value(self, penalties: dict[int, float]) -> float:
+        """Of quadratic penalties: sum c/2 ||theta_k||^2, in float64."""
+        return sum(c * losses.half_squares(real_views([self.params[k]])[0]) for k, c in penalties.items())
+
+    def _read(self, result) -> tuple:
+        """(tape, tensors, their edges, form of a scalar loss or None) of a closure's result."""
+        if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
+            result = self.as_loss(result)
+        tensors = list(result) if isinstance(result, (tuple, list)) else [result]
+        tape = self._tape(tensors)
+        found = iter(tape.structure.roots)
+        edges = [next(found) if t.requires_grad else None for t in tensors]
+        edges = [e if e is not None and tape.active[e[0]] else None for e in edges]
+        form = None
+        if isinstance(result, torch.Tensor) and result.dim() == 0:
+            form = losses.scalar_form(tape, edges[0][0], True, result.detach()) if edges[0] else losses.Form()
+        return tape, tensors, edges, form
 
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""

@@ -273,6 +273,20 @@ def test_several_vectors_at_once():
     assert relative(lin.kernels().jvp(V), V @ J.T) < 1e-13 and relative(lin.kernels().vjp(U), U @ J) < 1e-13
 
 
+def test_scaled_rows():
+    params, closure = PROBLEMS["blocks"]()
+    lin = pgdfast.linearize(closure, params, backend="triton")
+    scale = on(rand(lin.num_residuals, seed=3)).abs() + 0.1
+    J = scale[:, None] * lin.dense()
+    lin.scale_rows(scale)
+    assert relative(lin.dense(), J) < 1e-13 and relative(lin.gram(), J @ J.T) < 1e-13
+    assert relative(lin.ggn(V := on(rand(lin.num_parameters))), J.T @ (J @ V)) < 1e-12
+    right = torch.linalg.solve(J.T @ J + 0.1 * torch.eye(J.shape[1], device=DEVICE), J.T @ lin.residual)
+    for solver in ("dual", "primal", "cg"):
+        found = pgdfast.solve(lin, 0.1, solver=solver, cg=pgdfast.CG(max_iterations=500, tolerance=1e-12))
+        assert relative(found.step, right) < 1e-8
+
+
 def test_numbers_that_change_between_steps_are_read_anew():
     w, x = nn.Parameter(on(rand(5))), on(rand(5, seed=1))
     linearizer = Linearizer([w], "triton")

@@ -165,8 +165,8 @@ def test_when_products_are_compared(monkeypatch):
         linearizer = Linearizer(model.parameters(), check=check)
         expected = linearizer(closure).dense()
         linearizer(closure)
-        replay = linearizer._tracer._replay
-        monkeypatch.setattr(linearizer._tracer, "_replay", lambda result, replay=replay: mixed(replay(result)))
+        replay = linearizer.tracer._replay
+        monkeypatch.setattr(linearizer.tracer, "_replay", lambda result, replay=replay: mixed(replay(result)))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             J = linearizer(closure).dense()
@@ -381,7 +381,7 @@ def test_a_wrong_rule_is_seen_beside_what_is_not_finite(backend, wrong):
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_products_in_less_than_float32_are_allowed_for(precision, monkeypatch):
     model = mlp(3, 5, 4, dtype=torch.float32)
-    trace = Linearizer(model.parameters())._tracer.trace(model(X.float()))
+    trace = Linearizer(model.parameters()).tracer.trace(model(X.float()))
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     assert {"highest": 4e-3, "high": 0.09, "medium": 0.19}[precision] < tolerance_of(trace) < 0.2
 
@@ -392,7 +392,7 @@ def test_a_small_part_that_is_wrong_is_seen_beside_a_large_one():
     closure = lambda: torch.cat([1e-3 * small.tanh(), 1e3 * large.sin()])  # noqa: E731
     linearizer = Linearizer([small, large])
     lin, result = linearizer(closure), closure()
-    trace = linearizer._tracer.trace(result)
+    trace = linearizer.tracer.trace(result)
     halved = Flat(lin.jvp, lambda u: lin.vjp(u) * torch.tensor([0.5] * 3 + [1.0] * 3, dtype=u.dtype))
     assert disagreement(halved, trace, [small, large], result).parameters == [0]
     assert disagreement(Flat(lin.jvp, lin.vjp), trace, [small, large], result) is None
@@ -405,7 +405,7 @@ def test_a_check_is_cheaper_than_its_step():
     model, counts = mlp(3, 5, 4), {}
     lin = pgdfast.linearize(lambda: model(X) - Y, model.parameters(), check="never")
     result = model(X) - Y
-    trace = Linearizer(model.parameters())._tracer.trace(result)
+    trace = Linearizer(model.parameters()).tracer.trace(result)
 
     def counted(name, product):
         def run(x):

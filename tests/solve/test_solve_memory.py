@@ -13,8 +13,8 @@ import torch
 from helpers import mlp, rand
 
 import pgdfast
+from pgdfast.kernels.memory import available_memory, memory_limit
 from pgdfast.solve.choice import choose
-from pgdfast.solve.memory import available_memory, memory_limit
 
 CHOICE = choose.__globals__
 CPU = torch.device("cpu")

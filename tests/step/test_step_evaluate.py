@@ -13,7 +13,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pgdfast
-from pgdfast.step import Evaluator, MovedGenerators, RandomReplay, half_square, host, out_of_memory
+from pgdfast.linear import half_square
+from pgdfast.step import Evaluator, MovedGenerators, RandomReplay, host, out_of_memory
 
 X, Y = rand(12, 3, seed=1), rand(12, 2, seed=2)
 STACK = rand(4, 5, 3, seed=3)

@@ -24,8 +24,8 @@ class Pair:
 
     def __init__(self, params):
         self.replaying, self.plain = Linearizer(params), Linearizer(params)
-        self.plain._tracer.replays = False
-        tracer = self.replaying._tracer
+        self.plain.tracer.replays = False
+        tracer = self.replaying.tracer
         self.looked, look = 0, tracer._trace
 
         def counted(*arguments):
@@ -241,7 +241,7 @@ def test_steps_are_bit_identical_with_and_without(rule):
         closure = lambda model=model, y=y: F.mse_loss(model(INPUTS), y)  # noqa: E731
         opt = LM(model.parameters(), damping_rule=rule)
         losses = [opt.step(closure)]
-        opt._tools.backend._linearizer._tracer.replays = replays
+        opt._tools.backend._linearizer.tracer.replays = replays
         losses += [opt.step(closure) for _ in range(7)]
         ends.append([*losses, *(p.detach() for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -3,5 +3,10 @@
 from .blocks import Form, UnrecognizedLoss, residual_form
 from .names import written
 from .reader import RECOGNISED, one_element, scalar_form
+from .shares import Share, residual_shares, shares_of
+from .values import half_squares, term_values
 
-__all__ = ["RECOGNISED", "Form", "UnrecognizedLoss", "one_element", "residual_form", "scalar_form", "written"]
+__all__ = [
+    "RECOGNISED", "Form", "Share", "UnrecognizedLoss", "half_squares", "one_element", "residual_form", "residual_shares",
+    "scalar_form", "shares_of", "term_values", "written",
+]

@@ -196,10 +196,43 @@ class Rows(Block):
 
 
 @dataclass(slots=True)
+class Route:
+    """How a walk came from the loss down to a block.
+
+    chains: by one or several ways. A chain is None at the loss, or (chain above, step), and a step is the position of a node,
+    the positions of all nodes between a term and its cut, or `COUPLED`; a Fork stands for any of its chains.
+    weight: of what the last node of the chain puts out, dL / d output, where the block is of one node's loss.
+    """
+
+    chains: tuple
+    weight: object = None
+
+
+COUPLED = "coupled"   # a step: the weight of a term depends on other terms
+
+
+class Fork(tuple):
+    """Several chains to one term."""
+
+    __slots__ = ()
+
+
+def unrolled(chain) -> list[tuple]:
+    """The steps of a chain, from the loss down, for each way that it stands for."""
+    steps = []
+    while chain is not None and type(chain) is not Fork:
+        chain, step = chain
+        steps.append(step)
+    steps = tuple(reversed(steps))
+    return [steps] if chain is None else [above + steps for one in chain for above in unrolled(one)]
+
+
+@dataclass(slots=True)
 class Form:
     """A loss as blocks, quadratic penalties (coefficient c of c/2 ||theta_l||^2 per parameter), and the nodes that were read.
 
     steady: do weights stay the same when parameters move? entries: did entries of tensors decide how it was read?
+    routes: per block, how the walk came to it; penalty_routes: (parameter number, chain) of every penalty.
     """
 
     blocks: list = field(default_factory=list)
@@ -207,6 +240,8 @@ class Form:
     consumed: set[int] = field(default_factory=set)
     steady: bool = True
     entries: bool = False
+    routes: list = field(default_factory=list)
+    penalty_routes: list = field(default_factory=list)
 
     @property
     def squares_only(self) -> bool:
@@ -227,6 +262,8 @@ class Form:
     def add(self, other: Form) -> None:
         """Take in the form of a further term."""
         self.blocks += other.blocks
+        self.routes += other.routes
+        self.penalty_routes += other.penalty_routes
         self.consumed |= other.consumed
         self.steady &= other.steady
         self.entries |= other.entries

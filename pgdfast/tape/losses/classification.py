@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..rules.table import signed
-from .blocks import Softmax, UnrecognizedLoss, diagonal_block, looked_at, tiny
+from .blocks import Route, Softmax, UnrecognizedLoss, diagonal_block, looked_at, tiny
 from .linear import reads
 
 
@@ -31,6 +31,7 @@ def negative_log_likelihood(walk, position, node, edges, weight):
 @reads("LogSoftmaxBackward0")
 def log_of_softmax(walk, position, node, edges, weight):
     walk.log_softmax[position] = walk.log_softmax.get(position, 0.0) - weight
+    walk.to_log_softmax.setdefault(position, []).append(walk.chain)
     return ()
 
 
@@ -57,6 +58,7 @@ def softmax_blocks(walk) -> None:
             raise UnrecognizedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
         dim = signed(node._saved_dim) % max(log_p.dim(), 1)
         walk.form.blocks.append(softmax_block((walk.tape.edges[position][0],), p, q, dim))
+        walk.form.routes.append(Route(tuple(walk.to_log_softmax[position]), -q))
 
 
 def softmax_block(edges: tuple, p: torch.Tensor, q: torch.Tensor, dim: int) -> Softmax:

@@ -12,7 +12,7 @@ import torch
 
 from ..rules.table import plain, signed
 from ..walk import Tape
-from .blocks import Form, UnrecognizedLoss, looked_at
+from .blocks import Form, Route, UnrecognizedLoss, looked_at
 from .names import leads_nowhere
 
 READERS: dict[str, Callable] = {}
@@ -41,12 +41,14 @@ def is_linear(tape: Tape, position: int) -> bool:
 
 
 class Walk:
-    """One walk down a tape, and the form that it has found. allow_sync: see scalar_form."""
+    """One walk down a tape, and the form that it has found. allow_sync: see scalar_form; chain: see Route, of where it is."""
 
-    def __init__(self, tape: Tape, allow_sync: bool):
+    def __init__(self, tape: Tape, allow_sync: bool, chain=None):
         self.tape, self.allow_sync = tape, allow_sync
         self.form = Form()
+        self.chain = chain
         self.log_softmax: dict[int, object] = {}   # the weight at each, which several terms may share
+        self.to_log_softmax: dict[int, list] = {}  # the chains to each
         self.masked = False   # do weights of 0 hide numbers that are NaN?
 
     def read(self, root: int, output: int = 0, weight=1.0) -> Form:
@@ -54,18 +56,21 @@ class Walk:
 
         Raises: UnrecognizedLoss.
         """
-        stack = [(root, output, weight)]
+        stack, form = [(root, output, weight, self.chain)], self.form
         while stack:
-            position, output, weight = stack.pop()
+            position, output, weight, above = stack.pop()
             reader = READERS.get(self.tape.kind(position))
             if reader is None:
                 above = tuple(map(self.tape.name, sorted(self.form.consumed)))
                 raise UnrecognizedLoss(leads_nowhere(self.tape.name(position), above))
-            self.form.consumed.add(position)
+            form.consumed.add(position)
+            self.chain = chain = (above, position)
             following = reader(self, position, self.tape.nodes[position], self.tape.edges[position], weight)
             if following:
-                stack.extend(reversed(following))
-        return self.form
+                stack.extend([(*step, chain) for step in reversed(following)])
+            elif len(form.blocks) > len(form.routes):
+                form.routes.append(Route((self.chain,), weight))
+        return form
 
     def fit(self, edge, position: int, weight):
         """The weight of an input that was broadcast to the shape of the node at `position`."""

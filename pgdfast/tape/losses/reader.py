@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from . import classification, monotone, robust, squares  # noqa: F401 - their readers register themselves
-from .blocks import Diagonal, Form, IndefiniteForm, UnrecognizedLoss, diagonal_block, looked_at
+from .blocks import COUPLED, Diagonal, Fork, Form, IndefiniteForm, Route, UnrecognizedLoss, diagonal_block, looked_at
 from .classification import softmax_blocks
 from .curvature import accepted, is_centred
 from .linear import READERS, Walk, is_linear
@@ -90,8 +90,8 @@ def _differentiable(tape, root: int, allow_sync: bool) -> bool:
     return allow_sync or device.type == "cpu"
 
 
-def _walked(tape, edge, weight, allow_sync: bool) -> Form:
-    walk = Walk(tape, allow_sync)
+def _walked(tape, edge, weight, allow_sync: bool, chain=None) -> Form:
+    walk = Walk(tape, allow_sync, chain)
     form = walk.read(*edge, weight)
     softmax_blocks(walk)
     return form
@@ -103,21 +103,24 @@ class _Terms:
     def __init__(self, tape, allow_sync: bool, ways: dict, among: tuple = _WAYS, value: torch.Tensor | None = None):
         self.tape, self.allow_sync, self.ways, self.among, self.value = tape, allow_sync, ways, among, value
         self.form, self.terms, self.slopes = Form(), {}, {}
+        self.chains: dict = {}   # of each term, all by which it is reached; see blocks.Route
         self.outer: list = []    # blocks that were found before these terms
-        self.beside: list = []   # (block, slope): of terms that are linear where a block stands
+        self.beside: list = []   # (block, its route, slope, chain): of terms that are linear where a block stands
 
     def read(self, edge, weight=1.0) -> Form:
         """The form of the term at an edge."""
         self.add(*edge, weight)
         form = self.rest()
-        for block, slope in self.beside:
+        for block, route, slope, chain in self.beside:
             block.absorb(slope)
+            route.chains += (chain,)
         return form
 
-    def add(self, position: int, output: int, weight) -> None:
+    def add(self, position: int, output: int, weight, chain=None) -> None:
         """A term more."""
         key = position, output
         self.terms[key] = self.terms[key] + weight if key in self.terms else weight
+        self.chains[key] = Fork((*self.chains.get(key, ()), chain))
 
     def rest(self) -> Form:
         """The form of all terms."""
@@ -125,12 +128,13 @@ class _Terms:
             edge = max(self.terms)
             self._term(edge, self.terms.pop(edge))
         settle(self.tape, self.slopes, self.form)
+        self.form.routes += [Route(((None, COUPLED),)) for _ in self.form.blocks[len(self.form.routes) :]]
         return self.form
 
     def _term(self, edge, weight) -> None:
-        for block in (*self.form.blocks, *self.outer):
+        for block, route in (*zip(self.form.blocks, self.form.routes, strict=True), *self.outer):
             if isinstance(block, Diagonal) and block.edges == (edge,) and block.handles is None:
-                self.beside.append((block, self._full(edge, weight)))
+                self.beside.append((block, route, self._full(edge, weight), self.chains[edge]))
                 return
         known = self.ways.get((edge, self.among))
         if known is not None and getattr(self, "_" + known[0])(edge, weight, known[1]):
@@ -144,7 +148,7 @@ class _Terms:
 
     def _walk(self, edge, weight, _):
         try:
-            self.form.add(_walked(self.tape, edge, weight, self.allow_sync))
+            self.form.add(_walked(self.tape, edge, weight, self.allow_sync, self.chains[edge]))
         except UnrecognizedLoss:
             return None
         return True
@@ -176,6 +180,7 @@ class _Terms:
             if not bool((loss > 0) & (total > 0)):
                 continue
             self.form.blocks.append(diagonal_block((cut.edge,), g, g.abs() * total / loss))
+            self.form.routes.append(Route(((self.chains[edge], cut.region),)))
             self.form.consumed.update(cut.region)
             return cut
         return None
@@ -205,6 +210,7 @@ class _Terms:
         if block is None:
             return None
         self.form.blocks.append(block)
+        self.form.routes.append(Route(((self.chains[edge], cut.region),)))
         self.form.consumed.update(cut.region)
         if self.tape.leaf[cut.edge[0]] < 0:
             self.form.consumed.add(cut.edge[0])   # it may have saved its result
@@ -237,7 +243,7 @@ class _Terms:
                 continue
             slope = torch.where(torch.isfinite(tail.gradient), tail.gradient, 0.0)   # a root at 0 has none
             nested = self._nested(_OF_A_SUM)
-            nested.add(*cut.edge, _number(slope, self.allow_sync))
+            nested.add(*cut.edge, _number(slope, self.allow_sync), (self.chains[edge], cut.region))
             nested.form.steady = False
             if self._took(nested, cut.region):
                 return cut
@@ -247,7 +253,7 @@ class _Terms:
         """For terms that may turn out not to be readable."""
         nested = _Terms(self.tape, self.allow_sync, dict(self.ways), among)
         if among is self.among:
-            nested.outer = [*self.outer, *self.form.blocks]
+            nested.outer = [*self.outer, *zip(self.form.blocks, self.form.routes, strict=True)]
         return nested
 
     def _took(self, nested, positions) -> bool:
@@ -276,14 +282,15 @@ class _Terms:
             following = READERS[self._kind(edge)](walk, position, node, edges, weight)
         except UnrecognizedLoss:
             return None
+        chain = self.chains[edge], position
         if len(self.terms) + len(following) == 1:
-            self.terms[following[0][:2]] = following[0][2]
+            self.add(*following[0], chain)
             self.form.consumed.add(position)
             return True
         nested = self._nested(self.among)
-        nested.terms, nested.slopes = dict(self.terms), dict(self.slopes)
+        nested.terms, nested.slopes, nested.chains = dict(self.terms), dict(self.slopes), dict(self.chains)
         for below, output, carried in following:
-            nested.add(below, output, carried)
+            nested.add(below, output, carried, chain)
         if not self._took(nested, (position,)):
             return None
         self.terms, self.slopes = {}, {}
@@ -307,9 +314,9 @@ class _Terms:
             if not two_losses and self._kind(scale) in REDUCTIONS:
                 continue
             nested = self._nested(_OF_A_SUM)
-            nested.add(*loss, _number(slope.first, self.allow_sync))
+            nested.add(*loss, _number(slope.first, self.allow_sync), (self.chains[edge], COUPLED))
             if two_losses:   # each with the other for its weight
-                nested.add(*scale, _number(other.first, self.allow_sync))
+                nested.add(*scale, _number(other.first, self.allow_sync), (self.chains[edge], COUPLED))
             nested.form.steady = False
             if self._took(nested, (position,)):
                 if not two_losses:

@@ -42,10 +42,12 @@ def square(walk, edge, saver: int, weight, field: str = "_saved_self"):
     if kind == "LinalgVectorNormBackward0" and walk.tape.nodes[position]._saved_ord == 2:
         node, below = walk.tape.nodes[position], walk.tape.edges[position][0]
         walk.form.consumed.add(position)
+        walk.chain = walk.chain, position
         weight = walk.spread(position, node, below, weight)
         return (modulus if node._saved_self.is_complex() else square)(walk, below, position, weight)
     if kind == "AbsBackward0" and walk.tape.nodes[position]._saved_self.is_complex():
         walk.form.consumed.add(position)
+        walk.chain = walk.chain, position
         return modulus(walk, walk.tape.edges[position][0], position, weight)
     factor, value = root_of(weight, walk.allow_sync), plain(getattr(walk.tape.nodes[saver], field)).detach()
     residual = value * factor
@@ -62,6 +64,7 @@ def penalty(walk, edge, weight) -> bool:
         return False
     root_of(weight, walk.allow_sync)
     walk.form.penalties[leaf] = walk.form.penalties.get(leaf, 0.0) + 2 * weight
+    walk.form.penalty_routes.append((leaf, walk.chain))
     return True
 
 

@@ -1,0 +1,146 @@
+"""A closure's parts, linearized: one run of the closure for each, and how their rows combine."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..kernels.memory import available_memory
+from ..linear import Linearizer, half_square
+from .batches import Batched
+from .combine import Combination
+from .linearization import Part, Parts, Rows
+
+_SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
+
+
+class Facts(NamedTuple):
+    """What every process knows of a part, whoever has it.
+
+    shares: how its terms combine. size: its residuals. loss: as its closure returned it; terms: the loss term by term, None
+    where nobody asked. penalties, penalty: coefficients and what they add to the loss. flops, arena, nodes, constants: of its
+    program, the last in bytes. rows: num_rows, max_outputs, operations of its Gram matrix, packed elements, explicit columns;
+    None where rows do not separate. direct, packs: see kernels.py. name, flags: of its kernels, of its linearization.
+    """
+
+    shares: tuple
+    size: int
+    loss: float
+    terms: tuple | None
+    penalties: tuple
+    flops: float
+    arena: int
+    nodes: int
+    constants: int
+    rows: tuple | None
+    direct: bool
+    packs: bool
+    fused: bool
+    coupling: str
+    scalar: bool
+    has_squares_only: bool
+    tapeless: bool
+    residuals_need_tape: bool
+    loss_dtype: torch.dtype
+
+
+class PartsLinearizer:
+    """Linearizes closures over parts of their rows, for fixed parameters.
+
+    Args:
+        params: the parameters.
+        backend, check: as for LM.
+        group: of the processes that share the rows, `Alone` or `Ranks`.
+        budget: bytes that kept programs may take in this process, None for a quarter of the memory that is available.
+    """
+
+    def __init__(self, params, backend: str, check: str, group, budget: float | None = None):
+        self.one, self.group, self._budget = Linearizer(params, backend, check), group, budget
+        self.params = self.one.params
+        self._known: tuple = None, None   # the shares of all parts, and how they combine
+        self.choices: dict = {}           # see SolvableLinearization
+        self._sizes: tuple | None = None
+
+    def __call__(self, batched: Batched) -> Parts:
+        """Run the closure once for each batch and read its tapes, of which those that fit into the budget are kept.
+
+        Raises ValueError as Linearizer does, where there is no batch at all, and where parts do not combine.
+        """
+        parts: list[Part] = []
+        facts: list[Facts] = []
+        limit = self._limit()
+        split = self._known[1] is None or not self._known[1].uniform   # is the loss wanted term by term?
+        self.group.start(self.params)
+
+        def visit(number: int, result) -> None:
+            nonlocal limit
+            lin = self.one.read(result)
+            fact = self._facts(lin, result, split)
+            limit -= fact.constants
+            part = Part(number, fact.size, lin)
+            parts.append(part)
+            facts.append(fact)
+            if limit < 0:
+                part.lin = None
+                lin.release()
+
+        with self.group.section(), torch.enable_grad():
+            batched.run(visit, "linearization")
+        known = self.group.objects(facts)
+        if not any(known):
+            raise ValueError(
+                "pgdfast.LM.step: there are no batches; give it at least one, or closures without batches."
+            )
+        combination = self._combination(known, batched)
+        first = sum(map(len, known[: self.group.rank]))
+        for k, (part, fact) in enumerate(zip(parts, facts, strict=True), first):
+            part.scale(combination.scales[k], fact.shares, self.one.dtype)
+        sizes = tuple((f.size, f.rows, f.flops) for each in known for f in each)
+        if sizes != self._sizes:
+            self.choices.clear()
+            self._sizes = sizes
+        return Parts(self, batched, parts, known, combination)
+
+    def _limit(self) -> float:
+        if self._budget is not None:
+            return self._budget
+        available = available_memory(self.params[0].device)
+        return _SHARE * available if available < math.inf else 4e9
+
+    def _facts(self, lin, result, split: bool) -> Facts:
+        shares, rows = self.one.tracer.shares(result), lin.row_layout()
+        kernels = lin.kernels()   # which may depend on the rows
+        terms = self.terms(result, lin.scalar) if split and len(shares) > 1 and lin.num_residuals else None
+        exact = lin.scalar or lin.loss.dtype == torch.float64   # else a trial at the same point may find another last digit
+        loss = float(lin.loss if exact else half_square(lin.residual))
+        return Facts(
+            shares, lin.num_residuals, loss, terms, tuple(sorted(lin.penalties.items())), kernels.flops,
+            kernels.arena_size, lin.nodes, lin.constant_bytes, None if rows is None else Rows.of(rows), kernels.adds_normal,
+            kernels.packs and rows is not None, kernels.fused, lin.coupling, lin.scalar, lin.has_squares_only, lin.tapeless,
+            lin.residuals_need_tape, lin.loss.dtype,
+        )
+
+    def terms(self, result, scalar: bool) -> tuple | None:
+        """The loss of a result term by term, None where that cannot be told."""
+        if not scalar:
+            return tuple(float(half_square(part)) for part in (result if isinstance(result, (tuple, list)) else [result]))
+        with torch.enable_grad():
+            found = self.one.tracer.term_values(result.reshape(()) if result.dim() else result)
+        return None if found is None else tuple(found)
+
+    def _combination(self, known: list[list[Facts]], batched: Batched) -> Combination:
+        flat = [(rank, number, fact) for rank, each in enumerate(known) for number, fact in enumerate(each)]
+        shares = tuple(fact.shares for _, _, fact in flat)
+        if self._known[0] == shares:
+            return self._known[1]
+
+        def name(k: int) -> str:
+            rank, number, _ = flat[k]
+            what = [batched.name(number)] if batched.batches is not None else []
+            return " of ".join(what + ([f"rank {rank}"] if self.group.size > 1 else [])) or "the closure"
+
+        combination = Combination(shares, name)
+        self._known = shares, combination
+        return combination

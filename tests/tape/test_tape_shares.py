@@ -1,0 +1,219 @@
+"""The loss on all rows from those on parts: values and gradients, for every kind of loss, against the closure on all rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import mlp, rand, relative
+
+import pgdfast
+from pgdfast.parts.combine import Combination
+from pgdfast.tape import Tracer
+
+N, D, K, M = 13, 3, 4, 26  # rows, inputs, outputs, points on the boundary
+LABELS = torch.tensor([0, 1, 2, -100, 3, 1, 2, 0, -100, 1, 3, 3, 2])
+CLASS = rand(K, seed=4).square() + 0.1
+UNEQUAL = ([4, 0, 6, 3], [12, 1], [2, 2, 9])
+EQUAL = ([4, 4, 4],)
+
+
+class Batch:
+    """Rows of the data, and twice as many points on a boundary, here unequally."""
+
+    def __init__(self, rows: slice, edge: slice):
+        self.x, self.y = rand(N, D, seed=1)[rows], rand(N, K, seed=2)[rows]
+        self.w = rand(N, K, seed=3).square()[rows]
+        self.m = (rand(N, seed=6) > -0.5).double()[rows]
+        self.m[:1] = 1
+        self.c = LABELS[rows]
+        self.t = LABELS.abs()[rows] % K
+        self.q = torch.softmax(self.y, 1)
+        self.b = rand(M, D, seed=7)[edge]
+        self.n = len(self.x)
+
+
+def batches(sizes):
+    start, found = 0, []
+    for size in sizes:
+        found.append(Batch(slice(start, start + size), slice(2 * start, 2 * (start + size))))
+        start += size
+    return found, Batch(slice(0, start), slice(0, 2 * start))
+
+
+def ce(z, d, **options):
+    return F.cross_entropy(z, d.t, **options)
+
+
+ADDITIVE = {
+    "residuals": lambda z, d, net: z - d.y,
+    "tuple of residuals": lambda z, d, net: (z - d.y, net(d.b)[:, 0] ** 2),
+    "transposed residuals": lambda z, d, net: (z - d.y).T,
+    "mse": lambda z, d, net: F.mse_loss(z, d.y),
+    "mse sum": lambda z, d, net: F.mse_loss(z, d.y, reduction="sum"),
+    "mse none": lambda z, d, net: F.mse_loss(z, d.y, reduction="none").sum(),
+    "mse none mean": lambda z, d, net: (d.w * F.mse_loss(z, d.y, reduction="none")).mean(),
+    "mse weight": lambda z, d, net: F.mse_loss(z, d.y, weight=d.w),
+    "half mse": lambda z, d, net: 0.5 * F.mse_loss(z, d.y),
+    "half sum": lambda z, d, net: 0.5 * (z - d.y).square().sum(),
+    "mean": lambda z, d, net: (z - d.y).square().mean(),
+    "mean of mean": lambda z, d, net: (z - d.y).square().mean(1).mean(0),
+    "sum of means over outputs": lambda z, d, net: (z - d.y).square().mean(1).sum(),
+    "sum of means over rows": lambda z, d, net: (z - d.y).square().mean(0).sum(),
+    "mean of sums over outputs": lambda z, d, net: (z - d.y).square().sum(1).mean(),
+    "mean of sums over rows": lambda z, d, net: (z - d.y).square().sum(0).mean(),
+    "kept dimensions": lambda z, d, net: (z - d.y).square().mean(0, keepdim=True).sum(),
+    "mean of transposed": lambda z, d, net: (z - d.y).square().T.mean(1).sum(),
+    "sum of transposed": lambda z, d, net: (z - d.y).square().permute(1, 0).mean(0).sum(),
+    "mean of reshaped": lambda z, d, net: (z - d.y).square().reshape(-1).mean(),
+    "mean of pairs": lambda z, d, net: (z - d.y).square().view(-1, 2, 2).mean(2).sum(1).mean(),
+    "one output": lambda z, d, net: (z - d.y).square()[:, 1].mean(),
+    "every other output": lambda z, d, net: (z - d.y).square()[:, ::2].mean(),
+    "weighted outputs": lambda z, d, net: torch.dot(CLASS, (z - d.y).square().mean(0)),
+    "weighted outputs, summed": lambda z, d, net: torch.dot(CLASS, (z - d.y).square().sum(0)),
+    "weighted": lambda z, d, net: (d.w * (z - d.y) ** 2).sum() / 7,
+    "weighted mean": lambda z, d, net: (d.w[:, 0] * (z - d.y).square().mean(1)).mean(),
+    "chosen": lambda z, d, net: torch.where(d.w > 1, (z - d.y) ** 2, 0.0).mean(),
+    "masked fill": lambda z, d, net: ((z - d.y) ** 2).masked_fill(d.w > 1, 0.0).mean(),
+    "expanded": lambda z, d, net: (d.w * ((z - d.y)[:, :1] ** 2).expand(d.n, K)).mean(),
+    "stacked": lambda z, d, net: torch.stack([(z - d.y)[:, 0] ** 2, z[:, 1] ** 2]).mean(),
+    "stacked terms": lambda z, d, net: torch.stack([F.mse_loss(z, d.y), z.square().mean()]).sum(),
+    "joined": lambda z, d, net: torch.cat([(z - d.y) ** 2, z**2], 1).mean(),
+    "dot": lambda z, d, net: (lambda r: r @ r)((z - d.y).reshape(-1)),
+    "squared norm": lambda z, d, net: (z - d.y).norm() ** 2,
+    "squared norms of rows": lambda z, d, net: (z - d.y).norm(dim=1).square().mean(),
+    "norms of rows": lambda z, d, net: torch.linalg.vector_norm(z - d.y, dim=1).mean(),
+    "roots": lambda z, d, net: ((z - d.y).square().sum(1) + 0.1).sqrt().mean(),
+    "variance within rows": lambda z, d, net: z.var(1).mean(),
+    "over len": lambda z, d, net: (z - d.y).square().sum() / len(d.x),
+    "over numel": lambda z, d, net: (z - d.y).square().sum() / z.numel(),
+    "times one over n": lambda z, d, net: (z - d.y).square().sum() * (1 / d.n),
+    "half over n": lambda z, d, net: (z - d.y).square().sum() / (2 * d.n),
+    "divided before the sum": lambda z, d, net: ((z - d.y).square() / d.n).sum(),
+    "mean times n": lambda z, d, net: d.n * F.mse_loss(z, d.y),
+    "dot over n": lambda z, d, net: (lambda r: r @ r / d.n)((z - d.y).reshape(-1)),
+    "over a constant": lambda z, d, net: (z - d.y).square().sum() / 4,
+    "residuals over roots of n": lambda z, d, net: (z - d.y) / d.n**0.5,
+    "squares of residuals over roots": lambda z, d, net: ((z - d.y) / d.n**0.5).square().sum(),
+    "masked mean": lambda z, d, net: (d.m[:, None] * (z - d.y) ** 2).sum() / d.m.sum(),
+    "masked mean of rows": lambda z, d, net: (d.m * (z - d.y).square().mean(1)).sum() / d.m.sum(),
+    "picked by a mask": lambda z, d, net: ((z - d.y) ** 2)[d.w > 0.3].sum(),
+    "mean of the picked": lambda z, d, net: ((z - d.y) ** 2)[d.w > 0.3].mean(),
+    "weighted by weights": lambda z, d, net: (d.w * (z - d.y) ** 2).sum() / d.w.sum(),
+    "ce": lambda z, d, net: ce(z, d),
+    "ce sum": lambda z, d, net: ce(z, d, reduction="sum"),
+    "ce none": lambda z, d, net: (d.w[:, 0] * ce(z, d, reduction="none")).mean(),
+    "ce ignored": lambda z, d, net: F.cross_entropy(z, d.c),
+    "ce class weights": lambda z, d, net: ce(z, d, weight=CLASS),
+    "ce weights ignored": lambda z, d, net: F.cross_entropy(z, d.c, CLASS),
+    "ce smoothing": lambda z, d, net: ce(z, d, label_smoothing=0.1),
+    "ce weights smoothing": lambda z, d, net: ce(z, d, weight=CLASS, label_smoothing=0.1),
+    "ce soft": lambda z, d, net: F.cross_entropy(z, d.q),
+    "ce images": lambda z, d, net: F.cross_entropy(
+        z.reshape(-1, 2, 2), torch.stack([d.t % 2, d.t // 2], 1)
+    ),
+    "nll by hand": lambda z, d, net: -torch.log_softmax(z, 1).gather(1, d.t[:, None]).mean(),
+    "entropy by hand": lambda z, d, net: -(d.q * torch.log_softmax(z, 1)).sum(1).mean(),
+    "kl batchmean": lambda z, d, net: F.kl_div(z.log_softmax(1), d.q, reduction="batchmean"),
+    "bce": lambda z, d, net: F.binary_cross_entropy_with_logits(z, d.q),
+    "bce weights": lambda z, d, net: F.binary_cross_entropy_with_logits(
+        z, d.q, d.w, pos_weight=CLASS
+    ),
+    "bce of rows": lambda z, d, net: (
+        F.binary_cross_entropy_with_logits(z, d.q, reduction="none").sum(1).mean()
+    ),
+    "huber": lambda z, d, net: F.huber_loss(z, d.y, delta=0.3),
+    "huber sum": lambda z, d, net: F.huber_loss(z, d.y, reduction="sum"),
+    "smooth l1": lambda z, d, net: F.smooth_l1_loss(z, d.y, beta=0.4),
+    "l1": lambda z, d, net: F.l1_loss(z, d.y),
+    "l1 sum": lambda z, d, net: (z - d.y).abs().sum(),
+    "logcosh": lambda z, d, net: torch.log(torch.cosh(z - d.y)).mean(),
+    "poisson": lambda z, d, net: F.poisson_nll_loss(z, d.w),
+    "gaussian": lambda z, d, net: F.gaussian_nll_loss(z, d.y, d.w + 0.1),
+    "softplus": lambda z, d, net: F.softplus(-z * d.y.sign()).sum(1).mean(),
+    "quantile": lambda z, d, net: torch.maximum(0.9 * (d.y - z), -0.1 * (d.y - z)).mean(),
+    "interior and boundary": lambda z, d, net: F.mse_loss(z, d.y) + 10 * net(d.b).square().mean(),
+    "sum and mean": lambda z, d, net: (z - d.y).square().sum() + net(d.b).square().mean(),
+    "four terms": lambda z, d, net: (
+        F.mse_loss(z, d.y)
+        + 0.1 * (z[:, 1] ** 2).mean()
+        + 3 * F.huber_loss(net(d.b)[:, 0], d.b[:, 0])
+        + ce(z, d)
+    ),
+    "ce and mse": lambda z, d, net: ce(z, d) + 2 * F.mse_loss(z, d.y),
+    "one term twice": lambda z, d, net: (lambda t: t + t)(F.mse_loss(z, d.y)),
+    "weight decay": lambda z, d, net: (
+        F.mse_loss(z, d.y) + 1e-2 * sum(p.square().sum() for p in net.parameters())
+    ),
+    "sum and weight decay": lambda z, d, net: (
+        (z - d.y).square().sum() + 1e-2 * sum(p.square().mean() for p in net.parameters())
+    ),
+    "sum and l1 of weights": lambda z, d, net: (
+        (z - d.y).square().sum() + 1e-2 * net[0].weight.abs().sum()
+    ),
+    "mean and l1 of weights": lambda z, d, net: (
+        F.mse_loss(z, d.y) + 1e-2 * net[0].weight.abs().mean()
+    ),
+    "orthogonal weights": lambda z, d, net: (
+        (z - d.y).square().sum() + (net[0].weight.T @ net[0].weight - torch.eye(D)).square().sum()
+    ),
+    "drawn to others": lambda z, d, net: (
+        (z - d.y).square().sum() + (CLASS.sum() * (net[0].bias - 0.3)).square().sum()
+    ),
+    "residuals and weights": lambda z, d, net: (z - d.y, 0.1 * net[0].weight.reshape(-1)),
+    "vmapped": lambda z, d, net: torch.vmap(lambda a, b: (a - b).square().mean())(z, d.y).mean(),
+    "vmapped sum": lambda z, d, net: torch.vmap(lambda a, b: (a - b).square().sum())(z, d.y).sum(),
+    "constant beside": lambda z, d, net: F.mse_loss(z, d.y) + 5.0,
+}
+
+
+def problem(name, form, batch):
+    """(closure, parameters) of a loss on a batch."""
+    model = mlp(D, 5, K, seed=1)
+    return (lambda: form(model(batch.x), batch, model)), list(model.parameters())
+
+
+def read(name, form, batch):
+    """(Linearization, shares, values of terms, loss) of a loss on a batch."""
+    closure, params = problem(name, form, batch)
+    tracer, result = Tracer(params), closure()
+    trace = tracer.trace(result)
+    shares = tracer.shares(result, trace.residual)
+    assert [s.size for s in shares] == [s.size for s in tracer.shares(result)]
+    assert sum(s.size for s in shares) == trace.residual.numel()
+    lin = pgdfast.linearize(closure, params) if trace.residual.isfinite().all() else None
+    return lin, shares, tracer.term_values(result), tracer.penalty_value(trace.penalties)
+
+
+def gradient_of(lin, shares, scales):
+    """sum_k s_k J_k^T r_k."""
+    rows = torch.cat([torch.full((s.size,), c, dtype=torch.float64) for s, c in zip(shares, scales, strict=True)])
+    return lin.vjp(rows * lin.residual)
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_parts_combine_to_all_rows(name):
+    for sizes in UNEQUAL:
+        combined(name, ADDITIVE[name], sizes)
+
+
+def combined(name, form, sizes):
+    parts, everything = batches(sizes)
+    full, _, _, penalty = read(name, form, everything)
+    found = [read(name, form, part) for part in parts]
+    combination = Combination([shares for _, shares, _, _ in found])
+    gradient = 0.0
+    for part, (lin, shares, _, _), scales in zip(parts, found, combination.scales, strict=True):
+        if part.n:
+            gradient = gradient + gradient_of(lin, shares, scales)
+    if full.penalty is not None:
+        gradient = gradient + full.penalty_gradient
+    assert relative(gradient, full.gradient()) < 1e-12
+    held = [k for k, part in enumerate(parts) if part.n]
+    if combination.uniform is not None and name != "constant beside":
+        losses = [float(found[k][0].loss) if k in held else 0.0 for k in range(len(parts))]
+        penalties = [found[k][3] if k in held else 0.0 for k in range(len(parts))]
+        total = combination.total(losses, penalties, penalty)
+        assert total == pytest.approx(float(full.loss), rel=1e-12)
+    values = [found[k][2] if k in held else [0.0] * len(found[k][1]) for k in range(len(parts))]
+    if None not in values:
+        total = combination.total_of_terms(values, penalty)
+        assert total == pytest.approx(float(full.loss), rel=1e-12)
