@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..tape import Share
-
 _ADVICE = (
     "write the loss with .mean() or .sum(), which the tape shows as such, return residuals, or give parts of different numbers "
     "of rows"

@@ -50,15 +50,13 @@ class PartsKernels(Traits):
 
     def _summed(self, shape: tuple, each: Callable) -> torch.Tensor:
         """The sum over parts and processes of each(part, its kernels), of a shape."""
-        found = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        with self._group.adding(shape, self.dtype, self.device) as found:
+            def add(part, lin):
+                if part.size:
+                    found.add_(each(part, lin.kernels()))
 
-        def add(part, lin):
-            if part.size:
-                found.add_(each(part, lin.kernels()))
-
-        with self._group.section():
             self._lin.visit(add)
-        return self._group.total(found)
+        return found
 
     # --- products ---------------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Tracer:
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
 
     def join_group(self) -> None:
-        """Take hooks where a parameter's .grad is accumulated for those of DistributedDataParallel, which a group's step replaces."""
+        """Take hooks where .grad is accumulated for those of DistributedDataParallel, whose place a step in a group takes."""
         self._walker.in_group = True
 
     def trace(self, result, allow_sync: bool = True, rules: bool = True) -> Trace:

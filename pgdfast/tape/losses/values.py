@@ -68,7 +68,7 @@ def _squares(tape: Tape, above: int, position: int) -> bool:
 
 
 def _product(weight: torch.Tensor, result) -> float:
-    """sum weight * result; what has no weight may be infinite."""
+    """Sum weight * result; what has no weight may be infinite."""
     result = plain(result).detach().double()
     weight = weight.detach().to(result).expand_as(result)
     return float(torch.where(weight == 0, 0.0, weight * result).sum())
