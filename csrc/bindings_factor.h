@@ -1,10 +1,11 @@
-// Factors as Python holds them.
+// Factors and packed factors as Python holds them.
 #pragma once
 
 #include <memory>
 
 #include "bindings.h"
 #include "cpu/factor.h"
+#include "cpu/packed.h"
 
 namespace pgdfast {
 
@@ -36,6 +37,13 @@ class FactorHandle {
 
  private:
   std::shared_ptr<Factor<T>> factor_;
+};
+
+// Packed factors: of a plan, over memory of their own, or over a tensor.
+template <class T>
+struct PackedHandle {
+  std::shared_ptr<const Packed<T>> packed;
+  at::Tensor memory;
 };
 
 }  // namespace pgdfast

@@ -169,6 +169,23 @@ class Plan {
     const Running running = alone();
     solver_.add_normal(to);
   }
+  PackedHandle<T> pack() {
+    require_rows("pack");
+    std::shared_ptr<Packed<T>> packed;
+    {
+      const Running running = alone();
+      packed = pgdfast::pack(solver_.program, solver_.layout, solver_.work);
+      solver_.work.unit_cotangents_valid = true;   // products with J^T are likely to follow
+    }
+    const auto options = at::TensorOptions().dtype(scalar_type<T>);
+    T* data = packed->own.data();
+    return {packed, at::from_blob(data, {packed->elements}, [packed](void*) {}, options)};
+  }
+  std::vector<index> gram_order() const {
+    require_rows("gram_order");
+    return solver_.layout.k_of;
+  }
+  bool has_rows() const { return solver_.layout.local; }
   void columns(const std::vector<int>& parameters, py::handle J) {
     require_rows("columns");
     std::vector<char> met(std::size_t(solver_.structure.num_parameter_buffers), 0);
@@ -429,6 +446,9 @@ void bind_plan(py::module_& m, const char* name) {
       .def("dense", &P::dense)
       .def("gram", &P::gram)
       .def("add_normal", &P::add_normal)
+      .def("pack", &P::pack)
+      .def("gram_order", &P::gram_order)
+      .def_property_readonly("has_rows", &P::has_rows)
       .def("columns", &P::columns)
       .def("squared", &P::squared)
       .def("diagonal", &P::diagonal)

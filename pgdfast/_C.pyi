@@ -32,6 +32,18 @@ class _Factor:
 class FactorFloat(_Factor): ...
 class FactorDouble(_Factor): ...
 
+class _Packed:
+    """The factors of all rows of J, packed (csrc/cpu/packed.h)."""
+
+    num_residuals: int
+    def header(self) -> list[int]:
+        """Return what `packed_float` and `packed_double` need besides the numbers."""
+    def tensor(self) -> Tensor:
+        """Return the numbers, one-dimensional, in shared memory."""
+
+class PackedFloat(_Packed): ...
+class PackedDouble(_Packed): ...
+
 class _Plan:
     """A program with its constants, its products and its solves."""
 
@@ -41,6 +53,7 @@ class _Plan:
     arena_size: int
     normal_pays: bool
     rows_of_parts: list[int]
+    has_rows: bool
     def __init__(
         self, words: Tensor, alphas: Sequence[float], constants: Sequence[tuple[Sequence[int], Sequence[int]] | None],
         functions: Sequence[int],
@@ -60,6 +73,10 @@ class _Plan:
     def gram(self, weights: Tensor, K: Tensor) -> None: ...
     def add_normal(self, H: Tensor) -> None:
         """Add J^T J to the upper triangle of H, (P + 1, gram_stride)."""
+    def pack(self) -> Any:
+        """Return a PackedFloat or PackedDouble."""
+    def gram_order(self) -> list[int]:
+        """Return of every residual its row of the Gram matrix."""
     def columns(self, parameters: Sequence[int], J: Tensor) -> None: ...
     def squared(self, A: Tensor, rows: int, columns: int, transposed: bool, K: Tensor) -> None: ...
     def diagonal(self, d: Tensor) -> None: ...
@@ -168,6 +185,18 @@ def factor_float(H: Tensor, order: int, added: Tensor, positions: Sequence[int] 
 def factor_double(
     H: Tensor, order: int, added: Tensor, positions: Sequence[int] | None
 ) -> tuple[FactorDouble | None, float]: ...
+def packed_float(header: Sequence[int], tensor: Tensor) -> PackedFloat:
+    """Return what `header` describes over a tensor's numbers, which is kept; RuntimeError where they do not fit."""
+
+def packed_double(header: Sequence[int], tensor: Tensor) -> PackedDouble: ...
+def gram_rows_float(
+    a: PackedFloat, b: PackedFloat, first: int, last: int, weights: Tensor | None, K: Tensor, row: int, column: int
+) -> None:
+    """Write rows first .. last - 1 of J_a W J_b^T to K at (row, column); of one object's, from the diagonal on."""
+
+def gram_rows_double(
+    a: PackedDouble, b: PackedDouble, first: int, last: int, weights: Tensor | None, K: Tensor, row: int, column: int
+) -> None: ...
 def fail_in_parallel(kind: str, threads: int, failing: int) -> None: ...
 def instruction_set() -> str: ...
 def blas() -> str: ...

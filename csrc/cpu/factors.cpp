@@ -155,8 +155,9 @@ void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* we
 template <class T>
 class Packing {
  public:
-  Packing(const Bound<T>& program, const RowLayout& layout, const Passes& passes, const Pass& pass, Workspace<T>& work)
-      : program_(program), layout_(layout), passes_(passes), pass_(pass), work_(work), s_(*program.structure) {}
+  Packing(const Bound<T>& program, const RowLayout& layout, const Passes& passes, const Pass& pass, Workspace<T>& work,
+          std::vector<T>& packed)
+      : program_(program), layout_(layout), passes_(passes), pass_(pass), work_(work), packed_(packed), s_(*program.structure) {}
 
   std::vector<Side<T>> run(int threads) {
     const index width = tiles<T>().width;
@@ -172,9 +173,9 @@ class Packing {
           if (!whole(use, block) || block.outputs > 1) copied += block.rows * block.outputs * product(s_, use).m;
         }
     }
-    ensure(work_.packed, size);
+    ensure(packed_, size);
     ensure(work_.copy, copied);
-    next_ = work_.packed.data();
+    next_ = packed_.data();
     copy_ = work_.copy.data();
     std::vector<Side<T>> sides;
     for (const Block& block : layout_.blocks) {
@@ -219,7 +220,7 @@ class Packing {
     const T* c = program_.constants[std::size_t(op.constant)].data + op.c_offset;   // of the use's first row
     const T* y = cotangent(s_, op, work_.arenas.data() + block.first_output * s_.arena_size);
     const index skipped = block.r0 - use.row0;   // where the block is whole
-    Factors<T> result{use.parameter, use.fused_bias, use.m_is_high, {}, {}};
+    Factors<T> result{use.parameter, use.fused_bias, use.m_is_high, {}, {}, op.x_offset, g.xm, g.xk};
     const index times = repeats(passes_, use.parameter, block) ? block.outputs : 1;
     if (whole(use, block) && times == 1) {
       result.constants = pack(block.rows, g.k, c + skipped * g.cn, g.cn, g.ck);
@@ -261,6 +262,7 @@ class Packing {
   const Passes& passes_;
   const Pass& pass_;
   Workspace<T>& work_;
+  std::vector<T>& packed_;
   const Structure& s_;
   std::vector<Job> jobs_;
   T *next_ = nullptr, *copy_ = nullptr;
@@ -305,14 +307,14 @@ Passes plan_passes(const Structure& s, const RowLayout& layout, index width, ind
 
 template <class T>
 std::vector<Side<T>> pack_pass(const Bound<T>& program, const RowLayout& layout, const T* weights, const Passes& passes,
-                               const Pass& pass, int threads, Workspace<T>& work) {
+                               const Pass& pass, int threads, Workspace<T>& work, std::vector<T>& packed) {
   if (pass.columns > 0) explicit_rows(program, layout, weights, pass, work);
-  return Packing<T>(program, layout, passes, pass, work).run(threads);
+  return Packing<T>(program, layout, passes, pass, work, packed).run(threads);
 }
 
 #define PGDFAST_INSTANTIATE(T)                                                                            \
   template std::vector<Side<T>> pack_pass<T>(const Bound<T>&, const RowLayout&, const T*, const Passes&, \
-                                             const Pass&, int, Workspace<T>&);
+                                             const Pass&, int, Workspace<T>&, std::vector<T>&);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

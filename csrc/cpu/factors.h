@@ -28,6 +28,7 @@ struct Factors {
   int parameter, fused_bias;
   bool m_is_high;
   Panels<T> constants, cotangents;
+  index offset = 0, m_stride = 0, k_stride = 0;   // cotangent m and constant k belong to element offset + m m_stride + k k_stride
 };
 
 // What one block of residuals brings to K in a pass.
@@ -63,9 +64,9 @@ struct Passes {
 // `budget`: elements that one pass may take, unless a single parameter that cannot be cut takes more.
 Passes plan_passes(const Structure& s, const RowLayout& layout, index width, index budget);
 
-// Packs the factors and explicit rows of a pass, block by block. Needs unit sweeps.
+// Packs the factors and explicit rows of a pass, block by block, into `packed`. Needs unit sweeps.
 template <class T>
 std::vector<Side<T>> pack_pass(const Bound<T>& program, const RowLayout& layout, const T* weights, const Passes& passes,
-                               const Pass& pass, int threads, Workspace<T>& work);
+                               const Pass& pass, int threads, Workspace<T>& work, std::vector<T>& packed);
 
 }  // namespace pgdfast

@@ -10,6 +10,13 @@
 
 namespace pgdfast {
 
+// What a pass over K (gram.h) needs beside its factors: products of constants that outputs share, and tiles of every thread.
+template <class T>
+struct GramScratch {
+  std::vector<T> shared;
+  std::vector<std::vector<T>> threads;
+};
+
 // Buffers that persist between steps; grown when first needed.
 template <class T>
 struct Workspace {
@@ -17,7 +24,8 @@ struct Workspace {
   bool unit_cotangents_valid = false;   // they hold the unit sweeps of the present constants
   std::vector<T> unit;                  // M: a unit cotangent
   std::vector<T> rows;                  // M x P_explicit: Jacobian of the parameters whose uses are explicit
-  std::vector<T> packed, shared, copy;  // panels of factors, products of constants that outputs share, a factor in K's order
+  std::vector<T> packed, copy;          // panels of factors, a factor in K's order
+  GramScratch<T> gram;
   std::vector<std::vector<T>> scratch;  // one per thread
 };
 

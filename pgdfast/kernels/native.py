@@ -142,43 +142,6 @@ class NativeFactor:
         self._held.set_dual_vector(y.to(self._dtype).contiguous())
 
 
-def normal_matrix(order: int, dtype: torch.dtype) -> torch.Tensor:
-    """A zero matrix for sums of J^T J or J J^T of this order n, (n + 1, more than n) as the core needs it, contiguous.
-
-    Its upper triangle is what counts: what is left of the diagonal, behind column n and in the last row is not defined.
-    """
-    return torch.zeros(order + 1, _of(dtype, "gram_stride")(order), dtype=dtype)
-
-
-gram_matrix = normal_matrix
-
-
-def symmetric(H: torch.Tensor) -> torch.Tensor:
-    """The whole symmetric matrix, (n, n), a copy, of one of `normal_matrix` or `gram_matrix`."""
-    upper = H[: len(H) - 1, : len(H) - 1].triu()
-    return upper + upper.triu(1).T
-
-
-normal_tensor = symmetric
-
-
-def factor(H: torch.Tensor, added, positions=None) -> tuple[NativeFactor | None, float]:
-    """(The Cholesky factor of H + diag(added), None where that is not positive definite; the trace of H diag(added)^-1).
-
-    H: of `normal_matrix` or `gram_matrix`, order n, not changed. added: a number or (n,), positive. positions: of a dual matrix
-    where each residual stands in it; `solve` and the dual vector are then in the residuals' order. Cost: n^3 / 3, and half the
-    memory of H.
-    """
-    n = len(H) - 1
-    added = torch.as_tensor(added, dtype=torch.float64).expand(n).contiguous()
-    held, trace = _of(H.dtype, "factor")(H, n, added, positions)
-    return held and NativeFactor(held, H.dtype), trace
-
-
-def _of(dtype: torch.dtype, name: str):
-    return getattr(_C, name + ("_float" if dtype == torch.float32 else "_double"))
-
-
 class Kernels(Traits):
     """A program's plan (kernels.protocol.Kernels). Results are of `dtype`, which may be wider than the constants'.
 
@@ -186,7 +149,8 @@ class Kernels(Traits):
     """
 
     name = "native"
-    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = has_columns = scales_rows = True
+    fused = has_direct = batches = has_cg = has_lsmr = has_multishift = solves_members = has_columns = True
+    scales_rows = adds_normal = True
 
     def __init__(self, program, dtype: torch.dtype):
         plan = _C.PlanFloat if dtype == torch.float32 else _C.PlanDouble
@@ -281,8 +245,22 @@ class Kernels(Traits):
         return K
 
     def add_normal(self, H: torch.Tensor) -> None:
-        """Add J^T J to the upper triangle of a matrix of parts.normal_matrix; no more than 64 MiB of J are there at once."""
+        """Add J^T J to the upper triangle of a matrix of `normal_matrix`; no more than 64 MiB of J are there at once."""
         self._plan.add_normal(H)
+
+    @property
+    def packs(self) -> bool:
+        """Whether there are rows, which `pack` needs."""
+        return self._plan.has_rows
+
+    @property
+    def gram_order(self) -> list[int]:
+        """Of every residual its row in `gram_rows`: the positions of `factor`; needs rows."""
+        return self._plan.gram_order()
+
+    def pack(self) -> Packed:
+        """The factors of all rows of J, for Gram matrices with the rows of other parts; needs rows. Cost: unit sweeps."""
+        return Packed(self._plan.pack(), self.dtype)
 
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""
@@ -344,3 +322,81 @@ class Kernels(Traits):
         step = self._new(self.num_parameters)
         status, *rest = self._plan.lsmr(r, d, root, damp, q, max_iterations, tolerance, step)
         return Outcome(step, STATUS[status], *rest)
+
+
+def normal_matrix(order: int, dtype: torch.dtype) -> torch.Tensor:
+    """A zero matrix for sums of J^T J or J J^T of this order n, (n + 1, more than n) as the core needs it, contiguous.
+
+    Its upper triangle is what counts: what is left of the diagonal, behind column n and in the last row is not defined.
+    """
+    return torch.zeros(order + 1, _of(dtype, "gram_stride")(order), dtype=dtype)
+
+
+gram_matrix = normal_matrix   # no other needs
+
+
+def symmetric(H: torch.Tensor) -> torch.Tensor:
+    """The whole symmetric matrix, (n, n), a copy, of one of `normal_matrix` or `gram_matrix`."""
+    upper = H[: len(H) - 1, : len(H) - 1].triu()
+    return upper + upper.triu(1).T
+
+
+class Packed:
+    """The factors of all rows of J of one part, packed; independent of the kernels that made it.
+
+    `tensor` and `header` are all there is of it: another process makes the same of them by `packed`.
+    """
+
+    __slots__ = ("_held", "dtype")
+
+    def __init__(self, held, dtype: torch.dtype):
+        self._held, self.dtype = held, dtype
+
+    num_residuals = property(lambda self: self._held.num_residuals, doc="M.")
+
+    def tensor(self) -> torch.Tensor:
+        """All numbers, one-dimensional, in shared memory: not to be changed."""
+        return self._held.tensor()
+
+    def header(self) -> list[int]:
+        """What describes them."""
+        return self._held.header()
+
+
+def packed(header: list[int], tensor: torch.Tensor) -> Packed:
+    """The Packed of a header and its numbers, which are kept.
+
+    Raises RuntimeError where they do not belong together, or were packed on a machine of another instruction set.
+    """
+    return Packed(_of(tensor.dtype, "packed")(header, tensor), tensor.dtype)
+
+
+def gram_rows(
+    a: Packed, b: Packed, first: int, last: int, K: torch.Tensor, row: int, column: int, weights: list[float] | None = None
+) -> None:
+    """Write rows first .. last - 1 of J_a W J_b^T to K, (rows, ld), at (row, column).
+
+    W: one number per parameter, or None for ones. Rows and columns are in the parts' gram_order. Where a is b only what is on
+    the diagonal or right of it is defined. Cost: M_b (m + k) a row and weight of m x k elements.
+    """
+    if a.dtype != b.dtype:
+        raise ValueError(f"pgdfast: packed factors of {a.dtype} and of {b.dtype}; pack both in one dtype.")
+    weights = None if weights is None else torch.tensor(weights, dtype=a.dtype)
+    _of(a.dtype, "gram_rows")(a._held, b._held, first, last, weights, K, row, column)
+
+
+def factor(H: torch.Tensor, added, positions=None) -> tuple[NativeFactor | None, float]:
+    """(The Cholesky factor of H + diag(added), None where that is not positive definite; the trace of H diag(added)^-1).
+
+    H: of `normal_matrix` or `gram_matrix`, order n, not changed. added: a number or (n,), positive. positions: of a dual matrix
+    where each residual stands in it; `solve` and the dual vector are then in the residuals' order. Cost: n^3 / 3, and half the
+    memory of H.
+    """
+    n = len(H) - 1
+    added = torch.as_tensor(added, dtype=torch.float64).expand(n).contiguous()
+    held, trace = _of(H.dtype, "factor")(H, n, added, positions)
+    return held and NativeFactor(held, H.dtype), trace
+
+
+def _of(dtype: torch.dtype, name: str):
+    return getattr(_C, name + ("_float" if dtype == torch.float32 else "_double"))

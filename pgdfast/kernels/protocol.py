@@ -85,14 +85,13 @@ class Traits:
     has_lsmr: bool = False
     has_multishift: bool = False
     scales_rows: bool = False      # bind takes a row scale; for others scaled.py
-    packs: bool = False            # has add_normal, and with rows pack and gram_order; see parts.py
+    packs: bool = False            # has pack and gram_order (native.py); known once there are rows
+    adds_normal: bool = False      # has add_normal (native.py)
     solves_members: bool = False   # has set_members, select and members_solve
     sums_outputs: bool = False    # J^T J comes from factors summed over the outputs of a row; known once there are rows
     has_columns: bool = False      # has columns, squared and gram(weights): what a chain (linear/chained.py) asks of its parts
     swept: int | None = None       # numbers that a sweep passes, where they are not those of one arena
     remake: float = 0.0            # operations beside the sweeps for each product, of tapes that are not kept
-    adds_normal: bool = False      # has add_normal
-    packs: bool = False            # has pack
     rows_per_sweep: int = 1        # rows of J that one sweep makes where they do not separate; each takes an arena
     matrix_free: bool = True       # products J v do not take J itself
     jacobian_flops: float | None = None   # operations of J, where they are not a sweep for each row

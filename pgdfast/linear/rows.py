@@ -264,7 +264,7 @@ def _fused_biases(program: Program, by_parameter, candidates) -> dict[int, int]:
             matches = [
                 program.instructions[j].x
                 for j in added.get((op.y, op.y_offset), ())
-                if op.alpha == 1 and _is_bias(program.instructions[j], m, n, ym, yn)
+                if op.alpha == 1 and _is_bias(program, program.instructions[j], m, n, ym, yn)
             ]
             once = {bias for bias in matches if matches.count(bias) == 1}
             shared = once if shared is None else shared & once
@@ -277,8 +277,10 @@ def _fused_biases(program: Program, by_parameter, candidates) -> dict[int, int]:
     return found
 
 
-def _is_bias(op, m: int, n: int, ym: int, yn: int) -> bool:
-    """Say whether this muladd is y[m, n] += x[m] over all of x."""
+def _is_bias(program: Program, op, m: int, n: int, ym: int, yn: int) -> bool:
+    """Say whether this muladd is y[m, n] += x[m] over all of x: of two parts of it the products would not meet."""
+    if op.x_offset or program.buffers[op.x][1] != m:
+        return False
     shape, ys, xs, _ = op.extents
     dims = {(size, y, x) for size, y, x in zip(shape, ys, xs, strict=True)}
     wanted = {(size, y, x) for size, y, x in ((n, yn, 0), (m, ym, 1)) if size != 1}

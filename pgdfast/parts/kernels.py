@@ -12,6 +12,7 @@ Index legend: M residuals, P parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from ..kernels.memory import memory_limit
 from ..kernels.protocol import Outcome, Traits
 
 _REDUCED_AT_ONCE = 1 << 22   # numbers of a matrix that one sum over processes takes
+_ROWS_AT_ONCE = 64           # of K, sent from the first of their diagonal elements on
 _BLOCK_BYTES = 64 << 20      # of J that kernels make at once for J^T J; see native.Kernels.add_normal
 
 
@@ -40,8 +42,8 @@ class PartsKernels(Traits):
         self.arena_size = max(fact.arena for fact in facts)
         # Of tapes that are not kept: to run the closure and to read its tape take about four sweeps.
         self.remake = 4.0 * self.flops * (1 - lin.kept / max(lin.count, 1))
-        direct, packs = all(fact.direct for fact in facts), all(fact.packs for fact in facts)
-        self.has_direct = direct and (packs or lin.row_layout() is None)
+        self._packs = all(fact.packs for fact in facts)
+        self.has_direct = all(fact.adds_normal for fact in facts) and (self._packs or lin.row_layout() is None)
         self._held: tuple = None, None
 
     def release(self) -> None:
@@ -93,7 +95,7 @@ class PartsKernels(Traits):
 
     def dense(self) -> torch.Tensor:
         """J, (M, P), in every process; sends M P numbers."""
-        return self._group.joined(self._own_rows())
+        return self._group.joined(self._own_rows(), self._lin.sizes)
 
     def _own_rows(self) -> torch.Tensor:
         with self._group.section():
@@ -162,30 +164,112 @@ class PartsKernels(Traits):
     # --- J J^T ------------------------------------------------------------------------------------------------------------
 
     def gram(self, weights: list[float] | None = None) -> torch.Tensor:
-        """J W J^T, (M, M), W one number per parameter or None, kept for further dampings.
+        """J W J^T, (M, M), W one number per parameter or None, kept for further dampings."""
+        if self.has_direct:
+            K, order = self._blocks(weights)
+            return native.symmetric(K)[order][:, order]
+        return self._kept(("rows", weights and tuple(weights)), lambda: self._gram_of_rows(weights))
 
-        From the explicit rows: sends M P / R numbers of R processes, and sums M^2.
+    def dual(self, r, weights, shift: float, q) -> Outcome:
+        """Delta = W (J^T y + q / s), (s I + J W J^T) y = r - J W q / s, W one number per parameter tensor."""
+        listed, spread = None, 1.0
+        if weights is not None:
+            sizes = torch.tensor([p.numel() for p in self._lin.params], device=self.device)
+            listed, spread = weights.tolist(), weights.to(self.device, self.dtype).repeat_interleave(sizes)
+        K, order = self._blocks(listed)
+        factor, trace = native.factor(K, shift, order.tolist())
+        if factor is None:
+            return Outcome(r.new_zeros(self.num_parameters), "not_positive_definite", trace=trace)
+        y = factor.dual_vector = factor.solve(r if q is None else r - self.jvp(spread * q / shift))
+        step = self.vjp(y)
+        step = spread * (step if q is None else step + q / shift)
+        gain, wide = float(torch.dot(r.double(), r.double() - shift * y.double())), step.double()
+        if q is not None:
+            gain += float(torch.dot(q.double(), wide))
+        return Outcome(step, "solved", 0, 0.0, gain, float(torch.dot(wide, wide)), trace, 0.0, factor)
+
+    def _blocks(self, weights: list[float] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(J W J^T as native.gram_matrix has it, of every residual its row), kept for further dampings.
+
+        All processes get the factors of all rows, in place of the rows of J; each then makes an equal share of K, whole rows
+        of its upper triangle, of which all get a copy. Sends the factors and M^2 / 2 numbers.
         """
-        return self._kept(("gram", weights and tuple(weights)), lambda: self._gram(weights))
+        return self._kept(("factors", weights and tuple(weights)), lambda: self._gram_of_factors(weights))
 
-    def _gram(self, weights) -> torch.Tensor:
-        self._check_memory()
+    def _gram_of_factors(self, weights):
+        group, M = self._group, self.num_residuals
+        self._check_memory(self._lin.row_layout().packed, "the factors of all their rows")
+        with group.section():
+            own = self._lin.visit(lambda part, lin: _packed(lin.kernels()) if part.size else None)
+            own = [one for one in own if one is not None]
+            numbers = torch.cat([torch.empty(0, dtype=self.dtype), *(one.tensor() for one, _ in own)]) if group.size > 1 else None
+        packs, orders = [one for one, _ in own], [order for _, order in own]
+        if group.size > 1:
+            told = group.objects([(one.header(), one.tensor().numel(), order) for one, order in own])
+            everything = group.gather(numbers, [sum(count for _, count, _ in each) for each in told])
+            orders = [order for each in told for _, _, order in each]
+            packs = [
+                native.packed(header, part)
+                for each, whole in zip(told, everything, strict=True)
+                for (header, _, _), part in zip(each, whole.split([count for _, count, _ in each]), strict=True)
+            ]
+        starts = [0]
+        for one in packs:
+            starts.append(starts[-1] + one.num_residuals)
+        order = torch.cat([torch.tensor(own, dtype=torch.long) + first for own, first in zip(orders, starts, strict=False)])
+        cuts = [round(M * (1 - math.sqrt(1 - r / group.size))) for r in range(group.size + 1)]   # of equal areas
+        with group.section():
+            K = native.gram_matrix(M, self.dtype)
+            low, high = cuts[group.rank], cuts[group.rank + 1]
+            for a, at in zip(packs, starts, strict=False):
+                first, last = max(low - at, 0), min(high - at, a.num_residuals)
+                for b, column in zip(packs, starts, strict=False):
+                    if first < last and column >= at:
+                        native.gram_rows(a, b, first, last, K, at + first, column, weights)
+        if group.size > 1:
+            self._share_rows(K, cuts)
+        return K, order
+
+    def _share_rows(self, K: torch.Tensor, cuts: list[int]) -> None:
+        """Give all processes the rows of the upper triangle that each has made, in blocks from their first diagonal on."""
+        M = self.num_residuals
+        blocks = [
+            [(first, min(first + _ROWS_AT_ONCE, high)) for first in range(low, high, _ROWS_AT_ONCE)]
+            for low, high in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
+        sizes = [sum((last - first) * (M - first) for first, last in each) for each in blocks]
+        own = [K[first:last, first:M].reshape(-1) for first, last in blocks[self._group.rank]]
+        everything = self._group.gather(torch.cat([K.new_empty(0), *own]), sizes)
+        for each, numbers in zip(blocks, everything, strict=True):
+            at = 0
+            for first, last in each:
+                count = (last - first) * (M - first)
+                K[first:last, first:M] = numbers[at : at + count].view(last - first, M - first)
+                at += count
+
+    def _gram_of_rows(self, weights) -> torch.Tensor:
+        """J W J^T from explicit rows: sends M P / R numbers of R processes, and sums M^2."""
+        self._check_memory(2 * (self._lin.stop - self._lin.start) * self.num_parameters, "their rows of J")
         J = self._own_rows()
         if weights is not None:
             sizes = [p.numel() for p in self._lin.params]
             J *= torch.cat([J.new_full((n,), w) for n, w in zip(sizes, weights, strict=True)]).sqrt()
         if self._group.size == 1:
             return J @ J.T
-        columns = self._group.columns_of(J)
+        columns = self._group.columns_of(J, self._lin.sizes)
         return self._group.total(columns @ columns.T)
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, numbers: float, what: str) -> None:
+        """Raise MemoryError, in all processes, where K and so many numbers beside do not fit into the free memory of one."""
         M, P, width = self.num_residuals, self.num_parameters, self.dtype.itemsize
-        own = self._lin.stop - self._lin.start
-        need, limit = width * (2.0 * own * P + M * M), memory_limit(self.device)
+        need, limit = width * (1.5 * M * M + numbers), memory_limit(self.device)
         if self._group.least(limit - need) < 0:
             raise MemoryError(
-                f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and the rows of J that it is made of, "
-                f"{need / 1e9:.1f} GB in this process, and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' "
-                f"where a matrix of {P:,} x {P:,} fits, or fewer rows."
+                f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each process, "
+                f"and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where a matrix of {P:,} x {P:,} fits."
             )
+
+
+def _packed(kernels) -> tuple:
+    """The factors of a part's rows; of every residual its row there."""
+    return kernels.pack(), list(kernels.gram_order)

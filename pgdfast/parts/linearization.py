@@ -88,13 +88,15 @@ class Parts(Products):
     def __init__(self, linearizer, batched, parts: list[Part], known: list[list], combination):
         self.group, self.params, self.choices = linearizer.group, linearizer.one.reals, linearizer.choices
         self._linearizer, self._batched, self.parts, self._combination = linearizer, batched, parts, combination
+        self._uniform = combination.uniform
         flat = [fact for each in known for fact in each]
         whole = [fact for fact in flat if fact.size] or flat
         self.facts = flat
         self.dtype, self.device = linearizer.one.dtype, self.params[0].device
         self.num_residuals, self.num_parameters = sum(f.size for f in flat), sum(p.numel() for p in self.params)
         self._first = sum(map(len, known[: self.group.rank]))   # the number of this process's first part among all
-        self.start = sum(f.size for each in known[: self.group.rank] for f in each)
+        self.sizes = [sum(f.size for f in each) for each in known]   # residuals of each process
+        self.start = sum(self.sizes[: self.group.rank])
         at = self.start
         for part in parts:
             part.rows = slice(at, at + part.size)
@@ -173,7 +175,7 @@ class Parts(Products):
 
     def _trial(self, number: int, result) -> tuple[float, tuple | None]:
         """What is kept of a closure's result at a trial point: the loss, and its terms where they differ in scale."""
-        if self._combination.uniform:
+        if self._uniform is not None:
             return float(loss_at(result, self.scalar)), None
         return 0.0, self._linearizer.terms(result, self.scalar)
 
@@ -188,15 +190,15 @@ class Parts(Products):
     def _added(self, k: int, loss: float, terms: tuple | None, penalty: float) -> float:
         """What part k adds to the loss beside penalties."""
         scales = self._combination.scales[k]
-        if not self.facts[k].size or not scales:
+        if not self.facts[k].size:
             return 0.0
-        if self._combination.uniform:
-            return scales[0] * (loss - penalty)
+        if self._uniform is not None:
+            return self._uniform[k] * (loss - penalty)
         if not terms:
             raise ValueError(
-                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over other numbers of rows), and "
-                "of one of them the value cannot be told from the loss's; return the residuals of each term, or give all "
-                "batches the same number of rows of each term."
+                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over other numbers of "
+                "rows), and of one of them the value cannot be told from the loss's; return the residuals of each term, or give "
+                "all batches the same number of rows of each term."
             )
         return sum(s * term for s, term in zip(scales, terms, strict=True))
 
@@ -225,13 +227,13 @@ class Parts(Products):
             )
         residual = residual.to(self.dtype)
         terms = None
-        if not self._combination.uniform:
+        if self._uniform is None:
             terms = self._linearizer.terms(result, self.scalar)
         return value, terms, residual if part.sigma is None else residual * part.sigma
 
     def joined(self, own: list[torch.Tensor]) -> torch.Tensor:
         """The M-vector of which this process has these parts."""
-        return self.group.joined(torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *own]))
+        return self.group.joined(torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *own]), self.sizes)
 
     # --- the protocol -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class Facts(NamedTuple):
     shares: how its terms combine. size: its residuals. loss: as its closure returned it; terms: the loss term by term, None
     where nobody asked. penalties, penalty: coefficients and what they add to the loss. flops, arena, nodes, constants: of its
     program, the last in bytes. rows: num_rows, max_outputs, operations of its Gram matrix, packed elements, explicit columns;
-    None where rows do not separate. direct, packs: see kernels.py. name, flags: of its kernels, of its linearization.
+    None where rows do not separate. adds_normal,
+    packs: what its kernels have beside those of kernels.protocol; the rest of its linearization.
     """
 
     shares: tuple
@@ -36,9 +38,8 @@ class Facts(NamedTuple):
     nodes: int
     constants: int
     rows: tuple | None
-    direct: bool
+    adds_normal: bool
     packs: bool
-    fused: bool
     coupling: str
     scalar: bool
     has_squares_only: bool
@@ -74,7 +75,7 @@ class PartsLinearizer:
         parts: list[Part] = []
         facts: list[Facts] = []
         limit = self._limit()
-        split = self._known[1] is None or not self._known[1].uniform   # is the loss wanted term by term?
+        split = self._known[1] is None or self._known[1].uniform is None   # is the loss wanted term by term?
         self.group.start(self.params)
 
         def visit(number: int, result) -> None:
@@ -113,15 +114,16 @@ class PartsLinearizer:
         return _SHARE * available if available < math.inf else 4e9
 
     def _facts(self, lin, result, split: bool) -> Facts:
-        shares, rows = self.one.tracer.shares(result), lin.row_layout()
+        shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
+        rows = lin.row_layout()
         kernels = lin.kernels()   # which may depend on the rows
         terms = self.terms(result, lin.scalar) if split and len(shares) > 1 and lin.num_residuals else None
         exact = lin.scalar or lin.loss.dtype == torch.float64   # else a trial at the same point may find another last digit
         loss = float(lin.loss if exact else half_square(lin.residual))
         return Facts(
             shares, lin.num_residuals, loss, terms, tuple(sorted(lin.penalties.items())), kernels.flops,
-            kernels.arena_size, lin.nodes, lin.constant_bytes, None if rows is None else Rows.of(rows), kernels.adds_normal,
-            kernels.packs and rows is not None, kernels.fused, lin.coupling, lin.scalar, lin.has_squares_only, lin.tapeless,
+            kernels.arena_size, lin.nodes, lin.constant_bytes, None if rows is None else Rows.of(rows),
+            hasattr(kernels, "add_normal"), kernels.packs, lin.coupling, lin.scalar, lin.has_squares_only, lin.tapeless,
             lin.residuals_need_tape, lin.loss.dtype,
         )
 
@@ -136,7 +138,8 @@ class PartsLinearizer:
     def _combination(self, known: list[list[Facts]], batched: Batched) -> Combination:
         flat = [(rank, number, fact) for rank, each in enumerate(known) for number, fact in enumerate(each)]
         shares = tuple(fact.shares for _, _, fact in flat)
-        if self._known[0] == shares:
+        plain = tuple(tuple(replace(share, value=None) for share in part) for part in shares)
+        if self._known[0] == plain:
             return self._known[1]
 
         def name(k: int) -> str:
@@ -145,5 +148,5 @@ class PartsLinearizer:
             return " of ".join(what + ([f"rank {rank}"] if self.group.size > 1 else [])) or "the closure"
 
         combination = Combination(shares, name)
-        self._known = shares, combination
+        self._known = plain, combination
         return combination

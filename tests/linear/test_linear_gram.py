@@ -66,7 +66,15 @@ def shared_outputs():
     return list(model.parameters()), closure
 
 
+def halves_of_a_bias():
+    """A weight used twice, each time with another part of one bias: their products do not meet."""
+    W, b = parameters((20, 16), (40,))
+    x, y, out = rand(7, 16, seed=1), rand(7, 16, seed=2), rand(20, 1, seed=3)
+    return [W, b], lambda: (torch.tanh(x @ W.T + b[:20]) @ out, torch.tanh(y @ W.T + b[20:]) @ out)
+
+
 CASES = {
+    "halves of a bias": halves_of_a_bias,
     "shared outputs": shared_outputs,
     "shared points": lambda: shared_points(40, 40),
     "shared points, narrow": lambda: shared_points(5, 5),
