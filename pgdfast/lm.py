@@ -248,6 +248,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
             step.commit()
         except BaseException as error:
             step.undo()
+            if self._in_group:
+                self._tools.backend.group.left(error)
             if isinstance(error, RuntimeError) and out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise MemoryError(f"pgdfast.LM.step: memory ran out; the parameters are unchanged. {error}") from error
             raise

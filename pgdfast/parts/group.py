@@ -283,6 +283,15 @@ class Ranks:
             raise error
         raise agreed from error
 
+    def left(self, error: BaseException) -> None:
+        """Say that a step ended with this error: one that was not settled leaves the others waiting, and the group is lost."""
+        if self._lost is None and not getattr(error, "pgdfast_settled", False) and self.size > 1:
+            self._lost = LostRank(
+                f"pgdfast.LM: rank {self.rank} left a step by an error that the other ranks could not be told of "
+                f"({type(error).__name__}: {error}); they wait for it until the group's time-out. Restart all ranks from the "
+                "last checkpoint."
+            )
+
     def section(self) -> _Section:
         """A local section: `with group.section(): ...` settles what the block raises, or that it raised nothing.
 
