@@ -190,6 +190,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if self._in_group:
             self._check_parts(ensemble, "a process group")
+            group.check([p for each in self.param_groups for p in each["params"]])
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
         self._damping: Any = _GIVEN if damping is None and not self._options.rule.tries else damping
@@ -247,6 +248,8 @@ class LM(torch.optim.Optimizer, Generic[R]):
             step.commit()
         except BaseException as error:
             step.undo()
+            if self._in_group:
+                self._tools.backend.group.left(error)
             if isinstance(error, RuntimeError) and out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise MemoryError(f"pgdfast.LM.step: memory ran out; the parameters are unchanged. {error}") from error
             raise

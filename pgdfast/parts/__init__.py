@@ -2,8 +2,8 @@
 
 from .batches import Batched, on_all_rows
 from .entry import linearize
-from .group import Alone, chosen_group
+from .group import Alone, Ranks, chosen_group
 from .linearization import Parts
 from .linearizer import PartsLinearizer
 
-__all__ = ["Alone", "Batched", "Parts", "PartsLinearizer", "chosen_group", "linearize", "on_all_rows"]
+__all__ = ["Alone", "Batched", "Parts", "PartsLinearizer", "Ranks", "chosen_group", "linearize", "on_all_rows"]

@@ -32,12 +32,14 @@ class Batched:
         self._progress = _Line() if progress is True else progress or None
         self._prints: list | None = None   # of the contents at the first pass
         self.value: Callable | None = None   # what a plain call gathers of each result
+        self.section: Callable = contextlib.nullcontext   # around a plain call, for processes that fail together
         self.around: Callable | None = None   # a context for passes beside the first, for random numbers
         self.passes = 0
 
     def __call__(self) -> list:
         """`value(number, result)` of every batch: what trial points ask for."""
-        return self.run(self.value, "trial")
+        with self.section():
+            return self.run(self.value, "trial")
 
     def run(self, visit: Callable, what: str, only: set[int] | None = None) -> list:
         """[visit(number, result of the closure)] over the batches; only: the numbers of those whose closure is to run.

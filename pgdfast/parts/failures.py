@@ -26,7 +26,8 @@ def described(error: BaseException | None) -> Failure | None:
     if error is None:
         return None
     kind = type(error)
-    return Failure(kind.__module__, kind.__qualname__, str(error) or kind.__name__, not isinstance(error, Exception))
+    text = " ".join([str(error) or kind.__name__, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+    return Failure(kind.__module__, kind.__qualname__, text, not isinstance(error, Exception))
 
 
 def combined(failures: list[Failure | None]) -> BaseException:

@@ -10,6 +10,7 @@ ranks (Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
 
 from __future__ import annotations
 
+import math
 from operator import is_
 from typing import Any
 
@@ -36,6 +37,22 @@ class _Section:
 
     def __exit__(self, kind, error, trace) -> None:
         self._group.settle(error)
+
+
+class _Sum:
+    """A local section that ends in a sum as a context manager: see Ranks.adding."""
+
+    __slots__ = ("_buffer", "_group", "_shape")
+
+    def __init__(self, group, shape, dtype, device):
+        self._group, self._shape = group, shape
+        self._buffer = torch.zeros(math.prod(shape) + 1, dtype=dtype, device=device)
+
+    def __enter__(self) -> torch.Tensor:
+        return self._buffer[:-1].view(self._shape)
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._group.settle(error, self._buffer)
 
 
 class Alone:
@@ -81,7 +98,7 @@ class Alone:
         """J itself."""
         return J
 
-    def settle(self, error: BaseException | None = None) -> None:
+    def settle(self, error: BaseException | None = None, buffer: torch.Tensor | None = None) -> None:
         """Raise the error, if there is one."""
         if error is not None:
             raise error
@@ -89,6 +106,10 @@ class Alone:
     def section(self) -> _Section:
         """A local section, which needs no settling here."""
         return _Section(self)
+
+    def adding(self, shape: tuple, dtype: torch.dtype, device: torch.device) -> _Sum:
+        """Zeros to add to."""
+        return _Sum(self, shape, dtype, device)
 
     def agree(self, name: str, value: Any) -> None:
         """Nothing to compare with."""
@@ -140,6 +161,7 @@ class Ranks:
         sums = told[:, 0]
         if told[:, 1].any():
             self.check(params)
+            self._checked = list(params)
             self._steps, sums = 0, self.joined(_checksum(params).view(1), [1] * self.size)
         _same_bits(sums.tolist())
         self._steps += 1
@@ -235,11 +257,12 @@ class Ranks:
 
     # --- errors -----------------------------------------------------------------------------------------------------------
 
-    def settle(self, error: BaseException | None = None) -> None:
+    def settle(self, error: BaseException | None = None, buffer: torch.Tensor | None = None) -> None:
         """End a local section: return where no rank has an error, else raise the same error on all ranks.
 
         The message names the rank, and where it can be made from a message the error has the type that it has there; else it
-        is a RuntimeError. On the rank that failed its own error is the cause. Cost: a sum of one number where nothing failed.
+        is a RuntimeError. On the rank that failed its own error is the cause. buffer: numbers to be summed in the same go, with
+        a last one for this. Cost: a sum of one number where nothing failed.
         Raises RuntimeError at once, on this rank, where another has gone: there is nobody to settle with.
         """
         if isinstance(error, LostRank) or getattr(error, "pgdfast_settled", False):
@@ -248,10 +271,10 @@ class Ranks:
             raise self._lost from error
         if self.size == 1 and error is not None:
             raise error
-        failed = torch.tensor([error is not None], dtype=torch.int64, device=self.device)
-        self._run(dist.all_reduce, failed)
-        self._count(2)
-        if not failed.item():
+        failed = torch.zeros(1, dtype=torch.int64, device=self.device) if buffer is None else buffer
+        failed[-1] = error is not None
+        self.total(failed)
+        if not failed[-1].item():
             return
         agreed = combined(self.objects(described(error)))
         agreed.pgdfast_settled = True
@@ -260,12 +283,28 @@ class Ranks:
             raise error
         raise agreed from error
 
+    def left(self, error: BaseException) -> None:
+        """Say that a step ended with this error: one that was not settled leaves the others waiting, and the group is lost."""
+        if self._lost is None and not getattr(error, "pgdfast_settled", False) and self.size > 1:
+            self._lost = LostRank(
+                f"pgdfast.LM: rank {self.rank} left a step by an error that the other ranks could not be told of "
+                f"({type(error).__name__}: {error}); they wait for it until the group's time-out. Restart all ranks from the "
+                "last checkpoint."
+            )
+
     def section(self) -> _Section:
         """A local section: `with group.section(): ...` settles what the block raises, or that it raised nothing.
 
         The block holds no collective of this group but inside sections of its own.
         """
         return _Section(self)
+
+    def adding(self, shape: tuple, dtype: torch.dtype, device: torch.device) -> _Sum:
+        """A local section and the sum of what it computes, in one collective.
+
+        `with group.adding(...) as t: ...`: t holds zeros that the block adds to, and after it the sum over all ranks.
+        """
+        return _Sum(self, shape, dtype, device)
 
     # --- checks -----------------------------------------------------------------------------------------------------------
 
@@ -277,7 +316,7 @@ class Ranks:
             if text:
                 raise ValueError(text)
         _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
-        self.device, self._checked = params[0].device, list(params)
+        self.device = params[0].device
 
     def agree(self, name: str, value: Any) -> None:
         """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural."""
@@ -395,6 +434,8 @@ def _brief(value) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def chosen_group(process_group, check_every: int = 1) -> Alone | Ranks:
-    """The group of LM's options; None for one process."""
-    return Alone() if process_group is None else Ranks(process_group, check_every)
+def chosen_group(process_group) -> Alone | Ranks:
+    """What LM's option process_group means: None, a group of torch.distributed, or Ranks with options of their own."""
+    if process_group is None or isinstance(process_group, Ranks):
+        return process_group or Alone()
+    return Ranks(process_group)

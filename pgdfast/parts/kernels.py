@@ -52,15 +52,13 @@ class PartsKernels(Traits):
 
     def _summed(self, shape: tuple, each: Callable) -> torch.Tensor:
         """The sum over parts and processes of each(part, its kernels), of a shape."""
-        found = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        with self._group.adding(shape, self.dtype, self.device) as found:
+            def add(part, lin):
+                if part.size:
+                    found.add_(each(part, lin.kernels()))
 
-        def add(part, lin):
-            if part.size:
-                found.add_(each(part, lin.kernels()))
-
-        with self._group.section():
             self._lin.visit(add)
-        return self._group.total(found)
+        return found
 
     # --- products ---------------------------------------------------------------------------------------------------------
 
@@ -114,12 +112,12 @@ class PartsKernels(Traits):
         """Delta = (diag(d) + J^T J)^-1 (J^T r + q)."""
         matrix, g = self.normal(), self.vjp(r)
         g = g if q is None else g + q
-        return self._outcome(*native.factor(matrix, d), lambda factor: factor.solve(g), g)
-
-    def _outcome(self, factor, trace: float, solve: Callable, g: torch.Tensor) -> Outcome:
+        with self._group.section():
+            factor, trace = native.factor(matrix, d)
+            step = None if factor is None else factor.solve(g)
         if factor is None:
             return Outcome(torch.zeros_like(g), "not_positive_definite", trace=trace)
-        step = self._group.same(solve(factor))
+        step = self._group.same(step)   # to the bit, whatever the processors
         wide = step.double()
         return Outcome(
             step, "solved", 0, 0.0, float(torch.dot(g.double(), wide)), float(torch.dot(wide, wide)), trace, 0.0, factor
@@ -179,10 +177,13 @@ class PartsKernels(Traits):
             sizes = torch.tensor([p.numel() for p in self._lin.params], device=self.device)
             listed, spread = weights.tolist(), weights.to(self.device, self.dtype).repeat_interleave(sizes)
         K, order = self._blocks(listed)
-        factor, trace = native.factor(K, shift, order.tolist())
+        b = r if q is None else r - self.jvp(spread * q / shift)
+        with self._group.section():
+            factor, trace = native.factor(K, shift, order.tolist())
+            y = None if factor is None else factor.solve(b)
         if factor is None:
             return Outcome(r.new_zeros(self.num_parameters), "not_positive_definite", trace=trace)
-        y = factor.dual_vector = factor.solve(r if q is None else r - self.jvp(spread * q / shift))
+        y = factor.dual_vector = self._group.same(y)   # to the bit, whatever the processors
         step = self.vjp(y)
         step = spread * (step if q is None else step + q / shift)
         gain, wide = float(torch.dot(r.double(), r.double() - shift * y.double())), step.double()

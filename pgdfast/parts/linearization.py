@@ -125,7 +125,7 @@ class Parts(Products):
             )
         self._versions, self._released, self._wide, self._widens = self._now(), False, None, False
         self._operator = PartsKernels(self)
-        batched.value = self._trial
+        batched.value, batched.section = self._trial, self.group.section
 
     # --- the parts --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from ..kernels.memory import available_memory
 from ..linear import Linearizer, half_square
 from .batches import Batched
 from .combine import Combination
+from .group import Alone
 from .linearization import Part, Parts, Rows
 
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
@@ -60,6 +61,8 @@ class PartsLinearizer:
     def __init__(self, params, backend: str, check: str, group, budget: float | None = None):
         self.one, self.group, self._budget = Linearizer(params, backend, check), group, budget
         self.params = self.one.params
+        if not isinstance(group, Alone):
+            self.one.tracer.join_group()
         self._known: tuple = None, None   # the shares of all parts, and how they combine
         self.choices: dict = {}           # see SolvableLinearization
         self._sizes: tuple | None = None

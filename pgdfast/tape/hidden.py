@@ -11,7 +11,9 @@ from torch.autograd.function import BackwardCFunction
 
 from .walk import CHECKPOINT, Tape
 
-_OPEN = ("pgdfast.", "torch.nn.modules._functions.BackwardHookFunction", CHECKPOINT)   # Functions that hide nothing from rules
+_OPEN = (   # Functions that hide nothing from rules
+    "pgdfast.", "torch.nn.modules._functions.BackwardHookFunction", "torch.nn.parallel.distributed._DDPSink", CHECKPOINT,
+)
 
 
 def refuse_accumulation_hooks(number: int, p: torch.Tensor) -> None:
@@ -26,7 +28,17 @@ def refuse_accumulation_hooks(number: int, p: torch.Tensor) -> None:
         raise ValueError(
             f"{what} has a hook at the node that accumulates its .grad, which would never run, since none is filled. "
             "DistributedDataParallel and FSDP average gradients over processes by such hooks: without them every process would "
-            "train a network of its own. Call the bare module (model.module) on all data in one process."
+            "train a network of its own. Give LM the process group (process_group=torch.distributed.group.WORLD), or call the "
+            "bare module (model.module) on all data in one process."
+        )
+
+
+def refuse_beside_averaging(number: int, p: torch.Tensor) -> None:
+    """Raise ValueError for hooks of the user's at a parameter whose node for .grad has hooks that are not theirs."""
+    if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"pgdfast.LM: parameter {number}, of shape {tuple(p.shape)}, has a hook beside those of DistributedDataParallel, "
+            "which a step in a process group does not run; call the bare module (model.module) in the closure, or remove it."
         )
 
 

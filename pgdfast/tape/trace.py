@@ -12,7 +12,7 @@ import torch
 
 from . import losses
 from .checkpoint import checkpoint_rule
-from .hidden import refuse_accumulation_hooks, refuse_checkpoints, refuse_hidden
+from .hidden import refuse_accumulation_hooks, refuse_beside_averaging, refuse_checkpoints, refuse_hidden
 from .ops import Record, Refresh, slot_of
 from .program import PARAMETER, RESIDUAL, Pair, Program, Slot, UnsupportedStructure, whole
 from .reals import real_size, real_views
@@ -81,6 +81,10 @@ class Tracer:
         self._known: dict[tuple, Known] = {}
         self._checkpoint = checkpoint_rule(self.params, self._rule_of)
         self.replays = self._walker.replays and self.dtype in (torch.float32, torch.float64)   # tests turn it off
+
+    def join_group(self) -> None:
+        """Take hooks where .grad is accumulated for those of DistributedDataParallel, whose place a step in a group takes."""
+        self._walker.in_group = True
 
     def trace(self, result, allow_sync: bool = True, rules: bool = True) -> Trace:
         """Read what a closure returned.
@@ -264,6 +268,9 @@ class Tracer:
             leaf = tape.leaf[position]
             if leaf >= 0:
                 refuse_accumulation_hooks(leaf, self.params[leaf])
+        for position in tape.structure.averaged:
+            leaf = tape.leaf[position]
+            refuse_beside_averaging(leaf, self.params[leaf])
         if tape.fresh is not None:
             refuse_hidden(tape.fresh, tape.structure.kinds, self.params)
             self._walker.remember(tape.structure)

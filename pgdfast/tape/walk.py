@@ -72,6 +72,7 @@ class Structure:
         self._used: dict[int, set[int]] | None = None
         self.rules: dict = {}   # filled by Tracer: which rules apply, by the outputs that the loss names
         self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
+        self.averaged: list[int] = []   # filled by Walker: positions with hooks of DistributedDataParallel
         self.matrices: dict = {}   # filled by losses: by cut, the W of r^T W r with its eigenvectors
         self.shares: dict = {}   # filled by losses: by results, their Shares, and the saved numbers that these follow from
         self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
@@ -158,7 +159,12 @@ class Walker:
     """Walks tapes over fixed parameters and recognizes structures it has seen.
 
     The core compares structures in a few microseconds; without it every tape is described anew.
+
+    in_group: are hooks where a parameter's .grad is accumulated those by which DistributedDataParallel averages it? A step in a
+    process group has no need of them.
     """
+
+    in_group = False
 
     def __init__(self, params: list[torch.Tensor]):
         self._number = {id(p): k for k, p in enumerate(params)}
@@ -182,7 +188,10 @@ class Walker:
             structure = self._known[number]
             return Tape(structure, dict(zip(structure.wanted, nodes, strict=True)))
         roots = [torch.autograd.graph.get_gradient_edge(t) for t in results]
-        return self._tape(Structure(number, nodes, roots, self._number, hooked), nodes)
+        averaged = [k for k in hooked if hasattr(nodes[k], "variable")] if self.in_group else []
+        structure = Structure(number, nodes, roots, self._number, [k for k in hooked if k not in averaged])
+        structure.averaged = averaged
+        return self._tape(structure, nodes)
 
     def remember(self, structure: Structure) -> None:
         """From now on tapes of this structure are recognized."""

@@ -44,6 +44,9 @@ def collectives(group):
         ranks.words = 0.0
 
     note("total", ranks.total(rand(7, seed=ranks.rank)))
+    with ranks.adding((2, 3), torch.float32, torch.device("cpu")) as found_sum:
+        found_sum.add_(t[:2].sum(0).float() + 1)
+    note("adding", found_sum)
     note("view", ranks.total(rand(4, 6, seed=ranks.rank).T[1:3]))
     note("joined", ranks.joined(t))
     note("known", ranks.joined(t, [len(rows_of(r)) for r in range(ranks.size)]))
@@ -105,6 +108,19 @@ def failing(group, case, who):
                 raise ERRORS[who[ranks.rank]]()
 
     return told(act), float(ranks.total(torch.ones(1, dtype=torch.float64)))
+
+
+def failing_sum(group):
+    """Rank 1 fails on its way to a sum, of which its numbers are not finite."""
+    ranks = ranks_of(group)
+
+    def act():
+        with ranks.adding((2,), torch.float64, torch.device("cpu")) as found:
+            found.fill_(float("nan"))
+            if ranks.rank == 1:
+                raise MemoryError("no room")
+
+    return told(act), float(ranks.total(torch.ones(1)))
 
 
 def nested(group):

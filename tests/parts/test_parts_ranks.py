@@ -1,0 +1,102 @@
+"""Steps over the ranks of a process group: equal to one process with all rows, undone by all where one fails."""
+
+import pytest
+import torch
+from helpers import relative
+from parts import step_problems
+from parts.ranks import Pool
+from parts.step_problems import LOSSES, run
+
+BOUND = 1e-10   # of parameters after 20 steps, in float64
+SOFT = {"damping": 0.1, "damping_rule": "constant"}   # few iterations of CG, each of which waits for all ranks
+DIRECT = [(loss, {"solver": solver}) for loss in LOSSES for solver in ("dual", "primal", "eigh")]
+RULES = [("mean", {"damping_rule": rule}) for rule in ("constant", "gain-ratio", "delayed", "sweep")]
+OTHERS = [
+    ("mean", {"scaling": "marquardt"}), ("mean", {"damping_rule": "delayed", "acceleration": "geodesic"}),
+    ("mean", {"damping_rule": "delayed", "acceleration": "chord"}),
+    ("terms", {"damping_rule": "constant", "line_search": "armijo", "damping": 0.1}),
+    ("mean", {"momentum": 0.5}),
+    ("mean", {"norm_constraint": 0.1, "damping": 0.1, "damping_rule": "constant"}), ("penalty", {"weight_decay": 1e-3}),
+    ("mean", {"backend": "torch"}), ("mean", {"backend": "torch", "solver": "primal"}),
+]
+BATCHES = [(loss, {}, 20, batch) for loss in LOSSES for batch in (4,)] + [("mean", {"solver": "dual"}, 20, 3)]
+
+
+@pytest.mark.parametrize("size", (2, 3, 4))
+@pytest.mark.parametrize("cases", (
+    DIRECT, [(loss, {}) for loss in LOSSES], RULES, OTHERS, BATCHES, [(loss, {"solver": "cg", **SOFT}) for loss in LOSSES],
+), ids=("direct", "default", "rules", "others", "batches", "cg"))
+def test_ranks_step_as_one_process_with_all_rows(pool, size, cases):
+    if size > 2:
+        cases = cases[size - 3::5 if len(cases) > 10 else 3]   # each rank adds to the waits
+    every = pool.run(size, step_problems.runs, cases)
+    for number, case in enumerate(cases):
+        alone, (loss, options, *_) = run(None, *case), case
+        ends = [found[number] for found in every]
+        assert all(torch.equal(end[0], ends[0][0]) and end[1:] == ends[0][1:] for end in ends), f"{loss} {options}: bits"
+        apart = relative(ends[0][0], alone[0])
+        assert apart < BOUND, f"{loss} {options}: {apart:.1e}"
+        assert [each[::2] for each in ends[0][2]] == [each[::2] for each in alone[2]], f"{loss} {options}"
+
+
+@pytest.mark.parametrize(("kind", "name", "text"), [
+    ("first nan", "ValueError", "rank 1: pgdfast.LM: the loss before the step is nan"),
+    ("first closure", "ZeroDivisionError", "rank 1: in the data"),
+    ("first memory", "MemoryError", "rank 1: of 8 GB"),
+    ("first result", "ValueError", "rank 1: pgdfast.LM: closure returned str"),
+    ("first ctrl-c", "KeyboardInterrupt", ""),
+    ("trial closure", "ZeroDivisionError", "rank 1: in the data"),
+    ("trial memory", "MemoryError", "rank 1: of 8 GB"),
+    ("trial ctrl-c", "KeyboardInterrupt", ""),
+    ("trial nan", None, ""),
+])
+@pytest.mark.parametrize("options", ({}, {"damping_rule": "delayed", "acceleration": "chord", "solver": "primal"}),
+                         ids=("default", "chord"))
+def test_an_error_of_one_rank_undoes_the_step_of_all(pool, kind, name, text, options):
+    found = pool.run(3, step_problems.trouble, kind, options)
+    for raised, unchanged, status, end in found:
+        if name is None:
+            assert raised is None and status == "accepted"
+        else:
+            assert raised[0] == name and text in raised[1] and unchanged, raised
+        assert torch.equal(end, found[0][3]) and end.isfinite().all()
+
+
+def test_the_rows_of_one_rank_or_of_all_may_be_none(pool):
+    assert pool.run(2, step_problems.nothing) == [("empty", True)] * 2
+    one, other = pool.run(2, step_problems.no_batches, [1]), pool.run(2, step_problems.no_batches, [0])
+    assert torch.equal(one[0], one[1]) and torch.equal(other[0], other[1])
+    assert relative(one[0], other[0]) < 1e-12
+
+
+@pytest.mark.parametrize("options", ({}, {"damping_rule": "delayed", "scaling": "marquardt"}), ids=("default", "marquardt"))
+def test_checkpoints_of_one_number_of_ranks_load_in_another(pool, tmp_path, options):
+    path = str(tmp_path / "state")
+    whole = step_problems.saved(None, path + "-alone", "mean", options, 12)
+    pool.run(3, step_problems.saved, path, "mean", options, 6)
+    for size in (2, 3, 4):
+        for end in pool.run(size, step_problems.saved, path, "mean", options, 12, 6):
+            assert relative(end, whole) < BOUND
+    assert relative(step_problems.saved(None, path, "mean", options, 12, 6), whole) < BOUND
+    step_problems.saved(None, path, "mean", options, 6)
+    assert relative(pool.run(2, step_problems.saved, path, "mean", options, 12, 6)[1], whole) < BOUND
+
+
+def _killed(path, delay, options):
+    pool = Pool(2, timeout=10)
+    try:
+        (kind, text, seconds, step, undone), dead = pool.run(2, step_problems.killed, path, options, delay, expect_death={1})
+    finally:
+        pool.stop()
+    assert dead is None and kind == "LostRank" and "last checkpoint" in text and seconds < 10 and undone
+    return step
+
+
+@pytest.mark.parametrize("number", [0, *[pytest.param(k, marks=pytest.mark.slow) for k in range(1, 10)]])
+def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_goes_on(tmp_path, number):
+    options = {"solver": ("dual", "primal", "cg")[number % 3], "damping": 1.0, "damping_rule": "constant"}
+    delay = 0.3 * float(torch.rand((), generator=torch.Generator().manual_seed(number)))
+    path = str(tmp_path / "state")
+    step = _killed(path, delay, options)
+    resumed = step_problems.saved(None, path, "mean", options, step + 5, step)
+    assert relative(resumed, run(None, "mean", options, step + 5)[0]) < BOUND
