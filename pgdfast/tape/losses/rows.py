@@ -37,21 +37,20 @@ _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", 
 class Rows:
     """Pushes states up a tape.
 
-    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have, along dimension `dim`.
-    tolerance: of numbers, relative. fixed: does the same hold for any tape of this structure with these numbers?
+    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have. turned: the dimension of rows,
+    should they be the first one of what was transposed. tolerance: of numbers, relative. fixed: does the same hold for any
+    tape of this structure with these numbers?
     """
 
-    def __init__(self, tape, edge, shape, tolerance: float, dim: int = 0):
+    def __init__(self, tape, edge, shape, tolerance: float, turned: int = 0):
         self.tape, self.tolerance, self.fixed = tape, tolerance, True
-        base = shape
-        while edge and len(base) == 1 and tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) in _VIEWS:
-            edge = tape.edges[edge[0]][0]   # the tensor that was flattened
-            base = tape.shape(*edge)
-        base = base or torch.Size([1])
-        self.rows, self.entries = base[dim], shape.numel()
-        self._numbers = [self.rows, self.entries, *shape[:1]]   # what a mean may divide by
-        labels = labels_of(self.rows).reshape(-1, *[1] * (len(base) - 1 - dim)).expand(base)
-        self.start = State(labels.reshape(shape), dim)
+        base, dim = (shape, turned) if turned else origin(tape, edge, shape)
+        self.rows, self.entries = base[dim] if base else 1, shape.numel()
+        # what a mean may divide by
+        self._numbers = [self.rows, self.entries, *shape[:1], *lengths(tape, edge)]
+        labels = labels_of(self.rows).reshape([-1, *[1] * (len(base) - 1 - dim)] if base else []).expand(base)
+        kept = base == shape or len(shape) == 1 or base[:1] == shape[:1]
+        self.start = State(labels.reshape(shape), dim if kept else -1)
         self._totals: list[float] = []    # weights of a cross-entropy's labels: label smoothing divides by them, too
         self._squared: set[int] = set()   # nodes that square a norm, whose root they take back
 
@@ -149,7 +148,7 @@ class Rows:
                 kind = "likely"
             elif plainly or (multiples and d > 1.5 and self._among(d / self.rows, [round(d / self.rows)])):
                 kind = "divided"
-        elif d and not divides and self._among(1 / d, [*self._numbers, state.count]):
+        elif d and self._among(d if divides else 1 / d, [*self._numbers, state.count]) and abs(c) != 1:
             kind = "divided"
         if kind is None:
             new.factor *= c
@@ -181,12 +180,18 @@ class Rows:
         other = (other.abs() if other.is_complex() else other).double().cpu()
         other = 1 / other if divides else other
         new = state.like(state.moments, state.weights * other, state.axis)
+        self._mark(new, state, other.expand(new.shape))
         new.weighted = state.weighted or not bool((other == other.round()).all())
         return new
 
+    def _mark(self, new: State, state: State, coefficients: torch.Tensor) -> None:
+        """Note what stands at a sum over rows: it must be the same in all parts."""
+        if coefficients.numel() > 1 and (state.axis is None if self.rows == 1 else not state.single()):
+            new.mark = state.mark + float((coefficients.reshape(-1) * torch.arange(1.0, 1 + coefficients.numel()).sin()).sum())
+
     def mean(self, position: int, state: State) -> State:
         """The mean over some dimensions."""
-        count = state.shape.numel() / max(self.tape.shape(position).numel(), 1)
+        count = max(state.shape.numel(), 1) / max(self.tape.shape(position).numel(), 1)
         return self._mean(position, state, self._sum(position, state), count)
 
     def _mean(self, position: int, state: State, new: State, count: float) -> State:
@@ -277,6 +282,7 @@ class Rows:
 
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
+        self._mark(new, state, moments[0] / moments[0].sum().clamp_min(1e-300))
         if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
             raise Unclear(
                 "it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask"
@@ -310,6 +316,9 @@ class Rows:
         if name in ("AddBackward0", "SubBackward0", "WhereBackward0"):
             self.fixed &= name != "WhereBackward0"
             pushed = [self._broadcast(s, shape) for s in parts]
+            if name[0] == "W":
+                chosen = plain(self._field(position, "_saved_condition")).double().cpu().expand(shape)
+                self._mark(pushed[0], parts[0], chosen)
         else:
             pushed = [self._pushed(position, k, s) for k, s in inputs.items()]
         new = pushed[0].like(sum(s.moments for s in pushed), sum(s.weights for s in pushed), pushed[0].axis)
@@ -358,6 +367,8 @@ class Rows:
                 )
             if self.rows == 1 and state.axis == -1:
                 raise Unclear(f"of one row {self._written(position)} does not tell what it is applied to")
+            if state.kind != "sum" and self._among(state.count, self._numbers):
+                raise Unclear(f"a number that may count rows divides what {self._written(position)} is applied to")
         pushed = [self._broadcast(s, shape) for s in inputs.values()]
         new = pushed[0].like(sum(s.moments for s in pushed), torch.ones(shape, dtype=torch.float64), pushed[0].axis)
         if not (new.single() or self.rows == 1):
@@ -405,6 +416,40 @@ class Rows:
         if not new.single():
             raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
+
+
+def origin(tape, edge, shape) -> tuple:
+    """(shape, dimension of rows) of outputs before they were flattened, or stacked, where rows stand apart."""
+    dim = 0
+    while edge and tape.leaf[edge[0]] < 0 and (len(shape) == 1 or shape[:1] == (1,)):
+        kind, inputs = tape.kind(edge[0]), [e for e in tape.edges[edge[0]] if e]
+        same = len(inputs) == 1 and is_elementwise(kind) and tape.shape(*inputs[0]) == shape
+        if not same and kind not in _VIEWS:
+            break
+        edge, shape = inputs[0], tape.shape(*inputs[0])
+    if edge and tape.leaf[edge[0]] < 0 and len(shape) > 1:
+        while tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) != "StackBackward0":
+            inputs = [e for e in tape.edges[edge[0]] if e]
+            if len(inputs) != 1 or not is_elementwise(tape.kind(edge[0])) or tape.shape(*inputs[0]) != shape:
+                return shape, 0
+            edge = inputs[0]
+        if tape.leaf[edge[0]] < 0 and signed(tape.nodes[edge[0]]._saved_dim) % len(shape) == 0:
+            dim = 1
+    return shape, dim
+
+
+def lengths(tape, edge, most: int = 30) -> list[int]:
+    """First dimensions of what outputs were put together from."""
+    stack, found = [edge] if edge else [], []
+    while stack and most:
+        edge, most = stack.pop(), most - 1
+        if tape.leaf[edge[0]] >= 0:
+            continue
+        kind = tape.kind(edge[0])
+        if kind in _VIEWS or kind in ("CatBackward0", "StackBackward0", "TBackward0") or is_elementwise(kind):
+            stack += [e for e in tape.edges[edge[0]] if e]
+            found += [tape.shape(*e)[0] for e in stack if tape.shape(*e)]
+    return found
 
 
 def transposed(tape, edge) -> int:

@@ -48,6 +48,7 @@ class Share:
         why: of "whole" and "unknown".
         fixed: may it be one term that does not belong to the parts, parameters drawn to constants?
         normalised: do the weights of its entries sum to 1, or to their number?
+        mark: a number that weights and masks of sums over rows leave, the same in all parts.
         operation: that it ends with.
         value: 1/2 ||r||^2, None where it was not asked for.
     """
@@ -60,6 +61,7 @@ class Share:
     why: str = ""
     fixed: bool = False
     normalised: bool = False
+    mark: float = 0.0
     operation: str = ""
     value: float | None = None
 
@@ -186,14 +188,15 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     near = [1.0, shape.numel() / reader.rows] if first.kind == "sum" else [entries]
     normalised = first.weighted and any(abs(weights - n) <= tolerance * n for n in near)
     share = replace(
-        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
+        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised,
+        mark=sum(s.mark for s in states),
     )
     return share, {p for s in states for p in s.passed}, reader.fixed
 
 
 def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], squares: bool = True) -> State:
-    """Numbers that multiply the outputs of squares themselves."""
-    if not squares or len(edges) > 1:
+    """Numbers that multiply a block's outputs themselves; outside of squares they must be the same in all parts."""
+    if len(edges) > 1:
         return state
     (position, _), c, divides = edges[0], 1.0, False
     while tape.leaf[position] < 0:
@@ -214,6 +217,12 @@ def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], square
         c *= number if kind[0] == "M" else 1 / number if number else math.inf
         position = next(e for e in inputs if e)[0]
     if c == 1 and not divides:
+        return state
+    if not squares:
+        if any(reader.number(position, reader.start, n, divides, multiples=False).kind != "sum" for n in (c, c * c)):
+            raise Unclear("a number that may count rows divides its outputs within a function that is no square")
+        state = state.like(state.moments, state.weights, state.axis)
+        state.factor *= c
         return state
     state = reader.number(position, state, c * c, divides, multiples=False)
     state.kind = "divided" if state.kind == "likely" else state.kind
