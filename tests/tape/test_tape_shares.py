@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import mlp, rand, relative
 
 import pgdfast
-from pgdfast.parts.combine import Combination
+from pgdfast.parts.combine import Combination, common_penalties
 from pgdfast.tape import Tracer
 
 N, D, K, M = 13, 3, 4, 26  # rows, inputs, outputs, points on the boundary
@@ -337,3 +337,52 @@ def test_parts_without_rows_count_for_nothing():
     shares = [read("", ADDITIVE["mse"], part)[1] for part in parts]
     assert Combination([None, *shares, None]).scales == [[], [5 / 12], [7 / 12], []]
     assert Combination([None, None]).scales == [[], []]
+
+
+@pytest.mark.parametrize("name", ["mse", "over len", "masked mean", "ce class weights", "l1", "four terms"])
+def test_float32(name):
+    parts, everything = batches([5, 7])
+    model = mlp(D, 5, K, seed=1).float()
+    for d in (*parts, everything):
+        for field in ("x", "y", "w", "m", "q", "b"):
+            setattr(d, field, getattr(d, field).float())
+
+    def form(z, d, net):
+        if name != "ce class weights":
+            return ADDITIVE[name](z, d, net)
+        return F.cross_entropy(z, d.t, CLASS.float())
+
+    tracer = Tracer(list(model.parameters()))
+    shares = [tracer.shares(form(model(d.x), d, model)) for d in parts]
+    total = sum(tracer.term_values(form(model(everything.x), everything, model)))
+    values = [tracer.term_values(form(model(d.x), d, model)) for d in parts]
+    assert Combination(shares).total_of_terms(values, 0.0) == pytest.approx(total, rel=1e-5)
+
+
+COMPLEX = {
+    "squares": lambda r: r.abs().square().mean(),
+    "conjugates": lambda r: (r * r.conj()).real.sum(1).mean(),
+    "real view": lambda r: torch.view_as_real(r).square().sum(),
+    "norms of rows": lambda r: torch.linalg.vector_norm(r, dim=1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_outputs(name):
+    w = torch.complex(rand(D, K, seed=1), rand(D, K, seed=2)).requires_grad_()
+    parts, everything = batches([5, 1, 7])
+    tracer = Tracer([w])
+
+    def loss(d):
+        return COMPLEX[name](d.x.to(torch.complex128) @ w - d.y)
+
+    scales = Combination([tracer.shares(loss(d)) for d in parts]).uniform
+    total = sum(s * loss(d) for s, d in zip(scales, parts, strict=True))
+    assert relative(total, loss(everything)) < 1e-13
+
+
+def test_penalties_of_parts_must_be_the_same():
+    assert common_penalties([{0: 0.2, 3: 1.0}, None, {0: 0.2, 3: 1.0}]) == {0: 0.2, 3: 1.0}
+    assert common_penalties([None]) == {}
+    with pytest.raises(ValueError, match="parameter 3 are multiplied by 0.5 in part 0 and by 0 in part 1"):
+        common_penalties([{0: 0.2, 3: 1.0}, {0: 0.2}])

@@ -29,6 +29,7 @@ _LOSSES = {
     "MseLossBackward0", "HuberLossBackward0", "SmoothL1LossBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "BinaryCrossEntropyBackward0", "SoftMarginLossBackward0",
 }
+_CHOOSING = {"WhereBackward0", "MaskedFillBackward0", "MaskedSelectBackward0", "IndexBackward0"}
 _PRODUCTS = {"MmBackward0", "BmmBackward0", "MvBackward0", "AddmmBackward0", "DotBackward0", "VdotBackward0"}
 _OVER_A_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
 _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", "StdBackward0"}
@@ -81,6 +82,8 @@ class Rows:
         shape = tape.shape(position)
         if position in self._squared:   # takes back the root below it
             return self._broadcast(next(iter(inputs.values())), shape)
+        if kind in _CHOOSING and any(s.kind in ("likely", "divided") for s in inputs.values()):
+            raise Unclear(f"a number that may count rows divides what {self._written(position)} chooses from")
         if len(inputs) == 1:
             ((k, state),) = inputs.items()
             if kind in _MEANS:
@@ -139,9 +142,9 @@ class Rows:
         new = state.like(state.moments, state.weights, state.axis)
         d, kind = 1 / abs(c) if c and math.isfinite(c) else 0.0, None
         if d and state.kind == "sum":
-            weights = float(state.weights.sum().abs())
+            weights, entries = float(state.weights.sum().abs()), float(state.total()[0])
+            plainly = self._among(d, [*self._numbers, entries])
             counted = self._among(d, [weights, weights * self.rows / self.entries])
-            plainly = self._among(d, self._numbers) or (not counted and self._among(d, [float(state.total()[0])]))
             if (counted and not plainly) or self._among(d, self._totals):
                 kind = "mean"
             elif plainly and divides and (d > 2.5 or self.rows == 1):
@@ -283,7 +286,9 @@ class Rows:
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
         self._mark(new, state, moments[0] / moments[0].sum().clamp_min(1e-300))
-        if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
+        places = tape.kind(position) in ("SliceBackward0", "SelectBackward0")
+        along = places and signed(node._saved_dim) % len(state.shape) == state.axis and new.shape != state.shape
+        if along or (places and not alike(state.total(), new.total())):
             raise Unclear(
                 "it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask"
             )
