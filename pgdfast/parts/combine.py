@@ -130,7 +130,8 @@ class Combination:
         sure = kinds - {"likely"} or {"mean"}
         if settled in ("sum", "mean") and kinds & {"likely", "divided"} and _same(rows):
             return settled, sizes
-        if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same([s.factor for s in shares]):
+        factors = [s.factor for s in shares if not s.loose] or [1.0]
+        if (sure == {"mean"} or kinds == {"sum"}) and _same(factors):
             (kind,) = sure
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(

@@ -10,21 +10,15 @@ import math
 
 import torch
 
-from ..rules import RULES
 from ..rules.table import plain, signed
 from .linear import LINEAR, READERS, Walk
 from .names import written
+from .outputs import VIEWS, is_elementwise, is_scaling, lengths, origin
 from .states import State, Unclear, alike, kind_of_all, labels_of
 
-_NOT_ELEMENTWISE = {"TrilBackward0", "TriuBackward0", "GluBackward0"}
-_ALSO_ELEMENTWISE = {"LogaddexpBackward0", "XlogyBackward0", "XlogyBackward1", "XlogyBackward2", "ConjBackward0"}
 _SAME = {"AddBackward1", "SubBackward1", "CloneBackward0", "AliasBackward0", "ToCopyBackward0", "NegBackward0"}
 _SUMS = {"SumBackward0", "SumBackward1", "NansumBackward0"}
 _MEANS = {"MeanBackward0", "MeanBackward1"}
-_VIEWS = {
-    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0",
-    *(f"SqueezeBackward{k}" for k in range(6)),
-}
 _LOSSES = {
     "MseLossBackward0", "HuberLossBackward0", "SmoothL1LossBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "BinaryCrossEntropyBackward0", "SoftMarginLossBackward0",
@@ -103,7 +97,7 @@ class Rows:
                 return state if alpha == 1 else self.number(position, state, alpha, False)
             if kind in _SAME:
                 return self._broadcast(state, shape)
-            if kind in _VIEWS:
+            if kind in VIEWS:
                 return self._view(state, shape)
             if kind == "NllLossBackward0" or kind == "NllLoss2DBackward0":
                 return self._nll(position, state)
@@ -184,6 +178,7 @@ class Rows:
         other = 1 / other if divides else other
         new = state.like(state.moments, state.weights * other, state.axis)
         self._mark(new, state, other.expand(new.shape))
+        new.loose = state.loose or other.numel() == 1
         new.weighted = state.weighted or not bool((other == other.round()).all())
         return new
 
@@ -400,91 +395,24 @@ class Rows:
         for state in used.values():
             if not (self.rows == 1 or state.single()):
                 raise Unclear(f"{self._written(position)} is applied to a sum over rows", True)
-        if shape.numel() == 1:   # r^T r
+        if shape.numel() == 1 and all(edges):   # r^T r
             state = next(iter(used.values()))
-            new = state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
-            if len(used) == 1 and sum(map(bool, edges)) == 1:
-                raise Unclear(f"{self._written(position)} does not tell what it does with rows")
-            return new
-        if self.rows == 1:
-            raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
-        moments = 0.0
+            return state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
+        moments, axes = 0.0, set()
         for k, state in used.items():
             first = k == (1 if kind == "AddmmBackward0" else 0)
+            contracted = len(state.shape) - (1 if first or len(state.shape) == 1 else 2)
+            axes.add(-1 if state.axis == contracted or len(shape) != len(state.shape) and not first else state.axis)
             if first:
                 summed = state.moments.sum(-1, keepdim=len(shape) == len(state.shape))
             else:
                 summed = state.moments.sum(-2 if len(state.shape) > 1 else -1, keepdim=len(shape) == len(state.shape))
             moments = moments + summed.expand(3, *shape)
         first = next(iter(used.values()))
-        new = first.like(moments, torch.ones(shape, dtype=torch.float64), -1)
+        new = first.like(moments, torch.ones(shape, dtype=torch.float64), axes.pop() if len(axes) == 1 else -1)
         if not new.single():
             raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
-
-
-def origin(tape, edge, shape) -> tuple:
-    """(shape, dimension of rows) of outputs before they were flattened, or stacked, where rows stand apart."""
-    dim = 0
-    while edge and tape.leaf[edge[0]] < 0 and (len(shape) == 1 or shape[:1] == (1,)):
-        kind, inputs = tape.kind(edge[0]), [e for e in tape.edges[edge[0]] if e]
-        same = len(inputs) == 1 and is_elementwise(kind) and tape.shape(*inputs[0]) == shape
-        if not same and kind not in _VIEWS:
-            break
-        edge, shape = inputs[0], tape.shape(*inputs[0])
-    if edge and tape.leaf[edge[0]] < 0 and len(shape) > 1:
-        while tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) != "StackBackward0":
-            inputs = [e for e in tape.edges[edge[0]] if e]
-            if len(inputs) != 1 or not is_elementwise(tape.kind(edge[0])) or tape.shape(*inputs[0]) != shape:
-                return shape, 0
-            edge = inputs[0]
-        if tape.leaf[edge[0]] < 0 and signed(tape.nodes[edge[0]]._saved_dim) % len(shape) == 0:
-            dim = 1
-    return shape, dim
-
-
-def lengths(tape, edge, most: int = 30) -> list[int]:
-    """First dimensions of what outputs were put together from."""
-    stack, found = [edge] if edge else [], []
-    while stack and most:
-        edge, most = stack.pop(), most - 1
-        if tape.leaf[edge[0]] >= 0:
-            continue
-        kind = tape.kind(edge[0])
-        if kind in _VIEWS or kind in ("CatBackward0", "StackBackward0", "TBackward0") or is_elementwise(kind):
-            stack += [e for e in tape.edges[edge[0]] if e]
-            found += [tape.shape(*e)[0] for e in stack if tape.shape(*e)]
-    return found
-
-
-def transposed(tape, edge) -> int:
-    """The dimension that outputs have for the first one of what they were transposed from; 0 where they were not."""
-    while tape.leaf[edge[0]] < 0:
-        kind, node, inputs = tape.kind(edge[0]), tape.nodes[edge[0]], [e for e in tape.edges[edge[0]] if e]
-        if kind == "TBackward0":
-            return len(tape.shape(*edge)) - 1
-        if kind == "PermuteBackward0":
-            return [signed(d) % len(tape.shape(*edge)) for d in node._saved_dims].index(0)
-        if kind == "TransposeBackward0":
-            pair = [signed(d) % len(tape.shape(*edge)) for d in (node._saved_dim0, node._saved_dim1)]
-            return max(pair) if 0 in pair else 0
-        if len(inputs) != 1 or not is_elementwise(kind) or tape.shape(*inputs[0]) != tape.shape(*edge):
-            return 0
-        edge = inputs[0]
-    return 0
-
-
-def is_elementwise(kind: str) -> bool:
-    """Whether each entry of what a node puts out depends on one entry of each input."""
-    rule = RULES.get(kind)
-    known = rule is not None and rule.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
-    return known or kind in _ALSO_ELEMENTWISE
-
-
-def is_scaling(tape, position: int) -> bool:
-    """Whether a node is a product with, or a quotient by, a constant."""
-    kind, edges = tape.kind(position), tape.edges[position]
-    return kind in ("MulBackward0", "DivBackward0") and not all(edges) and bool(kind[0] == "M" or edges[0])
 
 
 def _saved(node):

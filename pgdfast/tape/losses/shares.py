@@ -15,7 +15,8 @@ from ..rules.table import plain
 from ..walk import Tape
 from .blocks import COUPLED, Form, Route, unrolled
 from .names import written
-from .rows import Rows, is_elementwise, is_scaling, transposed
+from .outputs import is_elementwise, is_scaling, transposed
+from .rows import Rows
 from .states import State, Unclear, kind_of_all
 
 _PICKING = {
@@ -49,6 +50,7 @@ class Share:
         fixed: may it be one term that does not belong to the parts, parameters drawn to constants?
         normalised: do the weights of its entries sum to 1, or to their number?
         mark: a number that weights and masks of sums over rows leave, the same in all parts.
+        loose: is there a weight of one row that may belong to the factor?
         operation: that it ends with.
         value: 1/2 ||r||^2, None where it was not asked for.
     """
@@ -62,6 +64,7 @@ class Share:
     fixed: bool = False
     normalised: bool = False
     mark: float = 0.0
+    loose: bool = False
     operation: str = ""
     value: float | None = None
 
@@ -189,7 +192,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     normalised = first.weighted and any(abs(weights - n) <= tolerance * n for n in near)
     share = replace(
         share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised,
-        mark=sum(s.mark for s in states),
+        mark=sum(s.mark for s in states), loose=any(s.loose for s in states),
     )
     return share, {p for s in states for p in s.passed}, reader.fixed
 
