@@ -34,15 +34,15 @@ class Rows:
 
     start: the state of a block's outputs, of this shape, at an edge. rows: how many they have. turned: the dimension of rows,
     should they be the first one of what was transposed. tolerance: of numbers, relative. fixed: does the same hold for any
-    tape of this structure with these numbers?
+    tape of this structure with these numbers? seen: takes in the positions of nodes below the block that were looked at.
     """
 
-    def __init__(self, tape, edge, shape, tolerance: float, turned: int = 0):
+    def __init__(self, tape, edge, shape, tolerance: float, seen: set[int], turned: int = 0):
         self.tape, self.tolerance, self.fixed = tape, tolerance, True
-        base, dim = (shape, turned) if turned else origin(tape, edge, shape)
+        base, dim = (shape, turned) if turned else origin(tape, edge, shape, seen)
         self.rows, self.entries = base[dim] if base else 1, shape.numel()
         # what a mean may divide by
-        self._numbers = [self.rows, self.entries, *shape[:1], *lengths(tape, edge)]
+        self._numbers = [self.rows, self.entries, *shape[:1], *lengths(tape, edge, seen)]
         labels = labels_of(self.rows).reshape([-1, *[1] * (len(base) - 1 - dim)] if base else []).expand(base)
         kept = base == shape or len(shape) == 1 or base[:1] == shape[:1]
         self.start = State(labels.reshape(shape), dim if kept else -1)

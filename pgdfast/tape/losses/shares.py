@@ -147,7 +147,7 @@ def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dty
         if below == "parameters":
             share = replace(share, kind="parameters")
         elif edge and r.numel():
-            reader = Rows(tape, edge, r.shape, tolerance)
+            reader = Rows(tape, edge, r.shape, tolerance, seen)
             state = _inner(tape, (edge,), reader, reader.start, seen)
             share = replace(share, rows=reader.rows, kind=state.kind, count=state.count, factor=state.factor)
         found.append(share)
@@ -168,7 +168,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     coupled = any(COUPLED in steps for steps in ways)
     if below == "parameters" and not coupled:
         return replace(share, kind="parameters"), set(), True
-    reader = Rows(tape, block.edges[0], shape, tolerance)
+    reader = Rows(tape, block.edges[0], shape, tolerance, seen)
     share = replace(share, rows=reader.rows, fixed=below == "offsets")
     try:
         if not len(shape) and not coupled:
@@ -177,9 +177,9 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
             _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
         ]
         kind = kind_of_all(states)
-        dim = transposed(tape, block.edges[0]) if len(shape) > 1 else 0
+        dim = transposed(tape, block.edges[0], seen) if len(shape) > 1 else 0
         if dim:
-            other = Rows(tape, block.edges[0], shape, tolerance, dim)
+            other = Rows(tape, block.edges[0], shape, tolerance, seen, dim)
             for steps, state in zip(ways, states, strict=True):
                 turned = other.along(steps, block.edges)
                 if (turned.kind, turned.count, turned.factor) != (state.kind, state.count, state.factor):
