@@ -96,6 +96,11 @@ class Combination:
                 "the part, and would be others on all rows; divide by the sum of weights in the loss: "
                 "(w * r**2).sum() / w.sum()."
             )
+        if not _same([s.mark for s in shares]):
+            raise ValueError(
+                f"pgdfast.LM: {what} has weights, or a mask, after its sum or mean over rows, which are not the same in every "
+                "part; weight rows before they are summed."
+            )
         kind, counts = self._kind(what, there, shares, settled)
         if kind == "mean":
             total = sum(counts)
@@ -122,13 +127,12 @@ class Combination:
         if "unknown" in kinds:
             return settled, sizes
         counts, totals = [s.count for s in shares], [s.count / s.factor if s.factor else 0.0 for s in shares]
-        several = [s.factor for s in shares if s.rows > 1] or [s.factor for s in shares]
         sure = kinds - {"likely"} or {"mean"}
         if settled in ("sum", "mean") and kinds & {"likely", "divided"} and _same(rows):
             return settled, sizes
-        if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same(several):
-            kinds = sure   # of one row, weights may look like numbers
-            (kind,) = kinds
+        factors = [s.factor for s in shares if not s.loose] or [1.0]
+        if (sure == {"mean"} or kinds == {"sum"}) and _same(factors):
+            (kind,) = sure
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
                     f"pgdfast.LM: {what} is a mean over the first dimension of its {rows[0]} x ... outputs, which is not that "
