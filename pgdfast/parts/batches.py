@@ -34,7 +34,7 @@ class Batched:
         self.value: Callable | None = None   # what a plain call gathers of each result
         self.section: Callable = contextlib.nullcontext   # around a plain call, for processes that fail together
         self.around: Callable | None = None   # a context for passes beside the first, for random numbers
-        self.passes = 0
+        self.batch = None   # the one that the closure ran on last
 
     def __call__(self) -> list:
         """`value(number, result)` of every batch: what trial points ask for."""
@@ -52,6 +52,7 @@ class Batched:
             self._compare(prints, number)
             if only is not None and number not in only:
                 continue
+            self.batch = batch
             try:
                 found.append(visit(number, self.given() if self.batches is None else self.given(batch)))
             except Exception as error:
@@ -60,11 +61,11 @@ class Batched:
                 raise
             if self._progress is not None:
                 self._progress(what, number + 1)
+        self.batch = None
         if self._prints is None:
             self._prints = prints
         elif len(prints) != len(self._prints):
             raise ValueError(_changed(f"{len(self._prints)} batches the first time and {len(prints)} now"))
-        self.passes += 1
         return found
 
     def repeated(self):
