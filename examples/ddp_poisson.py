@@ -24,7 +24,6 @@ options.add_argument("--save", default="poisson.pt")
 options.add_argument("--resume", help="checkpoint to go on from, of any number of processes")
 options.add_argument("--check", action="store_true", help="take the same steps in one process, and compare")
 options = options.parse_args()
-
 # 1. One process of several, or the only one. torchrun tells by the environment.
 alone = "RANK" not in os.environ
 device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

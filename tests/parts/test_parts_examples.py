@@ -1,5 +1,6 @@
 """The scripts of examples/ and `pgdfast run poisson-2d --nproc 2` run, in two gloo processes where they are for several."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from helpers import relative
 
 import pgdfast
+from pgdfast_experiments.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -50,3 +52,25 @@ def test_streaming_takes_exact_steps_on_a_loader(tmp_path):
     text = python(tmp_path, EXAMPLES / "streaming.py", "--rows", 1100, "--batch", 300, "--steps", 5)
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
     assert len(losses) == 5 and losses[-1] < 0.5 * losses[0] and "Adam" in text
+
+
+def test_the_command_runs_on_two_processes_and_writes_once(tmp_path):
+    options = ("--net", "small", "--derivatives", "pde", "--steps", 6, "--seeds", 1, "--threads", 1)
+    text = python(tmp_path, "-m", "pgdfast", "run", "poisson-2d", "--nproc", 2, *options, "--out", "two")
+    assert text.count("wrote ") == 3 and text.count("poisson-2d: median") == 1
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [f"poisson-2d.{end}" for end in ("csv", "json", "png")]
+    assert main(["run", "poisson-2d", "--optimizers", "lm", *map(str, options), "--out", str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "poisson-2d.json").read_text()) for name in ("one", "two"))
+    assert (one["problem"]["processes"], two["problem"]["processes"]) == (1, 2) and one["settings"] == two["settings"]
+    (name, row), = one["summary"].items()
+    for column in ("loss", "error"):
+        assert two["summary"][name][column] == pytest.approx(row[column], rel=1e-8)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--optimizers", "adam,lm"], "is for LM, got 'adam'"), (["--backend", "reference"], "--backend reference"),
+    (["--nproc", "0"], "--nproc: got '0'"),
+])
+def test_what_does_not_run_on_several_processes_is_refused(capsys, tmp_path, options, words):
+    assert main(["run", "poisson-2d", "--nproc", "2", "--out", str(tmp_path / "new"), *options]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "new").exists()
