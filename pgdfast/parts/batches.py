@@ -115,7 +115,7 @@ def _check_iterable(batches) -> None:
             f"pgdfast.LM.step: batches is a {type(batches).__name__}; it must be a list, a DataLoader or another iterable of "
             "batches that closure(batch) takes."
         )
-    if iter(batches) is batches:
+    if hasattr(batches, "__next__"):
         raise ValueError(
             f"pgdfast.LM.step: batches is an iterator ({type(batches).__name__}), which can be gone through only once, and a "
             "step goes through its batches several times; pass a list or the DataLoader itself."

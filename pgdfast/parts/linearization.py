@@ -140,7 +140,11 @@ class Parts(Products):
         return [found[part.number] for part in self.parts]
 
     def _precise(self, lin):
-        return lin.widened() if self._widens else lin
+        if not self._widens:
+            return lin
+        wide = lin.widened()
+        wide.row_layout()   # for its kernels
+        return wide
 
     def _remade(self, part: Part, result):
         lin = self._linearizer.one.read(result)

@@ -15,7 +15,7 @@ from .batches import Batched
 from .combine import Combination, common_penalties
 from .group import Alone
 from .linearization import Part, Parts, Rows
-from .probe import probe
+from .probe import probe, same_generators
 
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
 
@@ -122,7 +122,7 @@ class PartsLinearizer:
 
         Raises ValueError where the loss on the batch is not what those on its parts combine to.
         """
-        with batched.repeated():
+        with same_generators():
             found = probe(batched.given, batched.batch, self.one.tracer)
         if found.disagreement:
             raise ValueError(found.disagreement)
