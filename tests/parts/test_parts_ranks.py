@@ -84,6 +84,28 @@ def test_checkpoints_of_one_number_of_ranks_load_in_another(pool, tmp_path, opti
     assert relative(pool.run(2, step_problems.saved, path, "mean", options, 12, 6)[1], whole) < BOUND
 
 
+@pytest.mark.parametrize("options", (
+    {}, {"find_unused_parameters": True}, {"static_graph": True}, {"broadcast_buffers": False},
+    {"gradient_as_bucket_view": True},
+), ids=lambda options: next(iter(options), "default"))
+def test_a_module_in_distributed_data_parallel_is_the_bare_module(pool, options):
+    for bare, end, refused, hooked in pool.run(2, step_problems.wrapped, options, 4, "broadcast_buffers" not in options):
+        assert torch.equal(bare, end)
+        assert "process_group=" in refused and "beside those of DistributedDataParallel" in hooked
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("sharded", "is a DTensor with the placements (S(0))"), ("replicated", "torch.nn.Parameter(p.to_local())"),
+    ("fsdp2", "without fully_shard"), ("hybrid", "(R, S(0))"), ("fsdp1 original", "belongs to FullyShardedDataParallel"),
+    ("fsdp1", "belongs to FullyShardedDataParallel"),
+])
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_that_are_not_whole_are_refused(pool, kind, words):
+    for said in pool.run(4, step_problems.distributed, kind):
+        for text, where in zip(said, ("LM", "LM", "linearize"), strict=True):
+            assert text and text.startswith(f"pgdfast.{where}: parameter 0") and words in text, text
+
+
 def _killed(path, delay, options):
     pool = Pool(2, timeout=10)
     try:
