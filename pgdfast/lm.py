@@ -14,7 +14,7 @@ from torch.optim import optimizer
 
 from .backend import backend as choose_backend
 from .linear import as_operations, check_stacked, checked_check
-from .parts import Batched, chosen_group, on_all_rows
+from .parts import Batched, chosen_group, on_all_rows, refuse_distributed
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -188,6 +188,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         self._tools = StepTools(choose_backend(backend, checked_check(check, "LM"), group, _checked_memory(memory)))
         self._in_group = process_group is not None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        refuse_distributed([p for each in self.param_groups for p in each["params"]])
         if self._in_group:
             self._check_parts(ensemble, "a process group")
             group.check([p for each in self.param_groups for p in each["params"]])

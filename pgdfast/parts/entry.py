@@ -11,6 +11,7 @@ from .batches import Batched
 from .group import chosen_group
 from .linearization import Parts
 from .linearizer import PartsLinearizer
+from .whole import refuse_distributed
 
 
 @overload
@@ -50,6 +51,7 @@ def linearize(
     name, check = kernels.requested(backend), checked_check(check, "linearize")
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
+    refuse_distributed(params, "linearize")
     group = chosen_group(process_group)
     if batches is None and group.size == 1:
         return as_operations(Linearizer(params, name, check), closure)

@@ -8,27 +8,29 @@ from parts.ranks import Pool
 from parts.step_problems import LOSSES, run
 
 BOUND = 1e-10   # of parameters after 20 steps, in float64
-SOFT = {"damping": 0.1, "damping_rule": "constant"}   # few iterations of CG, each of which waits for all ranks
-DIRECT = [(loss, {"solver": solver}) for loss in LOSSES for solver in ("dual", "primal", "eigh")]
+SOFT = {"damping": 0.1, "damping_rule": "delayed"}   # few iterations of CG, each of which waits for all ranks
+DIRECT = [(loss, {"solver": solver}) for loss in LOSSES for solver in ("dual", "primal")]
+EIGH, CG = ([(loss, {"solver": solver, **SOFT}) for loss in LOSSES] for solver in ("eigh", "cg"))
+DEFAULT = [(loss, {}) for loss in LOSSES]
 RULES = [("mean", {"damping_rule": rule}) for rule in ("constant", "gain-ratio", "delayed", "sweep")]
 OTHERS = [
     ("mean", {"scaling": "marquardt"}), ("mean", {"damping_rule": "delayed", "acceleration": "geodesic"}),
-    ("mean", {"damping_rule": "delayed", "acceleration": "chord"}),
+    ("mean", {"damping_rule": "delayed", "acceleration": "chord"}), ("mean", {"momentum": 0.5}),
     ("terms", {"damping_rule": "constant", "line_search": "armijo", "damping": 0.1}),
-    ("mean", {"momentum": 0.5}),
     ("mean", {"norm_constraint": 0.1, "damping": 0.1, "damping_rule": "constant"}), ("penalty", {"weight_decay": 1e-3}),
     ("mean", {"backend": "torch"}), ("mean", {"backend": "torch", "solver": "primal"}),
 ]
-BATCHES = [(loss, {}, 20, batch) for loss in LOSSES for batch in (4,)] + [("mean", {"solver": "dual"}, 20, 3)]
+BATCHES = [(loss, {}, 20, 4) for loss in LOSSES] + [("mean", {"solver": "dual"}, 20, 3)]
+ALL = {"direct": DIRECT, "eigh": EIGH, "cg": CG[::3], "default": DEFAULT, "rules": RULES, "others": OTHERS, "batches": BATCHES}
+MIXED = [DIRECT[2], DIRECT[6], DIRECT[9], DIRECT[12], EIGH[0], CG[0], DEFAULT[2], DEFAULT[4], RULES[3], BATCHES[3]]
+TABLES = [(2, name) for name in ALL] + [(3, "mixed"), (4, "mixed")]
+TABLES += [pytest.param(size, name, marks=pytest.mark.slow) for size in (3, 4) for name in ALL]
+TABLES.append(pytest.param(2, "all of cg", marks=pytest.mark.slow))
 
 
-@pytest.mark.parametrize("size", (2, 3, 4))
-@pytest.mark.parametrize("cases", (
-    DIRECT, [(loss, {}) for loss in LOSSES], RULES, OTHERS, BATCHES, [(loss, {"solver": "cg", **SOFT}) for loss in LOSSES],
-), ids=("direct", "default", "rules", "others", "batches", "cg"))
-def test_ranks_step_as_one_process_with_all_rows(pool, size, cases):
-    if size > 2:
-        cases = cases[size - 3::5 if len(cases) > 10 else 3]   # each rank adds to the waits
+@pytest.mark.parametrize(("size", "table"), TABLES)
+def test_ranks_step_as_one_process_with_all_rows(pool, size, table):
+    cases = {"mixed": MIXED, "all of cg": CG}.get(table) or ALL[table]
     every = pool.run(size, step_problems.runs, cases)
     for number, case in enumerate(cases):
         alone, (loss, options, *_) = run(None, *case), case
@@ -80,6 +82,28 @@ def test_checkpoints_of_one_number_of_ranks_load_in_another(pool, tmp_path, opti
     assert relative(step_problems.saved(None, path, "mean", options, 12, 6), whole) < BOUND
     step_problems.saved(None, path, "mean", options, 6)
     assert relative(pool.run(2, step_problems.saved, path, "mean", options, 12, 6)[1], whole) < BOUND
+
+
+@pytest.mark.parametrize("options", (
+    {}, {"find_unused_parameters": True}, {"static_graph": True}, {"broadcast_buffers": False},
+    {"gradient_as_bucket_view": True},
+), ids=lambda options: next(iter(options), "default"))
+def test_a_module_in_distributed_data_parallel_is_the_bare_module(pool, options):
+    for bare, end, refused, hooked in pool.run(2, step_problems.wrapped, options, 4, "broadcast_buffers" not in options):
+        assert torch.equal(bare, end)
+        assert "process_group=" in refused and "beside those of DistributedDataParallel" in hooked
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("sharded", "is a DTensor with the placements (S(0))"), ("replicated", "torch.nn.Parameter(p.to_local())"),
+    ("fsdp2", "without fully_shard"), ("hybrid", "(R, S(0))"), ("fsdp1 original", "belongs to FullyShardedDataParallel"),
+    ("fsdp1", "belongs to FullyShardedDataParallel"),
+])
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_that_are_not_whole_are_refused(pool, kind, words):
+    for said in pool.run(4, step_problems.distributed, kind):
+        for text, where in zip(said, ("LM", "LM", "linearize"), strict=True):
+            assert text and text.startswith(f"pgdfast.{where}: parameter 0") and words in text, text
 
 
 def _killed(path, delay, options):
