@@ -59,7 +59,7 @@ class Combination:
         """Of each part the scale of its whole loss, or None where its terms have different ones."""
         if any(len(set(part)) > 1 for part in self.scales):
             return None
-        return [part[0] if part else 1.0 for part in self.scales]
+        return [part[0] if part else 0.0 for part in self.scales]
 
     def total(self, losses: Sequence[float], penalties: Sequence[float], penalty: float) -> float:
         """The loss on all rows where scales are uniform.
