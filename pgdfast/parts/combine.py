@@ -19,9 +19,12 @@ class Combination:
 
     Parts without rows have scales of 0.
 
-    shares: of every part one Share per term, or None for a part without rows, whose terms are not known; name: of a part, for
-    messages. settled: of each term the kind that was found out otherwise (probe.py), or None.
-    kinds: of each term "sum", "mean" or "once"; "" where one part alone has rows of it.
+    Args:
+        shares: of every part one Share per term, with values (Tracer.shares), or None for a part without rows.
+        name: of a part, for messages.
+        settled: of each term the kind that was found out otherwise (probe.py), or None.
+
+    Attributes: scales; kinds, of each term "sum", "mean" or "once", "" where one part alone has rows of it.
     Raises ValueError where the loss on all rows cannot be known from those on the parts.
     """
 
@@ -56,7 +59,7 @@ class Combination:
         """Of each part the scale of its whole loss, or None where its terms have different ones."""
         if any(len(set(part)) > 1 for part in self.scales):
             return None
-        return [part[0] if part else 1.0 for part in self.scales]
+        return [part[0] if part else 0.0 for part in self.scales]
 
     def total(self, losses: Sequence[float], penalties: Sequence[float], penalty: float) -> float:
         """The loss on all rows where scales are uniform.

@@ -370,6 +370,9 @@ def test_parts_without_rows_count_for_nothing():
     shares = [read("", ADDITIVE["mse"], part)[1] for part in parts]
     assert Combination([None, *shares, None]).scales == [[], [5 / 12], [7 / 12], []]
     assert Combination([None, None]).scales == [[], []]
+    combination = Combination([None, *shares])
+    nan = float("nan")
+    assert combination.total([nan, 1.2, 2.4], [nan, 0.0, 0.0], 0.5) == pytest.approx(0.5 + 0.5 + 1.4)
 
 
 @pytest.mark.parametrize("name", ["mse", "over len", "masked mean", "ce class weights", "l1", "four terms"])
