@@ -23,6 +23,7 @@ from ..kernels.protocol import Outcome, Traits
 
 _REDUCED_AT_ONCE = 1 << 22   # numbers of a matrix that one sum over processes takes
 _ROWS_AT_ONCE = 64           # of K, sent from the first of their diagonal elements on
+_SURELY_FITS = 64e6          # bytes up to which the memory that is available is not asked for
 _BLOCK_BYTES = 64 << 20      # of J that kernels make at once for J^T J; see native.Kernels.add_normal
 
 
@@ -260,7 +261,7 @@ class PartsKernels(Traits):
 
     def _gram_of_rows(self, weights) -> torch.Tensor:
         """J W J^T from explicit rows: sends M P / R numbers of R processes, and sums M^2."""
-        self._check_memory(2 * (self._lin.stop - self._lin.start) * self.num_parameters, "their rows of J")
+        self._check_memory(2 * max(self._lin.sizes) * self.num_parameters, "their rows of J")
         J = self._own_rows()
         if weights is not None:
             sizes = [p.numel() for p in self._lin.params]
@@ -271,10 +272,15 @@ class PartsKernels(Traits):
         return self._group.total(columns @ columns.T)
 
     def _check_memory(self, numbers: float, what: str) -> None:
-        """Raise MemoryError, in all processes, where K and so many numbers beside do not fit into the free memory of one."""
-        M, P, width = self.num_residuals, self.num_parameters, self.dtype.itemsize
-        need, limit = width * (1.5 * M * M + numbers), memory_limit(self.device)
-        if self._group.least(limit - need) < 0:
+        """Raise MemoryError, in all processes, where K and so many numbers beside do not fit into the free memory of one.
+
+        numbers: the same in all processes, since these ask each other, unless it is little.
+        """
+        M, P, need = self.num_residuals, self.num_parameters, self.dtype.itemsize * (1.5 * self.num_residuals**2 + numbers)
+        if need < _SURELY_FITS:
+            return
+        limit = self._group.least(memory_limit(self.device))
+        if need > limit:
             raise MemoryError(
                 f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each process, "
                 f"and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where a matrix of {P:,} x {P:,} fits."

@@ -17,6 +17,7 @@ from .group import Alone
 from .linearization import Part, Parts, Rows
 from .probe import probe, same_generators
 
+_SURELY_FITS = 64e6   # bytes of programs up to which the memory that is available is not asked for
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
 
 
@@ -78,23 +79,27 @@ class PartsLinearizer:
         """
         parts: list[Part] = []
         facts: list[Facts] = []
-        limit, settled = self._limit(), ()
+        held, settled = 0, ()
+        budget = _SURELY_FITS if self._budget is None else self._budget
         split = self._known[1] is None or self._known[1].uniform is None   # is the loss wanted term by term?
         self.group.start(self.params)
 
         def visit(number: int, result) -> None:
-            nonlocal limit, settled
+            nonlocal held, budget, settled
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
             if fact.size and self._to_be_probed(batched):
                 settled = self._probed(batched)
-            limit -= fact.constants
+            if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
+                budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
             parts.append(part)
             facts.append(fact)
-            if limit < 0:
+            if held + fact.constants > budget:
                 part.lin = None
                 lin.release()
+            else:
+                held += fact.constants
 
         with self.group.section(), torch.enable_grad():
             batched.run(visit, "linearization")
@@ -128,12 +133,6 @@ class PartsLinearizer:
             raise ValueError(found.disagreement)
         self._asked.add(getattr(batched.given, "__code__", batched.given))
         return found.settled
-
-    def _limit(self) -> float:
-        if self._budget is not None:
-            return self._budget
-        available = available_memory(self.params[0].device)
-        return _SHARE * available if available < math.inf else 4e9
 
     def _facts(self, lin, result, split: bool) -> Facts:
         shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
@@ -174,3 +173,9 @@ class PartsLinearizer:
         combination = Combination(shares, name, self._settled)
         self._known = plain, combination
         return combination, penalties
+
+
+def _available(device: torch.device) -> float:
+    """Bytes that further programs may take where no budget is given."""
+    available = available_memory(device)
+    return _SHARE * available if available < math.inf else 4e9
