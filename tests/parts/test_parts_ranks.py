@@ -41,6 +41,22 @@ def test_ranks_step_as_one_process_with_all_rows(pool, size, table):
         assert [each[::2] for each in ends[0][2]] == [each[::2] for each in alone[2]], f"{loss} {options}"
 
 
+@pytest.mark.parametrize(("size", "solver", "widths"), [
+    (2, "primal", (20, 20)), (3, "primal", (20, 20)), (3, "cg", (20, 20)), (3, "dual", (60, 60)),
+])
+def test_the_report_counts_what_a_rank_sends(pool, size, solver, widths):
+    (M, P, iterations, words), *others = pool.run(size, step_problems.sent, solver, widths)
+    share = (size - 1) / size
+    few = 2 * M * size + 40   # residuals, which ranks with fewer rows fill up, and single numbers
+    assert all(each[3] == words for each in others)
+    if solver == "primal":   # blocks of at most P / 8 rows of a triangle
+        assert share * P * P < words < share * (P * P * 9 / 8 + 2 * 2 * P) + few
+    elif solver == "cg":
+        assert iterations > 1 and 2 * share * iterations * P < words < 2 * share * (iterations + 2) * (P + 1) + few
+    else:
+        assert 2 * share * P < words < 0.5 * share * M * P, "factors, not rows"
+
+
 @pytest.mark.parametrize(("kind", "name", "text"), [
     ("first nan", "ValueError", "rank 1: pgdfast.LM: the loss before the step is nan"),
     ("first closure", "ZeroDivisionError", "rank 1: in the data"),
