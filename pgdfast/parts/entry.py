@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, overload
+
 from .. import kernels
 from ..linear import Linearization, Linearizer, as_operations, checked_check
 from .batches import Batched
@@ -11,9 +14,22 @@ from .linearizer import PartsLinearizer
 from .whole import refuse_distributed
 
 
+@overload
 def linearize(
-    closure, params, *, batches=None, process_group=None, memory: float | None = None, backend: str = "auto",
+    closure, params, *, batches: None = None, process_group: None = None, memory: float | None = None, backend: str = "auto",
     check: str = "first",
+) -> Linearization: ...
+
+
+@overload
+def linearize(
+    closure, params, *, batches: Iterable | None = None, process_group: Any = None, memory: float | None = None,
+    backend: str = "auto", check: str = "first",
+) -> Linearization | Parts: ...
+
+
+def linearize(
+    closure, params, *, batches=None, process_group=None, memory=None, backend="auto", check="first"
 ) -> Linearization | Parts:
     """Linearize a closure at the current parameters.
 

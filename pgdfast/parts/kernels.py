@@ -110,7 +110,12 @@ class PartsKernels(Traits):
 
     def primal(self, r, d, q) -> Outcome:
         """Delta = (diag(d) + J^T J)^-1 (J^T r + q)."""
-        matrix, g = self.normal(), self.vjp(r)
+        if self._held[0] == "normal":
+            matrix, g = self._held[1], self.vjp(r)
+        else:   # in one pass through the parts
+            g = r.new_zeros(self.num_parameters)
+            matrix = self._kept("normal", lambda: self._normal(r, g))
+            g = self._group.total(g)
         g = g if q is None else g + q
         with self._group.section():
             factor, trace = native.factor(matrix, d)
@@ -129,7 +134,8 @@ class PartsKernels(Traits):
             self._held = what, make()
         return self._held[1]
 
-    def _normal(self) -> torch.Tensor:
+    def _normal(self, r: torch.Tensor | None = None, g: torch.Tensor | None = None) -> torch.Tensor:
+        """J^T J; the J^T r of this process is added to g."""
         P = self.num_parameters
         H = native.normal_matrix(P, self.dtype) if self.has_direct else torch.zeros(P, P, dtype=self.dtype, device=self.device)
 
@@ -137,6 +143,8 @@ class PartsKernels(Traits):
             kernels = lin.kernels()
             if not part.size:
                 return
+            if r is not None:
+                g.add_(kernels.vjp(r[part.rows]))
             if self.has_direct:
                 kernels.add_normal(H)
             elif kernels.fused and not kernels.has_direct or kernels.block_bytes is not None:

@@ -249,6 +249,11 @@ class Parts(Products):
         product = self.kernels().product(v.detach().to(self.dtype))
         return product if self.penalty is None else product + self.penalty * v.to(self.dtype)
 
+    def ggns(self, V: torch.Tensor) -> torch.Tensor:
+        """The same for each row of V, (K, P), in one pass through the parts."""
+        products = self.kernels().product(V.detach().to(self.dtype))
+        return products if self.penalty is None else products + self.penalty * V.to(self.dtype)
+
     def agreed(self, number: float) -> float:
         """The least of all processes' numbers, so that they decide alike."""
         return self.group.least(number)

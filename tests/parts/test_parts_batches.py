@@ -53,14 +53,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("count", SPLITS)
-@pytest.mark.parametrize(("loss", "options"), CASES, ids=str)
-def test_steps_over_batches_are_those_on_all_rows(loss, options, count):
-    _, alone, told = steps(loss, options)
+@pytest.mark.parametrize(("loss", "options", "count", "number"), [
+    *[(loss, options, 7, 8) for loss, options in CASES],
+    *[(loss, {}, 2, 20) for loss in LOSSES], ("mean", {}, 1, 20), ("terms", {}, 1, 3),
+], ids=str)
+def test_steps_over_batches_are_those_on_all_rows(loss, options, count, number):
+    _, alone, told = steps(loss, options, count=number)
     for memory in (None, 0):
-        opt, found, said = steps(loss, {**options, "memory": memory}, batches_of(count), 20 if count < 7 else 8)
-        if count == 7:
-            _, alone, told = steps(loss, options, count=8)
+        opt, found, said = steps(loss, {**options, "memory": memory}, batches_of(count), number)
         assert relative(found, alone) < BOUND, memory
         assert said == told
         report = opt.report
@@ -161,7 +161,8 @@ def test_a_closure_that_is_another_at_each_run_is_noticed():
         calls.append(None)
         return F.mse_loss(model(batch[0]) * (1 + 1e-3 * len(calls)), batch[1])
 
-    with pytest.raises(ValueError, match=r"is multiplied by 1.00\d in batch 0 and by|loss on batch 0 was .* when it runs again"):
+    named = r"is multiplied by 1.00\d in batch 0 and by|loss on batch 0 was .* when it runs again"
+    with pytest.raises(ValueError, match=named):
         pgdfast.LM(model.parameters(), memory=0, check="never").step(closure, batches_of(2))
 
 

@@ -54,7 +54,7 @@ def _value(tape: Tape, block, route: Route) -> float | None:
             return _product(weight, result)
         return half_squares(block.residual)
     if kind == "LogSoftmaxBackward0":
-        return _product(weight, node._saved_result)
+        return -_product(weight, node._saved_result)
     if kind == "SoftmaxBackward0":
         return _product(weight, node._saved_result)
     if block.squares:
