@@ -270,3 +270,11 @@ def distributed(group, kind):
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def other_options(group):
+    """What an LM says whose damping is another on rank 1."""
+    try:
+        pgdfast.LM(mlp(2, 3, 1).parameters(), damping=0.5 if group.rank() == 1 else 0.25, process_group=group)
+    except ValueError as error:
+        return str(error)

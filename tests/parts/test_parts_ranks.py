@@ -110,6 +110,11 @@ def test_a_module_in_distributed_data_parallel_is_the_bare_module(pool, options)
         assert "process_group=" in refused and "beside those of DistributedDataParallel" in hooked
 
 
+def test_options_that_differ_are_refused(pool):
+    for said in pool.run(2, step_problems.other_options):
+        assert "all ranks must have equal options; rank 0 has [1.0, 0.25, " in said and "rank 1: [1.0, 0.5, " in said
+
+
 @pytest.mark.parametrize(("kind", "words"), [
     ("sharded", "is a DTensor with the placements (S(0))"), ("replicated", "torch.nn.Parameter(p.to_local())"),
     ("fsdp2", "without fully_shard"), ("hybrid", "(R, S(0))"), ("fsdp1 original", "belongs to FullyShardedDataParallel"),
