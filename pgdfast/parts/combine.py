@@ -108,7 +108,7 @@ class Combination:
         if kind == "mean":
             total = sum(counts)
             return kind, [c / total for c in counts]
-        if alike:
+        if alike and settled != "sum":
             raise ValueError(
                 f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term "
                 "that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
