@@ -79,10 +79,12 @@ def runs(group, cases):
     return [run(group, *case) for case in cases]
 
 
-def sent(group, solver, options=()):
-    """(M, P, products, numbers sent) of a rank's first step."""
-    opt, closure, rows = problem(group, "sum", {"solver": solver, "damping": 1.0, "damping_rule": "constant", **dict(options)})
-    opt.step(lambda: closure(*rows))
+def sent(group, solver, widths):
+    """(M, P, iterations, numbers sent) of a rank's first step on a network of these widths."""
+    model, (x, y) = mlp(2, *widths, 1), data()
+    rows = shares(group.size())[group.rank()]
+    opt = pgdfast.LM(model.parameters(), solver=solver, damping=1.0, damping_rule="constant", process_group=group)
+    opt.step(lambda: F.mse_loss(model(x[rows]), y[rows]))
     return opt.report.residuals, opt.report.parameters, opt.report.iterations, opt.report.sent
 
 
@@ -195,7 +197,7 @@ def killed(group, path, options, delay):
 
 
 def wrapped(group, options, steps, batch_norm=False):
-    """Where steps end with the bare module, and with it in DistributedDataParallel; what is said without a group, and of hooks."""
+    """Where steps end with the bare module and in DistributedDataParallel; what is said without a group, and of hooks."""
     import warnings
 
     from torch.nn.parallel import DistributedDataParallel
@@ -268,3 +270,11 @@ def distributed(group, kind):
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def other_options(group):
+    """What an LM says whose damping is another on rank 1."""
+    try:
+        pgdfast.LM(mlp(2, 3, 1).parameters(), damping=0.5 if group.rank() == 1 else 0.25, process_group=group)
+    except ValueError as error:
+        return str(error)
