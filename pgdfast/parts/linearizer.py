@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.memory import available_memory
-from ..linear import Linearizer, half_square
+from ..linear import Linearizer, code_of, half_square
 from .batches import Batched
 from .combine import Combination, common_penalties
 from .group import Alone
@@ -67,8 +67,7 @@ class PartsLinearizer:
         if not isinstance(group, Alone):
             self.one.tracer.join_group()
         self._known: tuple = None, None   # the shares of all parts, and how they combine
-        self._asked: weakref.WeakSet = weakref.WeakSet()   # closures, by their code, whose parts have been compared
-        self._settled: tuple = ()
+        self._asked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()   # by the code of closures, what `_settle` found
         self.choices: dict = {}           # see SolvableLinearization
         self._sizes: tuple | None = None
 
@@ -88,8 +87,8 @@ class PartsLinearizer:
             nonlocal held, budget, settled
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
-            if fact.size and self._to_be_probed(batched):
-                settled = self._probed(batched)
+            if fact.size and not settled:
+                settled = self._settle(batched, fact.shares)
             if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
                 budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
@@ -117,22 +116,24 @@ class PartsLinearizer:
             self._sizes = sizes
         return Parts(self, batched, parts, known, combination, penalties)
 
-    def _to_be_probed(self, batched: Batched) -> bool:
-        if batched.batches is None or self._check == "never":
-            return False
-        return self._check == "every" or getattr(batched.given, "__code__", batched.given) not in self._asked
-
-    def _probed(self, batched: Batched) -> tuple:
+    def _settle(self, batched: Batched, shares: tuple) -> tuple:
         """What parts of a batch tell of the terms of which its tape does not tell; see probe.Probed.
 
-        Raises ValueError where the loss on the batch is not what those on its parts combine to.
+        Asked once of a closure whose loss ends in these terms. Raises ValueError where the loss on the batch is not what those
+        on its parts combine to.
         """
-        with same_generators():
-            found = probe(batched.given, batched.batch, self.one.tracer)
-        if found.disagreement:
-            raise ValueError(found.disagreement)
-        self._asked.add(getattr(batched.given, "__code__", batched.given))
-        return found.settled
+        if batched.batches is None or self._check == "never":
+            return ()
+        terms = tuple([(share.kind, share.operation) for share in shares])
+        code = code_of(batched.given)
+        known = self._asked.setdefault(code, {}) if code is not None else {}
+        if terms not in known or self._check == "every":
+            with same_generators():
+                found = probe(batched.given, batched.batch, self.one.tracer)
+            if found.disagreement:
+                raise ValueError(found.disagreement)
+            known[terms] = found.settled
+        return known[terms]
 
     def _facts(self, lin, result, split: bool) -> Facts:
         shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
@@ -166,11 +167,10 @@ class PartsLinearizer:
 
         shares = tuple(fact.shares for _, _, fact in flat)
         penalties = common_penalties([dict(fact.penalties) if fact.size else None for _, _, fact in flat], name)
-        plain = tuple(tuple(replace(share, value=None) for share in part) for part in shares)
+        plain = settled, tuple(tuple(replace(share, value=None) for share in part) for part in shares)
         if self._known[0] == plain:
             return self._known[1], penalties
-        self._settled = settled or self._settled
-        combination = Combination(shares, name, self._settled)
+        combination = Combination(shares, name, settled)
         self._known = plain, combination
         return combination, penalties
 
