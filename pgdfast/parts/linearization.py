@@ -9,8 +9,7 @@ import torch
 
 from ..linear import CHANGED_PARAMETERS, RELEASED, Products, loss_at, values_of
 from .kernels import PartsKernels
-
-_REPEATS = 1e3   # times the rounding unit: by how much the loss of a part may differ when its closure runs again
+from .probe import changed_loss, same_loss
 
 
 class Part:
@@ -148,13 +147,9 @@ class Parts(Products):
 
     def _remade(self, part: Part, result):
         lin = self._linearizer.one.read(result)
-        apart = abs(float(lin.loss) - part.loss)
-        if lin.num_residuals != part.size or apart > _REPEATS * torch.finfo(lin.loss.dtype).eps * abs(part.loss):
-            raise ValueError(
-                f"pgdfast.LM.step: the closure's loss on {self._batched.name(part.number)} was {part.loss} and is "
-                f"{float(lin.loss)} when it runs again at the same parameters; a step over batches runs it several times, and "
-                "it must return the same each time: no random numbers of its own generators, no state that it changes."
-            )
+        loss = float(lin.loss)
+        if lin.num_residuals != part.size or not same_loss(part.loss, loss, lin.loss.dtype):
+            raise ValueError(changed_loss(self._batched.name(part.number), part.loss, loss))
         if part.sigma is not None:
             lin.scale_rows(part.sigma)
         return lin
