@@ -151,6 +151,12 @@ class Combination:
         if kinds in ({"sum"}, {"mean"}):
             self._same_factor(what, there, shares)
         pairs = list(zip(there, shares, strict=True))
+        if kinds == {"sum", "mean"}:
+            one, other = (next(b for b, s in pairs if s.kind == kind) for kind in ("mean", "sum"))
+            raise ValueError(
+                f"pgdfast.LM: {what} is a mean over rows in {self._name(one)} and a sum in {self._name(other)}; the closure "
+                "must compute the same loss for every part of the rows."
+            )
         b, s = next((b, s) for b, s in pairs if s.kind not in ("sum", "mean") or s.kind != shares[0].kind)
         raise ValueError(
             f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number "
@@ -163,8 +169,8 @@ class Combination:
             if not _same([first.factor, s.factor]):
                 raise ValueError(
                     f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} "
-                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return "
-                    "residuals."
+                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), divide by "
+                    "the sum of a mask or of weights with nothing added to it, or return residuals."
                 )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..linear import CHANGED_PARAMETERS, RELEASED, Products, loss_at, values_of
+from .failures import settled
 from .kernels import PartsKernels
 from .probe import changed_loss, same_loss
 
@@ -105,10 +106,10 @@ class Parts(Products):
         self.loss = torch.tensor(self.value, dtype=whole[0].loss_dtype, device=self.device)
         self.residual = self.joined([part.residual for part in parts])
         if not math.isfinite(self.value) and self.num_residuals:
-            raise ValueError(
+            raise settled(ValueError(
                 f"pgdfast.LM: the loss before the step is {self.value}; nothing was changed. Check the data and the parameters "
                 "for NaN or infinity."
-            )
+            ))
         self._versions, self._released, self._wide, self._widens = self._now(), False, None, False
         self._operator = PartsKernels(self)
         batched.value, batched.section = self._trial, self.group.section

@@ -13,6 +13,7 @@ from ..kernels.memory import available_memory
 from ..linear import Linearizer, code_of, functions_in, half_square
 from .batches import Batched
 from .combine import Combination, common_penalties
+from .failures import alike
 from .group import Alone
 from .linearization import Part, Parts, Rows
 from .probe import probe, same_generators
@@ -104,9 +105,10 @@ class PartsLinearizer:
             batched.run(visit, "linearization")
         told = self.group.objects((facts, settled))
         known = [each for each, _ in told]
-        if not any(known):
-            raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
-        combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
+        with alike():
+            if not any(known):
+                raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
+            combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
         if combination.uniform is None and not split:   # as it was with the batches of before
             terms = self._terms_again(batched, facts)
             facts = [fact._replace(terms=one) for fact, one in zip(facts, terms, strict=True)]

@@ -77,7 +77,7 @@ def test_batch_norm_that_begins_to_train_and_functions_of_functions_are_looked_a
     with pytest.raises(ValueError, match="rows depend on each other"):
         opt.step(made(lambda x: x - x.mean(0)), cut([9, 5, 12]))
     model.train()
-    with pytest.raises(ValueError, match="rows depend on each other"):
+    with pytest.raises(ValueError, match="batch norm in training mode"):
         opt.step(made(lambda x: x), cut([9, 5, 12]))
 
 
@@ -95,3 +95,57 @@ def test_a_generator_of_ones_own_is_named():
         pgdfast.LM(model.parameters()).step(
             lambda b: F.mse_loss(model(b[0] + torch.rand(1, generator=own)), b[1]), cut([9, 5, 12])
         )
+
+
+def _by_mask(mask, divisor):
+    def closure(model):
+        def loss(b):
+            squares, kept = (model(b[0]) - b[1]).square(), b[2]
+            return mask(squares, kept).sum() / divisor(kept)
+
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("make", [
+    _by_mask(lambda s, k: s.mean(-1) * k, lambda k: k.sum()), _by_mask(lambda s, k: s.sum(-1) * k, lambda k: 2 * k.sum()),
+    _by_mask(lambda s, k: s * k[..., None], lambda k: k.sum()), _by_mask(lambda s, k: s.mean(-1) * k, lambda k: 36.0),
+    _by_mask(lambda s, k: s.mean(-1) * torch.ones_like(k), lambda k: 36.0),
+])
+@pytest.mark.parametrize("sizes", [[9, 5, 12], [9, 9, 8], [13, 13]])
+def test_masks_of_sequences(make, sizes):
+    x, y = rand(ROWS, 4, 3, seed=1), rand(ROWS, 4, 2, seed=2)
+    kept = (rand(ROWS, 4, seed=7) > -0.3).double()
+    found = []
+    for batches in (list(zip(*(t.split(sizes) for t in (x, y, kept)), strict=True)), [(x, y, kept)]):
+        model = mlp(3, 6, 2)
+        opt, closure = pgdfast.LM(model.parameters(), damping_rule="gain-ratio"), make(model)
+        for _ in range(3):
+            opt.step(closure, batches) if len(batches) > 1 else opt.step(lambda f=closure, b=batches[0]: f(b))
+        found.append(parameters_of(opt))
+    assert relative(*found) < 1e-10
+
+
+@pytest.mark.parametrize("loss", [
+    lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], y, pos_weight=(1 - y).sum() / y.sum()),
+    lambda z, y: F.cross_entropy(z, y.long(), weight=1 / torch.bincount(y.long(), minlength=2).double()),
+])
+def test_weights_of_classes_are_the_same_in_all_parts(loss):
+    """Those of the first batch are the same in both of its parts: only the next batch tells."""
+    model, x = mlp(2, 7, 2), data()[0]
+    y = torch.tensor([1.0, 0, 0] * 3 + [1.0, 1, 0, 0, 0] + [1.0, 0, 1, 1] * 3, dtype=torch.float64)
+    sizes = [9, 5, 12]
+    with pytest.raises(ValueError, match="not the same in every part"):
+        pgdfast.LM(model.parameters()).step(
+            lambda b: loss(model(b[0]), b[1]), list(zip(x.split(sizes), y.split(sizes), strict=True))
+        )
+
+
+def test_batch_norm_and_dropout_in_training_mode():
+    model = nn.Sequential(mlp(2, 7), nn.BatchNorm1d(7, dtype=torch.float64), nn.Dropout(0.2), mlp(7, 1))
+    opt = pgdfast.LM(model.parameters())
+    with pytest.raises(ValueError, match="batch norm in training mode"):
+        opt.step(lambda b: F.mse_loss(model(b[0]), b[1]), cut([9, 5, 12]))
+    model.eval()
+    opt.step(lambda b: F.mse_loss(model(b[0]), b[1]), cut([9, 5, 12]))
