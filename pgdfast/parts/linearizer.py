@@ -179,7 +179,7 @@ class PartsLinearizer:
         shares = tuple(fact.shares for _, _, fact in flat)
         penalties = common_penalties([dict(fact.penalties) if fact.size else None for _, _, fact in flat], name)
         plain = settled, tuple(tuple(replace(share, value=None) for share in part) for part in shares)
-        if self._known[0] == plain:
+        if self._known[0] == plain and "once" not in settled:   # which holds where values are the same
             return self._known[1], penalties
         combination = Combination(shares, name, settled)
         self._known = plain, combination

@@ -19,9 +19,9 @@ import torch
 
 from ..linear.adjoint import tolerance_of
 from ..tape import Tracer
-from .combine import Combination, common_penalties
+from .combine import Combination, common_penalties, same_values
 
-_OPEN = ("likely", "divided", "unknown")   # kinds that sizes may decide
+_OPEN = {"likely", "divided", "unknown"}   # kinds that sizes may decide
 _MOST_OPEN = 4
 _REPEATS = 1e3   # times the rounding unit: by how much the loss of a part may differ when its closure runs again
 
@@ -29,8 +29,8 @@ _REPEATS = 1e3   # times the rounding unit: by how much the loss of a part may d
 class Probed(NamedTuple):
     """What came out.
 
-    disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum" or "mean" where
-    the tape alone does not tell, else None; for Combination. () where nothing was compared.
+    disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum", "mean" or "once"
+    where the tape alone does not tell, else None; for Combination. () where nothing was compared.
     """
 
     disagreement: str
@@ -134,10 +134,16 @@ def changed_loss(where: str, before: float, now: float) -> str:
 def _suppositions(read: list[_Read]):
     """What terms may be of which the tape does not tell."""
     terms = list(zip(*(part.shares for part in read), strict=False))
-    doubtful = [k for k, shares in enumerate(terms) if any(s.kind in _OPEN for s in shares)]
-    for kinds in itertools.product(("mean", "sum"), repeat=min(len(doubtful), _MOST_OPEN)):
-        settled = dict(zip(doubtful, kinds, strict=False))
-        yield tuple([settled.get(k) for k in range(len(terms))])
+    options, doubtful = [], 0
+    for shares in terms:
+        may_be, kinds = [], {s.kind for s in shares}
+        if doubtful < _MOST_OPEN and kinds & _OPEN:
+            may_be = ["mean", "sum"]
+        elif doubtful < _MOST_OPEN and kinds <= {"sum", "whole"} and same_values(shares):   # may not belong to the rows at all
+            may_be = ["once", "sum"] if kinds == {"sum"} else ["once"]
+        doubtful += bool(may_be)
+        options.append(may_be or [None])
+    return itertools.product(*options)
 
 
 def _read(result, tracer: Tracer, trace=None) -> _Read:

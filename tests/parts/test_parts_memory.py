@@ -62,7 +62,7 @@ def test_a_term_that_counts_once_is_seen_with_the_second_batch_too():
         return F.mse_loss(model(b[0]), b[1]) + model(OUTSIDE).square().sum()
 
     opt.step(closure, cut([ROWS]))
-    with pytest.raises(ValueError, match="a sum of the same value"):
+    with pytest.raises(ValueError, match="a sum of the same value"):   # nobody has cut a batch
         opt.step(closure, cut([9, 5, 12]))
 
 
@@ -149,3 +149,26 @@ def test_batch_norm_and_dropout_in_training_mode():
         opt.step(lambda b: F.mse_loss(model(b[0]), b[1]), cut([9, 5, 12]))
     model.eval()
     opt.step(lambda b: F.mse_loss(model(b[0]), b[1]), cut([9, 5, 12]))
+
+
+@pytest.mark.parametrize("loss", [
+    lambda m, b: F.mse_loss(m(b[0]), b[1]) + m(OUTSIDE).square().sum(), lambda m, b: (m(b[0]) - b[1], m(OUTSIDE)),
+    lambda m, b: (m(b[0]) - b[1]).square().sum() + (m(OUTSIDE)[0, 0] - 1) ** 2,
+    lambda m, b: F.mse_loss(m(b[0]), b[1]) + (m(OUTSIDE).mean() - 1) ** 2,
+])
+def test_terms_of_points_beside_the_batches_count_once(loss):
+    make, plan = (lambda m: (lambda b: loss(m, b),)), [(0, [9, 5, 12]), (0, [13, 13]), (0, [ROWS]), (0, [1] * 5)]
+    assert relative(ends(mlp(2, 7, 1), make, plan, False), ends(mlp(2, 7, 1), make, plan, True)) < 1e-10
+
+
+def test_terms_that_counted_once_and_begin_to_differ_are_refused():
+    model, points = mlp(2, 7, 1), [OUTSIDE]
+    opt = pgdfast.LM(model.parameters())
+
+    def closure(b):
+        return F.mse_loss(model(b[0]), b[1]) + model(points[0] + (points[0] is not OUTSIDE) * len(b[0])).square().sum()
+
+    opt.step(closure, cut([9, 5, 12]))
+    points[0] = OUTSIDE + 1
+    with pytest.raises(ValueError, match="was the same in two parts of a batch"):
+        opt.step(closure, cut([9, 5, 12]))
