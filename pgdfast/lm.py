@@ -14,7 +14,7 @@ from torch.optim import optimizer
 
 from .backend import backend as choose_backend
 from .linear import as_operations, check_stacked, checked_check
-from .parts import Batched, chosen_group, on_all_rows, refuse_distributed
+from .parts import Batched, checked_memory, chosen_group, on_all_rows, refuse_distributed
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -186,7 +186,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
         )
         _check_together(self._options)
         group = chosen_group(process_group)
-        self._tools = StepTools(choose_backend(backend, checked_check(check, "LM"), group, _checked_memory(memory)))
+        self._tools = StepTools(choose_backend(backend, checked_check(check, "LM"), group, checked_memory(memory)))
         self._in_group = process_group is not None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         refuse_distributed([p for each in self.param_groups for p in each["params"]])
@@ -419,12 +419,6 @@ def _check_range(mu: float, params: list[torch.Tensor]) -> None:
                 f"pgdfast.LM: damping is {mu!r}, more than {str(p.dtype).removeprefix('torch.')} holds; nothing was changed. "
                 "Use a smaller damping, or a float64 model."
             )
-
-
-def _checked_memory(memory) -> float | None:
-    if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
-        raise ValueError(f"pgdfast.LM: memory is {memory!r}; it must be None or a number of bytes.")
-    return memory
 
 
 def _check_options(lr, damping, rule, scaling, weight_decay, solver, cg, rcond, ensemble) -> None:

@@ -4,9 +4,10 @@ from .batches import Batched, on_all_rows
 from .entry import linearize
 from .group import Alone, Ranks, chosen_group
 from .linearization import Parts
-from .linearizer import PartsLinearizer
+from .linearizer import PartsLinearizer, checked_memory
 from .whole import refuse_distributed
 
 __all__ = [
-    "Alone", "Batched", "Parts", "PartsLinearizer", "Ranks", "chosen_group", "linearize", "on_all_rows", "refuse_distributed",
+    "Alone", "Batched", "Parts", "PartsLinearizer", "Ranks", "checked_memory", "chosen_group", "linearize", "on_all_rows",
+    "refuse_distributed",
 ]

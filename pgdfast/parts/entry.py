@@ -10,7 +10,7 @@ from ..linear import Linearization, Linearizer, as_operations, checked_check
 from .batches import Batched
 from .group import chosen_group
 from .linearization import Parts
-from .linearizer import PartsLinearizer
+from .linearizer import PartsLinearizer, checked_memory
 from .whole import refuse_distributed
 
 
@@ -53,6 +53,7 @@ def linearize(
     name, check = kernels.requested(backend), checked_check(check, "linearize")
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
+    checked_memory(memory, "linearize")
     refuse_distributed(params, "linearize")
     group = chosen_group(process_group)
     if batches is None and group.size == 1:

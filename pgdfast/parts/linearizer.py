@@ -22,6 +22,13 @@ _SURELY_FITS = 64e6   # bytes of programs up to which the memory that is availab
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
 
 
+def checked_memory(memory, where: str = "LM") -> float | None:
+    """The option memory. Raises ValueError unless it is None or a number of bytes."""
+    if memory is not None and not (isinstance(memory, (int, float)) and memory >= 0):
+        raise ValueError(f"pgdfast.{where}: memory is {memory!r}; it must be None or a number of bytes.")
+    return memory
+
+
 class Facts(NamedTuple):
     """What every process knows of a part, whoever has it.
 

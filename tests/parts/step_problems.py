@@ -134,6 +134,21 @@ def trouble(group, kind, options):
     return raised, unchanged, status, parameters_of(opt)
 
 
+def refused(group, kind):
+    """What two steps end in, of which the first is refused on every rank alike."""
+    opt, closure, (x, y) = problem(group, "mean", {}, whole=True)
+    x, y = x[group.rank()::group.size()], y[group.rank()::group.size()]
+    bad = {
+        "kinds": lambda: closure(x, y) * (1 if group.rank() else len(x)),
+        "penalties": lambda: closure(x, y) + (1 + group.rank()) * sum(p.square().sum() for p in opt.param_groups[0]["params"]),
+    }[kind]
+    try:
+        opt.step(bad)
+    except ValueError as error:
+        said = str(error)
+    return said, float(opt.step(lambda: closure(x, y)))
+
+
 def nothing(group):
     """What a step without rows on any rank says."""
     opt, closure, (x, y) = problem(group, "sum", {})

@@ -215,6 +215,8 @@ def test_ensembles_and_wrong_budgets_are_refused():
         pgdfast.LM([torch.zeros(2, 3, requires_grad=True)], ensemble=2).step(lambda b: None, batches_of(2))
     with pytest.raises(ValueError, match="memory is -1; it must be None or a number of bytes"):
         pgdfast.LM([torch.zeros(2, requires_grad=True)], memory=-1)
+    with pytest.raises(ValueError, match="linearize: memory is -1; it must be None or a number of bytes"):
+        pgdfast.linearize(lambda b: b, [torch.zeros(2, requires_grad=True)], batches=[1], memory=-1)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -131,6 +131,6 @@ def test_batches_of_several_lengths():
     assert probe(DISAGREEING["contrast"], whole, Tracer(list(MODEL.parameters()))) == ("", ())
 
 
-@pytest.mark.parametrize("batch", [None, 3, torch.tensor(1.0), torch.ones(1, 3), torch.ones(0, 3)])
+@pytest.mark.parametrize("batch", [None, 3, torch.tensor(1.0), torch.ones(1, 3), torch.ones(0, 3), torch.eye(3).to_sparse()])
 def test_nothing_to_cut(batch):
     assert probe(lambda b: 1 / 0, batch, Tracer(list(MODEL.parameters()))) == ("", ())

@@ -1,5 +1,7 @@
 """Steps over the ranks of a process group: equal to one process with all rows, undone by all where one fails."""
 
+import re
+
 import pytest
 import torch
 from helpers import relative
@@ -145,3 +147,11 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_goes_on(tmp_path,
     step = _killed(path, delay, options)
     resumed = step_problems.saved(None, path, "mean", options, step + 5, step)
     assert relative(resumed, run(None, "mean", options, step + 5)[0]) < BOUND
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    ("kinds", "cannot be told|is a mean over rows in"), ("penalties", "a penalty counts once"),
+])
+def test_what_all_ranks_refuse_alike_leaves_the_group_at_work(pool, kind, text):
+    told = pool.run(2, step_problems.refused, kind)
+    assert all(one == told[0] for one in told) and re.search(text, told[0][0]) and told[0][1] > 0
