@@ -178,7 +178,7 @@ class Plan {
       solver_.work.unit_cotangents_valid = true;   // products with J^T are likely to follow
     }
     const auto options = at::TensorOptions().dtype(scalar_type<T>);
-    T* data = packed->own.data();
+    T* data = packed->own.get();
     return {packed, at::from_blob(data, {packed->elements}, [packed](void*) {}, options)};
   }
   std::vector<index> gram_order() const {

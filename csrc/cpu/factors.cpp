@@ -155,11 +155,10 @@ void explicit_rows(const Bound<T>& program, const RowLayout& layout, const T* we
 template <class T>
 class Packing {
  public:
-  Packing(const Bound<T>& program, const RowLayout& layout, const Passes& passes, const Pass& pass, Workspace<T>& work,
-          std::vector<T>& packed)
-      : program_(program), layout_(layout), passes_(passes), pass_(pass), work_(work), packed_(packed), s_(*program.structure) {}
+  Packing(const Bound<T>& program, const RowLayout& layout, const Passes& passes, const Pass& pass, Workspace<T>& work)
+      : program_(program), layout_(layout), passes_(passes), pass_(pass), work_(work), s_(*program.structure) {}
 
-  std::vector<Side<T>> run(int threads) {
+  std::vector<Side<T>> run(int threads, const std::function<T*(index)>& memory) {
     const index width = tiles<T>().width;
     index size = 0, copied = 0;
     for (int l = 0; l < s_.num_parameter_buffers; ++l)
@@ -173,9 +172,8 @@ class Packing {
           if (!whole(use, block) || block.outputs > 1) copied += block.rows * block.outputs * product(s_, use).m;
         }
     }
-    ensure(packed_, size);
     ensure(work_.copy, copied);
-    next_ = packed_.data();
+    next_ = memory(size);
     copy_ = work_.copy.data();
     std::vector<Side<T>> sides;
     for (const Block& block : layout_.blocks) {
@@ -262,7 +260,6 @@ class Packing {
   const Passes& passes_;
   const Pass& pass_;
   Workspace<T>& work_;
-  std::vector<T>& packed_;
   const Structure& s_;
   std::vector<Job> jobs_;
   T *next_ = nullptr, *copy_ = nullptr;
@@ -307,14 +304,16 @@ Passes plan_passes(const Structure& s, const RowLayout& layout, index width, ind
 
 template <class T>
 std::vector<Side<T>> pack_pass(const Bound<T>& program, const RowLayout& layout, const T* weights, const Passes& passes,
-                               const Pass& pass, int threads, Workspace<T>& work, std::vector<T>& packed) {
+                               const Pass& pass, int threads, Workspace<T>& work,
+                               const std::function<T*(index)>& memory) {
   if (pass.columns > 0) explicit_rows(program, layout, weights, pass, work);
-  return Packing<T>(program, layout, passes, pass, work, packed).run(threads);
+  return Packing<T>(program, layout, passes, pass, work).run(threads, memory);
 }
 
 #define PGDFAST_INSTANTIATE(T)                                                                            \
   template std::vector<Side<T>> pack_pass<T>(const Bound<T>&, const RowLayout&, const T*, const Passes&, \
-                                             const Pass&, int, Workspace<T>&, std::vector<T>&);
+                                             const Pass&, int, Workspace<T>&,                              \
+                                             const std::function<T*(index)>&);
 PGDFAST_INSTANTIATE(float)
 PGDFAST_INSTANTIATE(double)
 

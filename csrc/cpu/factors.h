@@ -64,9 +64,11 @@ struct Passes {
 // `budget`: elements that one pass may take, unless a single parameter that cannot be cut takes more.
 Passes plan_passes(const Structure& s, const RowLayout& layout, index width, index budget);
 
-// Packs the factors and explicit rows of a pass, block by block, into `packed`. Needs unit sweeps.
+// Packs the factors and explicit rows of a pass, block by block, into the memory that `memory(elements)` gives.
+// Needs unit sweeps.
 template <class T>
 std::vector<Side<T>> pack_pass(const Bound<T>& program, const RowLayout& layout, const T* weights, const Passes& passes,
-                               const Pass& pass, int threads, Workspace<T>& work, std::vector<T>& packed);
+                               const Pass& pass, int threads, Workspace<T>& work,
+                               const std::function<T*(index)>& memory);
 
 }  // namespace pgdfast

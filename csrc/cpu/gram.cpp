@@ -237,7 +237,10 @@ void gram(const Bound<T>& program, const RowLayout& layout, const T* weights, Wo
         depth += double(g.m + g.k) * double(g.n) / double(layout.num_rows);
     }
     const int threads = threads_for(depth * double(s.num_residuals) * double(s.num_residuals));
-    const std::vector<Side<T>> sides = pack_pass(program, layout, weights, passes, pass, threads, work, work.packed);
+    const std::vector<Side<T>> sides = pack_pass<T>(program, layout, weights, passes, pass, threads, work, [&](index elements) {
+      ensure(work.packed, elements);
+      return work.packed.data();
+    });
     gram_of_sides(sides, sides, true, index(0), s.num_residuals, weights, passes.repeated, add, threads, work.gram, K, ld);
   }
 }

@@ -321,15 +321,18 @@ std::shared_ptr<Packed<T>> pack(const Bound<T>& program, const RowLayout& layout
   const std::vector<T> ones(std::size_t(s.num_parameter_buffers), T(1));
   auto made = std::make_shared<Packed<T>>();
   const int threads = threads_for(double(layout.max_outputs) * s.flops + double(passes.list[0].elements));
-  made->sides = pack_pass(program, layout, ones.data(), passes, passes.list[0], threads, work, made->own);
+  made->sides = pack_pass<T>(program, layout, ones.data(), passes, passes.list[0], threads, work, [&](index elements) {
+    made->own.reset(new T[std::size_t(elements)]);   // every element is written
+    made->elements = elements;
+    return made->own.get();
+  });
   made->count = s.num_residuals;
   for (int l = 0; l < s.num_parameter_buffers; ++l) made->sizes.push_back(s.buffers[std::size_t(l)].size);
   made->blocks = layout.blocks;
   for (std::size_t i = 0; i < made->sides.size(); ++i) made->sides[i].block = &made->blocks[i];
   made->slices = passes.list[0].slices;
   made->repeated = passes.repeated;
-  made->data = made->own.data();
-  made->elements = index(made->own.size());
+  made->data = made->own.get();
   return made;
 }
 

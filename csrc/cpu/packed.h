@@ -22,7 +22,7 @@ struct Packed {
   std::vector<char> repeated;          // see Passes
   const T* data = nullptr;             // the numbers; null until they are known
   index elements = 0;
-  std::vector<T> own;                  // they, where they were packed here
+  std::unique_ptr<T[]> own;            // they, where they were packed here
 
   Packed() = default;
   Packed(const Packed&) = delete;      // sides point to blocks

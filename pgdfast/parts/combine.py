@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 
 _ADVICE = (
     "write the loss with .mean() or .sum(), which the tape shows as such, return residuals, or give parts of different numbers "
-    "of rows"
+    "of rows, which tell"
 )
 
 
 class Combination:
     """The scale of every term of the loss in every part: the loss on all rows is sum_b sum_k scales[b][k] L_bk.
 
+    Parts without rows have scales of 0.
+
     shares: of every part one Share per term, or None for a part without rows, whose terms are not known; name: of a part, for
-    messages. settled: of each term the kind that was found out otherwise, or None.
+    messages. settled: of each term the kind that was found out otherwise (probe.py), or None.
+    kinds: of each term "sum", "mean" or "once"; "" where one part alone has rows of it.
     Raises ValueError where the loss on all rows cannot be known from those on the parts.
     """
 
@@ -26,8 +29,10 @@ class Combination:
         self, shares: Sequence, name: Callable[[int], str] = "part {}".format, settled: Sequence[str | None] = ()
     ):
         self._name = name
-        self.scales: list[list[float]] = [[1.0] * len(part or ()) for part in shares]
-        known = [b for b, part in enumerate(shares) if part is not None]
+        known = [b for b, part in enumerate(shares) if any(_has_rows(s) for s in part or ())]
+        known = known or [b for b, part in enumerate(shares) if part]   # a loss of the parameters alone
+        self.scales: list[list[float]] = [[float(b in known)] * len(part or ()) for b, part in enumerate(shares)]
+        self._entries = [sum(s.size for s in part or ()) for part in shares]
         for b in known[1:]:
             first, count = known[0], len(shares[b])
             if count != len(shares[first]):
@@ -35,13 +40,16 @@ class Combination:
                     f"pgdfast.LM: the loss has {_terms(len(shares[first]))} in {name(first)} and {_terms(count)} in {name(b)}; "
                     "the closure must compute the same loss for every part of the rows."
                 )
+        kinds = []
         for k in range(len(shares[known[0]]) if known else 0):
             there = [b for b in known if shares[b][k].size]
+            kind, scales = "", [1.0] * len(there)
             if len(there) > 1:
-                kind = settled[k] if k < len(settled) else None
-                scales = self._term(k, there, [shares[b][k] for b in there], kind)
-                for b, s in zip(there, scales, strict=True):
-                    self.scales[b][k] = s
+                kind, scales = self._term(k, there, [shares[b][k] for b in there], settled[k] if k < len(settled) else None)
+            kinds.append(kind)
+            for b, s in zip(there, scales, strict=True):
+                self.scales[b][k] = s
+        self.kinds = tuple(kinds)
 
     @property
     def uniform(self) -> list[float] | None:
@@ -63,25 +71,25 @@ class Combination:
         pairs = zip(self.scales, values, strict=True)
         return penalty + sum(s * v for part, terms in pairs for s, v in zip(part, terms, strict=True) if s)
 
-    def _term(self, k: int, there: list[int], shares: list, settled: str | None) -> list[float]:
-        """The scales of one term in the parts that have rows of it."""
+    def _term(self, k: int, there: list[int], shares: list, settled: str | None) -> tuple[str, list[float]]:
+        """The kind of a term, and its scales in the parts that have rows of it."""
         kinds = {s.kind for s in shares}
-        what = f"term {k} of the loss" + (f" ({shares[0].operation})" if shares[0].operation else "")
+        what = f"term {k} of the loss" + (f", {shares[0].operation}," if shares[0].operation else "")
         if kinds == {"parameters"}:
-            self._same_factor(k, what, there, shares)
-            return [1.0] + [0.0] * (len(shares) - 1)
-        for b, s in zip(there, shares, strict=True):
+            self._same_factor(what, there, shares)
+            return "once", self._once(there)
+        for s in shares:
             if s.kind == "whole":
                 raise ValueError(
-                    f"pgdfast.LM: {what} is no sum over rows: {s.why}; from parts of the rows its value on all of them cannot "
-                    f"be had. Leave it out, or give all rows at once ({self._name(b)})."
+                    f"pgdfast.LM: {what} on all rows cannot be had from that on parts of them: {s.why}. Give all rows at once, "
+                    "or write a term that is a sum or mean over rows."
                 )
         if "parameters" in kinds:
             raise ValueError(f"pgdfast.LM: {what} is of the parameters alone in some parts and of data in others.")
         values = [s.value for s in shares]
         alike = None not in values and min(values) > 0 and max(values) - min(values) <= 1e-12 * max(values)
         if alike and all(s.fixed for s in shares):
-            return [1.0] + [0.0] * (len(shares) - 1)
+            return "once", self._once(there)
         if all(s.normalised for s in shares):
             raise ValueError(
                 f"pgdfast.LM: the weights of {what} sum to one in every part, so that they may be normalised over the rows of "
@@ -91,27 +99,35 @@ class Combination:
         kind, counts = self._kind(what, there, shares, settled)
         if kind == "mean":
             total = sum(counts)
-            return [c / total for c in counts]
+            return kind, [c / total for c in counts]
         if alike:
             raise ValueError(
-                f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term that "
-                "does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
+                f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term "
+                "that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
             )
-        return [1.0] * len(shares)
+        return kind, [1.0] * len(shares)
+
+    def _once(self, there: list[int]) -> list[float]:
+        """For what counts once: in the largest part."""
+        largest = max(there, key=self._entries.__getitem__)
+        return [float(b == largest) for b in there]
 
     def _kind(self, what: str, there: list[int], shares: list, settled: str | None) -> tuple[str, list[float]]:
         """("sum" or "mean", what each part's mean divides by)."""
-        known = [(b, s) for b, s in zip(there, shares, strict=True) if s.kind != "unknown"]
-        doubtful = [(b, s) for b, s in zip(there, shares, strict=True) if s.kind == "unknown"]
-        if doubtful:
-            b, s = doubtful[0]
-            raise ValueError(
-                f"pgdfast.LM: {what} cannot be combined with that of other parts, as {s.why} ({self._name(b)}); {_ADVICE}."
-            )
-        kinds, rows = {s.kind for _, s in known}, [s.rows for _, s in known]
-        counts, totals = [s.count for _, s in known], [s.count / s.factor if s.factor else 0.0 for _, s in known]
-        sizes = [s.size for _, s in known]
-        if kinds in ({"sum"}, {"mean"}) and _same([s.factor for _, s in known]):
+        kinds, rows = {s.kind for s in shares}, [s.rows for s in shares]
+        for b, s in zip(there, shares, strict=True):
+            if s.kind == "unknown" and settled not in ("sum", "mean"):
+                raise ValueError(f"pgdfast.LM: {what} cannot be combined with that of other parts ({self._name(b)}): {s.why}.")
+        sizes = [float(s.size) for s in shares]
+        if "unknown" in kinds:
+            return settled, sizes
+        counts, totals = [s.count for s in shares], [s.count / s.factor if s.factor else 0.0 for s in shares]
+        several = [s.factor for s in shares if s.rows > 1] or [s.factor for s in shares]
+        sure = kinds - {"likely"} or {"mean"}
+        if settled in ("sum", "mean") and kinds & {"likely", "divided"} and _same(rows):
+            return settled, sizes
+        if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same(several):
+            kinds = sure   # of one row, weights may look like numbers
             (kind,) = kinds
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
@@ -119,29 +135,52 @@ class Combination:
                     "of the rows: it is the same in all parts; let rows be the first dimension."
                 )
             return kind, counts
-        if not _same(rows):
-            if _same(totals):
-                return "sum", counts
-            if _same([t / n for t, n in zip(totals, rows, strict=True)]):
-                return "mean", [float(n) for n in rows]
-        if settled and _same(totals):
-            return settled, [float(n) for n in rows]
+        for measure in (rows, sizes):
+            if not _same(measure):
+                if _same(totals):
+                    return "sum", counts
+                if _same([t / n for t, n in zip(totals, measure, strict=True)]):
+                    return "mean", [float(n) for n in measure]
         if kinds in ({"sum"}, {"mean"}):
-            self._same_factor(0, what, [b for b, _ in known], [s for _, s in known])
-        b, s = next((b, s) for b, s in known if s.kind == "divided" or s.kind != known[0][1].kind)
+            self._same_factor(what, there, shares)
+        pairs = list(zip(there, shares, strict=True))
+        b, s = next((b, s) for b, s in pairs if s.kind not in ("sum", "mean") or s.kind != shares[0].kind)
         raise ValueError(
-            f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number counts "
-            f"rows, or is a constant, cannot be told; {_ADVICE}."
+            f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number "
+            f"counts rows, or is a constant, cannot be told; {_ADVICE}."
         )
 
-    def _same_factor(self, k: int, what: str, there: list[int], shares: list) -> None:
+    def _same_factor(self, what: str, there: list[int], shares: list) -> None:
         first = shares[0]
         for b, s in zip(there, shares, strict=True):
             if not _same([first.factor, s.factor]):
                 raise ValueError(
-                    f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} in "
-                    f"{self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return residuals."
+                    f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} "
+                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return "
+                    "residuals."
                 )
+
+
+def common_penalties(penalties: Sequence[dict | None], name: Callable[[int], str] = "part {}".format) -> dict[int, float]:
+    """The quadratic penalties that all parts have, {parameter number: c}; None for a part that is not asked.
+
+    Raises ValueError where they differ.
+    """
+    asked = [b for b, found in enumerate(penalties) if found is not None]
+    for b in asked[1:]:
+        first, other = penalties[asked[0]], penalties[b]
+        for k in sorted(first.keys() | other.keys()):
+            c, d = first.get(k, 0.0), other.get(k, 0.0)
+            if not _same([c, d]):
+                raise ValueError(
+                    f"pgdfast.LM: the squares of parameter {k} are multiplied by {c / 2:.6g} in {name(asked[0])} and by "
+                    f"{d / 2:.6g} in {name(b)}; a penalty counts once and must be the same for every part of the rows."
+                )
+    return dict(penalties[asked[0]]) if asked else {}
+
+
+def _has_rows(share) -> bool:
+    return share.size > 0 and share.kind != "parameters" and not share.fixed
 
 
 def _terms(count: int) -> str:

@@ -142,11 +142,14 @@ class Tracer:
         To be asked while the tape is alive. residual: (M,), as `trace` gave it, for the values of the shares.
         """
         with torch.no_grad():
-            tape, tensors, edges, form = self._read(result)
-            if form is None:
-                shares = losses.residual_shares(tape, tensors, edges, self.dtype)
-            else:
-                shares, _ = losses.shares_of(tape, form, self.dtype)
+            result, tensors, tape, edges = self._results(result)
+            shares = losses.known_shares(tape, edges)
+            if shares is None:
+                form = self._form(result, tape, edges)
+                if form is None:
+                    shares = losses.residual_shares(tape, tensors, edges, self.dtype)
+                else:
+                    shares = losses.shares_of(tape, edges, form, self.dtype)
             if residual is None:
                 return shares
             return tuple(
@@ -156,7 +159,8 @@ class Tracer:
     def term_values(self, result) -> list[float] | None:
         """The value of each block's term of a closure's result, in float64 and up to constants; None where it cannot be had."""
         with torch.no_grad():
-            tape, tensors, _, form = self._read(result)
+            result, tensors, tape, edges = self._results(result)
+            form = self._form(result, tape, edges)
             if form is None:
                 return [losses.half_squares(r) for r in tensors]
             return losses.term_values(tape, form, float(result) - self.penalty_value(form.penalties))
@@ -165,19 +169,22 @@ class Tracer:
         """Of quadratic penalties: sum c/2 ||theta_k||^2, in float64."""
         return sum(c * losses.half_squares(real_views([self.params[k]])[0]) for k, c in penalties.items())
 
-    def _read(self, result) -> tuple:
-        """(tape, tensors, their edges, form of a scalar loss or None) of a closure's result."""
+    def _results(self, result) -> tuple:
+        """(result, tensors, tape, active edges of the tensors, else None) of a closure's result."""
         if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
             result = self.as_loss(result)
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         tape = self._tape(tensors)
         found = iter(tape.structure.roots)
         edges = [next(found) if t.requires_grad else None for t in tensors]
-        edges = [e if e is not None and tape.active[e[0]] else None for e in edges]
-        form = None
-        if isinstance(result, torch.Tensor) and result.dim() == 0:
-            form = losses.scalar_form(tape, edges[0][0], True, result.detach()) if edges[0] else losses.Form()
-        return tape, tensors, edges, form
+        return result, tensors, tape, tuple([e if e is not None and tape.active[e[0]] else None for e in edges])
+
+    @staticmethod
+    def _form(result, tape: Tape, edges: tuple) -> losses.Form | None:
+        """The form of a scalar loss; None of residuals."""
+        if not isinstance(result, torch.Tensor) or result.dim():
+            return None
+        return losses.scalar_form(tape, edges[0][0], True, result.detach()) if edges[0] else losses.Form()
 
     def _replay(self, result) -> Trace | None:
         """The trace of a tape that the core reads, with what it leaves to Python; None where all is to be looked at anew."""

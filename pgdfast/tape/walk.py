@@ -74,6 +74,7 @@ class Structure:
         self.losses: dict = {}   # filled by losses: by edge, the way in which that term was read
         self.averaged: list[int] = []   # filled by Walker: positions with hooks of DistributedDataParallel
         self.matrices: dict = {}   # filled by losses: by cut, the W of r^T W r with its eigenvectors
+        self.shares: dict = {}   # filled by losses: by results, their Shares, and the saved numbers that these follow from
         self.one_element: str | None = None   # filled by Tracer: is a result of one entry a loss or a residual?
         known = all(kind in RULES or kind in _PLAIN for kind in self.kinds)
         self.tapeless = known and not GRAD_MODE_DEPENDENT_OPS.intersection(self.kinds)

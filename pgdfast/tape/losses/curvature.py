@@ -32,8 +32,10 @@ def accepted(tail: Tail, quadratic: bool, centred: bool):
     has a meaning?
     """
     g = tail.gradient
-    if not g.numel() or g.is_complex() or not bool(torch.isfinite(g).all()):
+    if g.is_complex() or not bool(torch.isfinite(g).all()):
         return None
+    if not g.numel():   # a part without rows
+        return diagonal_block((tail.cut.edge,), g, g)
     h = tail.product(torch.ones_like(g))
     probe = tail.probe()
     answer, expected = tail.product(probe), h * probe

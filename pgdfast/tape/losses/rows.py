@@ -13,9 +13,11 @@ import torch
 from ..rules import RULES
 from ..rules.table import plain, signed
 from .linear import LINEAR, READERS, Walk
+from .names import written
+from .states import State, Unclear, alike, kind_of_all, labels_of
 
 _NOT_ELEMENTWISE = {"TrilBackward0", "TriuBackward0", "GluBackward0"}
-_ALSO_ELEMENTWISE = {"LogaddexpBackward0", "XlogyBackward0", "XlogyBackward1", "XlogyBackward2", "FloorBackward0", "ConjBackward0"}
+_ALSO_ELEMENTWISE = {"LogaddexpBackward0", "XlogyBackward0", "XlogyBackward1", "XlogyBackward2", "ConjBackward0"}
 _SAME = {"AddBackward1", "SubBackward1", "CloneBackward0", "AliasBackward0", "ToCopyBackward0", "NegBackward0"}
 _SUMS = {"SumBackward0", "SumBackward1", "NansumBackward0"}
 _MEANS = {"MeanBackward0", "MeanBackward1"}
@@ -30,86 +32,34 @@ _LOSSES = {
 _PRODUCTS = {"MmBackward0", "BmmBackward0", "MvBackward0", "AddmmBackward0", "DotBackward0", "VdotBackward0"}
 _OVER_A_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
 _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", "StdBackward0"}
-_LARGEST_LABEL = 1021   # labels and their squares are exact in float32
-
-
-class Unclear(Exception):
-    """Why the loss on all rows cannot be told from that on a part. whole: it is known to be no sum over rows."""
-
-    def __init__(self, why: str, whole: bool = False):
-        super().__init__(why)
-        self.whole = whole
-
-
-class State:
-    """A quantity on the tape as a function of a block's outputs.
-
-    moments: (3, *shape), of the labels of the rows in each entry. weights: what stands at each entry times the quantity
-    before all numbers and means. kind, count, factor: as in shares.Share. axis: where there is one row alone, the dimension
-    of rows, None where they were summed, -1 where that is not known. weighted: by tensors that are no masks or counts.
-    """
-
-    __slots__ = ("axis", "count", "factor", "kind", "moments", "passed", "shape", "weighted", "weights")
-
-    def __init__(self, shape, labels: torch.Tensor):
-        self.shape = torch.Size(shape)
-        per_row = labels.reshape(-1, *[1] * (len(shape) - 1)) if len(shape) else labels[0]
-        self.moments = torch.stack([(per_row**k).expand(self.shape) for k in range(3)])
-        self.weights = torch.ones(self.shape, dtype=torch.float64)
-        self.kind, self.count, self.factor, self.axis, self.weighted = "sum", 1.0, 1.0, 0 if len(shape) else None, False
-        self.passed: list[int] = []   # positions that divide by a number of rows
-
-    def like(self, moments: torch.Tensor, weights: torch.Tensor, axis) -> State:
-        """The same normalisation with other entries."""
-        new = object.__new__(State)
-        new.moments, new.weights, new.axis, new.shape = moments, weights, axis, moments.shape[1:]
-        new.kind, new.count, new.factor, new.weighted = self.kind, self.count, self.factor, self.weighted
-        new.passed = self.passed
-        return new
-
-    def total(self) -> torch.Tensor:
-        """(3,), of all entries."""
-        return self.moments.reshape(3, -1).sum(1)
-
-    @property
-    def one_row(self) -> bool:
-        """Does all depend on one and the same row?"""
-        return _single(self.total())
-
-    def single(self) -> bool:
-        """Does every entry depend on one row alone?"""
-        return _single(self.moments)
-
-    def over_all(self) -> bool:
-        """Does every entry depend on all rows alike?"""
-        total, m = self.total().reshape(3, *[1] * len(self.shape)), self.moments
-        gap = (m[1:] * total[0] - total[1:] * m[0]).abs()
-        return bool((gap <= 1e-5 * total[1:] * m[0]).all())
-
-
-def _single(m: torch.Tensor) -> bool:
-    return bool(((m[0] * m[2] - m[1] ** 2).abs() <= 1e-5 * m[0] * m[2]).all())
-
-
-def labels_of(rows: int) -> torch.Tensor:
-    """Numbers of rows that a sum of some cannot hide among."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    return 1.0 + (order % _LARGEST_LABEL).double()
 
 
 class Rows:
-    """Pushes states up a tape. fixed: may the same be said of any tape of this structure with these numbers?"""
+    """Pushes states up a tape.
 
-    def __init__(self, tape, rows: int, entries: int, tolerance: float):
-        self.tape, self.rows, self.entries, self.tolerance = tape, rows, entries, tolerance
-        self.fixed = True
+    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have, along dimension `dim`.
+    tolerance: of numbers, relative. fixed: does the same hold for any tape of this structure with these numbers?
+    """
+
+    def __init__(self, tape, edge, shape, tolerance: float, dim: int = 0):
+        self.tape, self.tolerance, self.fixed = tape, tolerance, True
+        base = shape
+        while edge and len(base) == 1 and tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) in _VIEWS:
+            edge = tape.edges[edge[0]][0]   # the tensor that was flattened
+            base = tape.shape(*edge)
+        base = base or torch.Size([1])
+        self.rows, self.entries = base[dim], shape.numel()
+        self._numbers = [self.rows, self.entries, *shape[:1]]   # what a mean may divide by
+        labels = labels_of(self.rows).reshape(-1, *[1] * (len(base) - 1 - dim)).expand(base)
+        self.start = State(labels.reshape(shape), dim)
+        self._totals: list[float] = []    # weights of a cross-entropy's labels: label smoothing divides by them, too
         self._squared: set[int] = set()   # nodes that square a norm, whose root they take back
 
     # --- along a chain ----------------------------------------------------------------------------------------------------
 
-    def along(self, steps: tuple, edges, state: State) -> State:
+    def along(self, steps: tuple, edges) -> State:
         """The state at the loss. steps: see blocks.Route. Raises: Unclear."""
-        states = dict.fromkeys(edges, state)
+        states = dict.fromkeys(edges, self.start)
         for place in range(len(steps) - 1, -1, -1):
             step = steps[place]
             if step == "coupled":
@@ -140,13 +90,15 @@ class Rows:
                 return self._sum(position, state)
             if kind in ("MulBackward1", "DivBackward1"):
                 number = float(self._field(position, "_saved_other"))
-                return self.number(position, state, number if kind[0] == "M" else 1 / number if number else math.inf, kind[0] == "D")
-            if kind in ("MulBackward0", "DivBackward0") and sum(map(bool, tape.edges[position])) == 1 and (kind[0] == "M" or k == 0):
+                return self._scaled(position, state, number, kind[0] == "D")
+            if kind in ("DotBackward0", "VdotBackward0") and not all(tape.edges[position]):
+                return self._over(self._weighted(position, k, state), None, False, shape)
+            if is_scaling(tape, position):
                 return self._weighted(position, k, state)
             if kind in ("AddBackward0", "SubBackward0", "RsubBackward1"):
                 state = self._broadcast(state, shape)
                 alpha = float(self._field(position, "_saved_alpha")) if (k == 1) != (kind[0] == "R") else 1.0
-                return self.number(position, state, alpha, False)
+                return state if alpha == 1 else self.number(position, state, alpha, False)
             if kind in _SAME:
                 return self._broadcast(state, shape)
             if kind in _VIEWS:
@@ -156,13 +108,16 @@ class Rows:
             if kind == "LinalgVectorNormBackward0" and self._takes_back(position, above):
                 self._squared.add(above)
                 return self._sum(position, state)
-            if kind in LINEAR and kind not in ("DotBackward0", "MulBackward0", "DivBackward0"):
+            if kind in LINEAR and kind not in ("MulBackward0", "DivBackward0"):
                 return self._pushed(position, k, state)
         if not inputs:
             raise Unclear(f"{kind} stands between")
         if kind in ("AddBackward0", "SubBackward0", "StackBackward0", "CatBackward0", "WhereBackward0"):
             return self._joined(position, inputs)
         return self._nonlinear(position, kind, inputs)
+
+    def _written(self, position: int) -> str:
+        return written(self.tape.name(position))
 
     def _field(self, position: int, name: str):
         return getattr(self.tape.nodes[position], name)
@@ -177,46 +132,52 @@ class Rows:
 
     # --- numbers ----------------------------------------------------------------------------------------------------------
 
-    def number(self, position: int, state: State, c: float, divides: bool) -> State:
-        """A quantity times a number, which may be one over a number of rows."""
+    def number(self, position: int, state: State, c: float, divides: bool, multiples: bool = True) -> State:
+        """A quantity times a number, which may be one over a number of rows, or, of a mean, that number.
+
+        multiples: may it be one over a multiple, too?
+        """
         new = state.like(state.moments, state.weights, state.axis)
-        if c == 0 or abs(c) == 1 or not math.isfinite(c):
+        d, kind = 1 / abs(c) if c and math.isfinite(c) else 0.0, None
+        if d and state.kind == "sum":
+            weights = float(state.weights.sum().abs())
+            counted = self._among(d, [weights, weights * self.rows / self.entries])
+            plainly = self._among(d, self._numbers) or (not counted and self._among(d, [float(state.total()[0])]))
+            if (counted and not plainly) or self._among(d, self._totals):
+                kind = "mean"
+            elif plainly and divides and (d > 2.5 or self.rows == 1):
+                kind = "likely"
+            elif plainly or (multiples and d > 1.5 and self._among(d / self.rows, [round(d / self.rows)])):
+                kind = "divided"
+        elif d and not divides and self._among(1 / d, [*self._numbers, state.count]):
+            kind = "divided"
+        if kind is None:
             new.factor *= c
             return new
-        d = 1 / abs(c)
-        weights = float(state.weights.sum().abs())
-        counted = self._is(d, weights) or self._is(d, weights * self.rows / self.entries)
-        plainly = self._is(d, self.rows) or self._is(d, self.entries)
-        exact = plainly or counted or self._is(d, float(state.total()[0]))
-        sure = counted and not plainly
-        multiple = self.rows > 1 and d > 1 and self._is(d / self.rows, round(d / self.rows))
-        back = state.kind != "sum" and abs(c) > 1 and any(self._is(abs(c), n) for n in (self.rows, self.entries, state.count))
-        if back or exact or multiple:
-            mean = exact and state.kind == "sum" and (sure or (divides and d > 2.5))
-            new.kind, new.count = "mean" if mean else "divided", state.count * d
-            new.factor *= math.copysign(1, c)
-            new.passed = [*state.passed, position]
-        else:
-            new.factor *= c
+        new.kind, new.count, new.passed = kind, state.count * d, [*state.passed, position]
+        new.factor *= math.copysign(1, c)
         return new
 
-    def _is(self, a: float, b: float) -> bool:
-        return b > 0 and abs(a - b) <= self.tolerance * b
+    def _scaled(self, position: int, state: State, number: float, divides: bool) -> State:
+        return self.number(position, state, (1 / number if number else math.inf) if divides else number, divides)
+
+    def _among(self, a: float, numbers: list) -> bool:
+        return any(b > 0 and abs(a - b) <= self.tolerance * b for b in numbers)
 
     def _weighted(self, position: int, k: int, state: State) -> State:
         """A quantity times, or over, a constant."""
         divides = self.tape.kind(position)[0] == "D"
         other = self._field(position, "_saved_self" if k == 1 else "_saved_other")
         other = plain(other).detach()
-        state = self._broadcast(state, self.tape.shape(position))
-        if other.numel() > 1:
-            self.fixed = False
-            if bool((other == other.reshape(-1)[0]).all()):
-                other = other.reshape(-1)[0]
-        if other.numel() == 1:
-            c = other.reshape(())
+        state = self._broadcast(state, torch.broadcast_shapes(state.shape, other.shape))
+        uniform = other.numel() > 0 and bool((other == other.reshape(-1)[0]).all())
+        if uniform and (self.rows > 1 or not other.dim()):
+            c = other.reshape(-1)[0]
             c = float(c.real if c.is_complex() else c)
-            return self.number(position, state, (1 / c if c else math.inf) if divides else c, divides)
+            new = self._scaled(position, state, c, divides)
+            if other.numel() == 1 or new.kind != state.kind:
+                return new
+        self.fixed = False
         other = (other.abs() if other.is_complex() else other).double().cpu()
         other = 1 / other if divides else other
         new = state.like(state.moments, state.weights * other, state.axis)
@@ -240,17 +201,15 @@ class Rows:
 
     def _reduction(self, position: int, state: State, new: State) -> str:
         """How a reduction takes rows together: within rows, over all of them, or in "parts"."""
-        if self.rows == 1:
+        if self.rows == 1 or state.one_row:
             if new.axis == -1:
-                raise Unclear(f"this part has one row, for which {self.tape.name(position)} does not tell what it is over")
+                raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
             return "within" if state.axis is None or new.axis is not None else "over"
-        if state.one_row:
-            raise Unclear("it picks one row by its place")
-        if state.over_all() and not state.single():
+        if state.like_all(state.total()) and not state.single():
             return "within"
         if not state.single():
             return "parts"
-        return "within" if new.single() else "over" if new.over_all() else "parts"
+        return "within" if new.single() else "over" if new.like_all(new.total()) else "parts"
 
     def _nll(self, position: int, state: State) -> State:
         dim = min(1, len(state.shape) - 1)
@@ -262,6 +221,7 @@ class Rows:
         if reduction == 1:
             total.kind, total.count = "mean", float(self._field(position, "_saved_total_weight"))
             total.passed = [*state.passed, position]
+            self._totals.append(total.count)
         return total
 
     # --- linear operations ------------------------------------------------------------------------------------------------
@@ -278,7 +238,8 @@ class Rows:
         weights = state.weights.sum(dims, keep) if dims else state.weights
         axis = state.axis
         if axis is not None:
-            axis = None if axis in dims or len(dims) == n else axis if axis == -1 or keep else axis - sum(d < axis for d in dims)
+            below = 0 if axis == -1 or keep else sum(d < axis for d in dims)
+            axis = None if axis in dims or len(dims) == n else axis - below
         return state.like(moments.reshape(3, *shape), weights.reshape(shape), axis)
 
     def _broadcast(self, state: State, shape) -> State:
@@ -307,7 +268,7 @@ class Rows:
             pulled = READERS[tape.kind(position)](Walk(tape, True), position, node, edges, v)
             found = [w for *edge, w in pulled if tuple(edge) == edges[k]]
         if not found or not all(isinstance(w, torch.Tensor) and w.requires_grad for w in found):
-            raise Unclear(f"{tape.name(position)} does not tell what it does with rows")
+            raise Unclear(f"{self._written(position)} does not tell what it does with rows")
         total = sum(found[1:], start=found[0])
 
         def push(x):
@@ -316,10 +277,10 @@ class Rows:
 
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
-        if tape.kind(position).startswith(("Slice", "Select")) and self.rows > 1:
-            before, after = state.total(), new.total()
-            if bool(after[0] > 0) and bool(((after[1:] * before[0] - before[1:] * after[0]).abs() > 1e-5 * before[1:] * after[0]).any()):
-                raise Unclear("it picks rows by their place")
+        if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
+            raise Unclear(
+                "it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask"
+            )
         return new
 
     def _moved(self, position: int, state: State):
@@ -344,19 +305,16 @@ class Rows:
     def _joined(self, position: int, inputs: dict) -> State:
         """A sum, or a choice, of several quantities."""
         parts = list(inputs.values())
-        first = parts[0]
-        if any((s.kind, s.count) != (first.kind, first.count) for s in parts):
-            raise Unclear("it adds up a sum and a mean, or means over different numbers, of one quantity")
-        if self.tape.kind(position)[0] in "AS" and self.tape.kind(position)[1] in "du":   # Add, Sub
-            pushed = [self._broadcast(s, self.tape.shape(position)) for s in parts]
-        elif self.tape.kind(position)[0] == "W":
-            self.fixed = False
-            pushed = [self._broadcast(s, self.tape.shape(position)) for s in parts]
+        name, shape = self.tape.kind(position), self.tape.shape(position)
+        kind = kind_of_all(parts)
+        if name in ("AddBackward0", "SubBackward0", "WhereBackward0"):
+            self.fixed &= name != "WhereBackward0"
+            pushed = [self._broadcast(s, shape) for s in parts]
         else:
             pushed = [self._pushed(position, k, s) for k, s in inputs.items()]
         new = pushed[0].like(sum(s.moments for s in pushed), sum(s.weights for s in pushed), pushed[0].axis)
         factors = {s.factor for s in parts}
-        new.factor, new.weighted = sum(factors), any(s.weighted for s in parts)
+        new.kind, new.factor, new.weighted = kind, sum(factors), any(s.weighted for s in parts)
         new.passed = [p for s in parts for p in s.passed]
         return new
 
@@ -384,12 +342,8 @@ class Rows:
         if kind == "DistBackward0":
             state = self._flat(position, inputs, torch.broadcast_shapes(*[s.shape for s in inputs.values()]))
             return self._group(position, state, None, False, shape)
-        found = RULES.get(kind)
-        elementwise = kind in _ALSO_ELEMENTWISE or (
-            found is not None and found.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
-        )
-        if not elementwise:
-            raise Unclear(f"{self.tape.name(position)} does not tell what it does with rows")
+        if not is_elementwise(kind):
+            raise Unclear(f"{self._written(position)} does not tell what it does with rows")
         return self._flat(position, inputs, shape)
 
     def _broadcast_back(self, state: State, shape) -> State:
@@ -400,14 +354,14 @@ class Rows:
         for state in inputs.values():
             if state.axis is None if self.rows == 1 else not state.single():
                 raise Unclear(
-                    f"{self.tape.name(position)} is applied to what was summed over rows, so that it is no sum over rows", True
+                    f"{self._written(position)} is applied to a sum over rows", True
                 )
             if self.rows == 1 and state.axis == -1:
-                raise Unclear(f"this part has one row, for which {self.tape.name(position)} does not tell what it is applied to")
+                raise Unclear(f"of one row {self._written(position)} does not tell what it is applied to")
         pushed = [self._broadcast(s, shape) for s in inputs.values()]
         new = pushed[0].like(sum(s.moments for s in pushed), torch.ones(shape, dtype=torch.float64), pushed[0].axis)
         if not (new.single() or self.rows == 1):
-            raise Unclear(f"{self.tape.name(position)} takes different rows together", True)
+            raise Unclear(f"{self._written(position)} takes different rows together", True)
         new.kind, new.count, new.factor = "sum", 1.0, math.prod(s.factor / s.count for s in pushed)
         return new
 
@@ -419,7 +373,7 @@ class Rows:
             shape = [1 if d in dims else size for d, size in enumerate(state.shape)]
         new = self._over(state, dims, keep, shape)
         if (self.rows == 1 and new.axis is None and state.axis is not None) or not new.single():
-            raise Unclear(f"{self.tape.name(position)} takes all rows together, and is no sum over rows", True)
+            raise Unclear(f"{self._written(position)} takes all rows together", True)
         new.weights = torch.ones(new.shape, dtype=torch.float64)
         return new
 
@@ -429,15 +383,15 @@ class Rows:
         used = {k: s for k, s in inputs.items() if not (kind == "AddmmBackward0" and k == 0)}
         for state in used.values():
             if not (self.rows == 1 or state.single()):
-                raise Unclear(f"{self.tape.name(position)} is applied to what was summed over rows", True)
+                raise Unclear(f"{self._written(position)} is applied to a sum over rows", True)
         if shape.numel() == 1:   # r^T r
             state = next(iter(used.values()))
             new = state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
             if len(used) == 1 and sum(map(bool, edges)) == 1:
-                raise Unclear(f"{self.tape.name(position)} does not tell what it does with rows")
+                raise Unclear(f"{self._written(position)} does not tell what it does with rows")
             return new
         if self.rows == 1:
-            raise Unclear(f"this part has one row, for which {self.tape.name(position)} does not tell what it is over")
+            raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
         moments = 0.0
         for k, state in used.items():
             first = k == (1 if kind == "AddmmBackward0" else 0)
@@ -449,8 +403,38 @@ class Rows:
         first = next(iter(used.values()))
         new = first.like(moments, torch.ones(shape, dtype=torch.float64), -1)
         if not new.single():
-            raise Unclear(f"{self.tape.name(position)} takes different rows together", True)
+            raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
+
+
+def transposed(tape, edge) -> int:
+    """The dimension that outputs have for the first one of what they were transposed from; 0 where they were not."""
+    while tape.leaf[edge[0]] < 0:
+        kind, node, inputs = tape.kind(edge[0]), tape.nodes[edge[0]], [e for e in tape.edges[edge[0]] if e]
+        if kind == "TBackward0":
+            return len(tape.shape(*edge)) - 1
+        if kind == "PermuteBackward0":
+            return [signed(d) % len(tape.shape(*edge)) for d in node._saved_dims].index(0)
+        if kind == "TransposeBackward0":
+            pair = [signed(d) % len(tape.shape(*edge)) for d in (node._saved_dim0, node._saved_dim1)]
+            return max(pair) if 0 in pair else 0
+        if len(inputs) != 1 or not is_elementwise(kind) or tape.shape(*inputs[0]) != tape.shape(*edge):
+            return 0
+        edge = inputs[0]
+    return 0
+
+
+def is_elementwise(kind: str) -> bool:
+    """Whether each entry of what a node puts out depends on one entry of each input."""
+    rule = RULES.get(kind)
+    known = rule is not None and rule.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
+    return known or kind in _ALSO_ELEMENTWISE
+
+
+def is_scaling(tape, position: int) -> bool:
+    """Whether a node is a product with, or a quotient by, a constant."""
+    kind, edges = tape.kind(position), tape.edges[position]
+    return kind in ("MulBackward0", "DivBackward0") and not all(edges) and bool(kind[0] == "M" or edges[0])
 
 
 def _saved(node):

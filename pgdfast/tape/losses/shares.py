@@ -6,22 +6,27 @@ A term is S / D times constants: S a sum over rows, D what a mean divides by, 1 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..rules import RULES
 from ..rules.table import plain
 from ..walk import Tape
-from .blocks import Form, Route, unrolled
-from .rows import Rows, State, Unclear, labels_of
+from .blocks import COUPLED, Form, Route, unrolled
+from .names import written
+from .rows import Rows, is_elementwise, is_scaling, transposed
+from .states import State, Unclear, kind_of_all
 
-_UNARY = {
+_PICKING = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "TBackward0", "TransposeBackward0",
-    "PermuteBackward0", "SelectBackward0", "SliceBackward0", "DiagonalBackward0", "TrilBackward0", "TriuBackward0",
+    "PermuteBackward0", "SelectBackward0", "SliceBackward0", "NegBackward0", *(f"SqueezeBackward{k}" for k in range(6)),
+}
+_UNARY = _PICKING | {
+    "DiagonalBackward0", "TrilBackward0", "TriuBackward0",
     "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "LinalgVectorNormBackward0", "TraceBackward0",
     "AccumulateGrad", "VarBackward0", "StdBackward0", "ProdBackward0", "LogsumexpBackward0", "SoftmaxBackward0",
-    "LogSoftmaxBackward0", "ViewAsRealBackward0", *(f"SqueezeBackward{k}" for k in range(6)),
+    "LogSoftmaxBackward0", "ViewAsRealBackward0",
 }
 _SEVERAL = {
     "MmBackward0", "BmmBackward0", "MvBackward0", "DotBackward0", "StackBackward0", "CatBackward0", "AddmmBackward0",
@@ -33,12 +38,18 @@ _OFFSETS = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "Whe
 class Share:
     """What one part's tape tells of one term of the loss.
 
-    size: entries of the block's residual; 0: the part has no rows of it. rows: of its outputs z, their first dimension.
-    kind: "sum", "mean", "parameters" (of the parameters alone: it counts once), "divided" (by a number that may count rows or
-    may not), "whole" (no sum over rows), "unknown". count: D, also of "divided". factor: product of all other numbers on the
-    way, the same in all parts. why: of "whole" and "unknown". guess: what an "unknown" would be, "" where there is no guess.
-    fixed: might the term be the same in every part, a constant that parameters are drawn to? normalised: do the term's
-    weights sum to 1, or to its count? operation: that the term ends with. value: 1/2 ||r||^2, None where it was not asked for.
+    Args:
+        size: entries of the block's residual; 0: the part has no rows of it.
+        rows: of its outputs z, their first dimension.
+        kind: "sum"; "mean"; "likely" (divided by a number that is that of the rows); "divided" (by one that may count rows or
+            may not); "parameters" (of the parameters alone: counts once); "whole" (no sum over rows); "unknown".
+        count: D, 1 for a sum.
+        factor: product of all other numbers on the way, the same in all parts.
+        why: of "whole" and "unknown".
+        fixed: may it be one term that does not belong to the parts, parameters drawn to constants?
+        normalised: do the weights of its entries sum to 1, or to their number?
+        operation: that it ends with.
+        value: 1/2 ||r||^2, None where it was not asked for.
     """
 
     size: int
@@ -57,12 +68,41 @@ class Share:
         return replace(self, value=0.5 * float(residual.double().square().sum()))
 
 
-def shares_of(tape: Tape, form: Form, dtype: torch.dtype) -> tuple[tuple[Share, ...], bool]:
-    """The shares of a scalar loss's blocks, and whether they are the same for each tape of this structure and these numbers."""
+def known_shares(tape: Tape, key: tuple) -> tuple[Share, ...] | None:
+    """The shares of an earlier tape, of the same structure and with the same numbers; key: the edges of the results."""
+    known = tape.structure.shares.get(key)
+    if known is None:
+        return None
+    shares, ways, numbers = known
+    same = ways == tape.structure.losses and all(
+        _number_at(tape.nodes[position], name) == value for position, name, value in numbers
+    )
+    return shares if same else None
+
+
+def _remember(tape: Tape, key: tuple, shares: tuple, seen: set[int]) -> None:
+    numbers = [
+        (position, name, _number_at(tape.nodes[position], name))
+        for position in sorted(seen) if tape.leaf[position] < 0
+        for name in dir(tape.nodes[position]) if name.startswith("_saved_")
+    ]
+    tape.structure.shares[key] = shares, dict(tape.structure.losses), numbers
+
+
+def _number_at(node, name: str):
+    """A saved number, or the shape of a saved tensor."""
+    value = getattr(node, name)
+    if not isinstance(value, torch.Tensor):
+        return [t.shape if isinstance(t, torch.Tensor) else t for t in value] if isinstance(value, (tuple, list)) else value
+    return (value.item(),) if value.dim() == 0 else value.shape
+
+
+def shares_of(tape: Tape, key: tuple, form: Form, dtype: torch.dtype) -> tuple[Share, ...]:
+    """The shares of a scalar loss's blocks."""
     tolerance = 1e-11 if dtype == torch.float64 else 2e-6
-    found, passed, fixed = [], set(), True
+    found, passed, fixed, seen = [], set(), not form.entries, set(form.consumed)
     for block, route in zip(form.blocks, form.routes, strict=True):
-        share, positions, same = _share(tape, block, route, tolerance)
+        share, positions, same = _share(tape, block, route, tolerance, seen)
         found.append(share)
         passed |= positions
         fixed &= same
@@ -71,84 +111,116 @@ def shares_of(tape: Tape, form: Form, dtype: torch.dtype) -> tuple[tuple[Share, 
         steps for share, route in zip(found, form.routes, strict=True) if share.kind == "parameters"
         for chain in route.chains for steps in unrolled(chain)
     ]
-    if passed & {step for steps in beside for step in steps if isinstance(step, int)}:
-        why = "what counts its rows also divides a penalty of the parameters; divide the data's part of the loss alone"
+    steps = {step for steps in beside for step in steps if isinstance(step, int)}
+    if passed & steps or any(_divisor(tape, step) in (s.rows, s.size) for step in steps for s in found if s.rows > 1):
+        why = "what counts its rows may also divide a penalty of the parameters; divide what depends on rows alone"
         found = [
-            replace(s, kind="unknown", why=why) if s.kind in ("mean", "divided") else s for s in found
+            replace(s, kind="unknown", why=why) if s.kind in ("mean", "likely", "divided") else s for s in found
         ]
-    return tuple(found), fixed
+    shares = tuple(found)
+    if fixed:
+        _remember(tape, key, shares, seen)
+    return shares
 
 
-def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: list, dtype: torch.dtype) -> tuple[Share, ...]:
+def _divisor(tape: Tape, position: int) -> float:
+    """What a node divides by, 0 where it divides by no number."""
+    kind = tape.kind(position)
+    if kind == "DivBackward1" or (kind == "DivBackward0" and is_scaling(tape, position)):
+        other = tape.nodes[position]._saved_other
+        return float(other) if not isinstance(other, torch.Tensor) or other.numel() == 1 else 0.0
+    return 0.0
+
+
+def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dtype: torch.dtype) -> tuple[Share, ...]:
     """The shares of residual tensors, whose squares are summed."""
     tolerance = 1e-11 if dtype == torch.float64 else 2e-6
-    found = []
+    found, seen = [], set()
     for r, edge in zip(residuals, edges, strict=True):
-        rows, below = r.shape[0], closed(tape, (edge,)) if edge else ""
-        share = Share(r.numel(), rows, "parameters" if below == "parameters" else "sum", fixed=below == "offsets", operation="residuals")
-        if edge and r.numel() and share.kind == "sum":
-            state = _inner(tape, (edge,), Rows(tape, rows, r.numel(), tolerance), State(r.shape, labels_of(rows)))
-            share = replace(share, kind=state.kind, count=state.count, factor=state.factor)
+        below = closed(tape, (edge,), seen) if edge else ""
+        share = Share(r.numel(), r.shape[0], "sum", fixed=below == "offsets", operation="residuals")
+        if below == "parameters":
+            share = replace(share, kind="parameters")
+        elif edge and r.numel():
+            reader = Rows(tape, edge, r.shape, tolerance)
+            state = _inner(tape, (edge,), reader, reader.start, seen)
+            share = replace(share, rows=reader.rows, kind=state.kind, count=state.count, factor=state.factor)
         found.append(share)
-    return tuple(found)
+    shares = tuple(found)
+    _remember(tape, edges, shares, seen)
+    return shares
 
 
-def _share(tape: Tape, block, route: Route, tolerance: float) -> tuple[Share, set[int], bool]:
+def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) -> tuple[Share, set[int], bool]:
+    """(share, nodes that divide by numbers of rows, does it follow from numbers alone); seen: nodes that were looked at."""
     shape = tape.shape(*block.edges[0]) if len(block.edges) == 1 or block.handles else block.residual.shape
-    size, rows = block.residual.numel(), shape[0] if len(shape) else 1
     ways = [steps for chain in route.chains for steps in unrolled(chain)]
-    operation = next((tape.name(step if isinstance(step, int) else max(step)) for step in reversed(ways[0]) if step != "coupled"), "")
-    share = Share(size, rows, "sum", operation=operation)
-    if not size:
+    named = [step if isinstance(step, int) else max(step) for step in ways[0] if step != COUPLED]
+    share = Share(block.residual.numel(), 0, "sum", operation=written(tape.name(named[-1])) if named else "")
+    if not share.size:
         return share, set(), True
-    below = closed(tape, block.edges)
-    coupled = any("coupled" in steps for steps in ways)
+    below = closed(tape, block.edges, seen)
+    coupled = any(COUPLED in steps for steps in ways)
     if below == "parameters" and not coupled:
         return replace(share, kind="parameters"), set(), True
-    share = replace(share, fixed=below == "offsets")
-    reader = Rows(tape, rows, shape.numel(), tolerance)
+    reader = Rows(tape, block.edges[0], shape, tolerance)
+    share = replace(share, rows=reader.rows, fixed=below == "offsets")
     try:
         if not len(shape) and not coupled:
-            raise Unclear("it is a function of one number, which all rows of a part share", True)
-        start = State(shape, labels_of(rows))
-        states = [_inner(tape, block.edges, reader, reader.along(steps, block.edges, start), block.squares) for steps in ways]
+            raise Unclear("it is a function of one number, to which all rows of a part contribute", True)
+        states = [
+            _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
+        ]
+        kind = kind_of_all(states)
+        dim = transposed(tape, block.edges[0]) if len(shape) > 1 else 0
+        if dim:
+            other = Rows(tape, block.edges[0], shape, tolerance, dim)
+            for steps, state in zip(ways, states, strict=True):
+                turned = other.along(steps, block.edges)
+                if (turned.kind, turned.count, turned.factor) != (state.kind, state.count, state.factor):
+                    raise Unclear("its outputs are transposed, so that their first dimension may not be that of rows")
     except Unclear as error:
         return replace(share, kind="whole" if error.whole else "unknown", why=str(error)), set(), reader.fixed
     first = states[0]
-    if any((s.kind, s.count) != (first.kind, first.count) for s in states):
-        why = "it adds up a sum and a mean, or means over different numbers, of one quantity"
-        return replace(share, kind="unknown", why=why), set(), reader.fixed
     weights, entries = float(first.weights.sum()), float(first.moments.reshape(3, -1)[0].sum())
-    near = [1.0, shape.numel() / rows] if first.kind == "sum" else [entries]
+    near = [1.0, shape.numel() / reader.rows] if first.kind == "sum" else [entries]
     normalised = first.weighted and any(abs(weights - n) <= tolerance * n for n in near)
     share = replace(
-        share, kind=first.kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
+        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
     )
     return share, {p for s in states for p in s.passed}, reader.fixed
 
 
-def _inner(tape: Tape, edges, reader: Rows, state: State, squares: bool = True) -> State:
+def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], squares: bool = True) -> State:
     """Numbers that multiply the outputs of squares themselves."""
     if not squares or len(edges) > 1:
         return state
-    (position, _), c = edges[0], 1.0
+    (position, _), c, divides = edges[0], 1.0, False
     while tape.leaf[position] < 0:
+        seen.add(position)
         kind, node, inputs = tape.kind(position), tape.nodes[position], tape.edges[position]
         if kind in ("MulBackward1", "DivBackward1"):
             number = float(node._saved_other)
-            c = c * number if kind[0] == "M" else c / number if number else c
-        elif kind in ("MulBackward0", "DivBackward0") and sum(map(bool, inputs)) == 1 and (kind[0] == "M" or inputs[0]):
+        elif is_scaling(tape, position):
             other = plain(node._saved_other if inputs[0] else node._saved_self).detach()
             if other.numel() != 1 or other.is_complex():
                 break
-            c = c * float(other) if kind[0] == "M" else c / float(other) if float(other) else c
-        elif kind not in _UNARY - {"AccumulateGrad"} or kind[:3] in ("Sum", "Mea", "Lin", "Var", "Std", "Pro", "Log", "Sof", "Tra"):
+            number = float(other)
+        elif kind in _PICKING:
+            number = 1.0
+        else:
             break
+        divides |= kind[0] == "D"
+        c *= number if kind[0] == "M" else 1 / number if number else math.inf
         position = next(e for e in inputs if e)[0]
-    return reader.number(position, state, c * c, False)
+    if c == 1 and not divides:
+        return state
+    state = reader.number(position, state, c * c, divides, multiples=False)
+    state.kind = "divided" if state.kind == "likely" else state.kind
+    return state
 
 
-def closed(tape: Tape, edges) -> str:
+def closed(tape: Tape, edges, seen: set[int]) -> str:
     """Are quantities functions of parameters alone? "parameters"; "offsets" where constants are added or multiplied; or ""."""
     stack, met, found = [e[0] for e in edges if e], set(), "parameters"
     while stack:
@@ -156,6 +228,7 @@ def closed(tape: Tape, edges) -> str:
         if position in met:
             continue
         met.add(position)
+        seen.add(position)
         if tape.leaf[position] >= 0:
             continue
         kind, inputs = tape.kind(position), tape.edges[position]
@@ -170,12 +243,7 @@ def closed(tape: Tape, edges) -> str:
                 if below != tape.shape(position):   # a parameter that was repeated for every row
                     return ""
                 found = "offsets"
-        elif not (kind in _SEVERAL or _elementwise(kind)) or not all(inputs):
+        elif not (kind in _SEVERAL or is_elementwise(kind)) or not all(inputs):
             return ""
         stack += [e[0] for e in inputs if e]
     return found
-
-
-def _elementwise(kind: str) -> bool:
-    rule = RULES.get(kind)
-    return rule is not None and rule.apply.__module__.endswith(".elementwise")

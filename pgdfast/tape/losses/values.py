@@ -62,13 +62,13 @@ def _value(tape: Tape, block, route: Route) -> float | None:
 
 
 def _squares(tape: Tape, above: int, position: int) -> bool:
-    """Does a node square what another puts out?"""
+    """Whether a node squares what another puts out."""
     users = [e for e in tape.edges[above] if e is not None and e[0] == position]
     return bool(users) and (tape.kind(above) == "PowBackward0" or len(users) == 2)
 
 
 def _product(weight: torch.Tensor, result) -> float:
-    """Sum weight * result; what has no weight may be infinite."""
+    """The sum of weight * result; what has no weight may be infinite."""
     result = plain(result).detach().double()
     weight = weight.detach().to(result).expand_as(result)
     return float(torch.where(weight == 0, 0.0, weight * result).sum())
@@ -83,7 +83,8 @@ def _huber(node, reduction: str):
 
 
 def _smooth_l1(node, reduction: str):
-    return F.smooth_l1_loss(_double(node._saved_self), _double(node._saved_target), reduction=reduction, beta=float(node._saved_beta))
+    z, target = _double(node._saved_self), _double(node._saved_target)
+    return F.smooth_l1_loss(z, target, reduction=reduction, beta=float(node._saved_beta))
 
 
 def _binary_cross_entropy(node, reduction: str):

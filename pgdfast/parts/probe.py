@@ -1,0 +1,214 @@
+"""Is a closure's loss on a batch what its losses on two parts of it combine to? Asked once, by running it on both.
+
+Rows that depend on each other, as by batch norm or differences of neighbours, make it something else. And where the tape
+cannot tell whether a number counts rows, parts of different sizes can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..linear.adjoint import tolerance_of
+from ..tape import Tracer
+from .combine import Combination, common_penalties
+
+_OPEN = ("likely", "divided", "unknown")   # kinds that sizes may decide
+_MOST_OPEN = 4
+
+
+class Probed(NamedTuple):
+    """What came out.
+
+    disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum" or "mean" where
+    the tape alone does not tell, else None; for Combination. () where nothing was compared.
+    """
+
+    disagreement: str
+    settled: tuple = ()
+
+
+class _Read(NamedTuple):
+    loss: float
+    shares: tuple
+    values: list | None
+    penalty: float
+    penalties: dict
+
+
+def probe(closure: Callable, batch, tracer: Tracer) -> Probed:
+    """Compare the loss on a batch with what the losses on its first two fifths and on the rest combine to.
+
+    Nothing is compared where the batch holds no tensors of at least two rows, the closure draws random numbers, fails on a
+    part, or has terms whose values cannot be had. Where tensors of the batch differ in length, losses that disagree tell
+    nothing. Cost: the closure on the batch and on both parts.
+    """
+    for cut, telling in _cuts(batch):
+        found = _compared(closure, batch, [cut(batch, 0), cut(batch, 1)], tracer)
+        if found is None:
+            return Probed("")
+        if found.settled or telling:
+            return found
+    return Probed("")
+
+
+def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed | None:
+    """What a comparison tells; None where the closure draws random numbers."""
+    before = _generators()
+    read = []
+    for part in parts:
+        try:
+            with torch.enable_grad():
+                result = closure(part)
+            if not _same_generators(before):
+                _restore(before)
+                return None
+            read.append(_read(result, Tracer(tracer.params)))
+        except Exception:   # noqa: BLE001 - no closure for any number of rows; on the batch itself it will say so
+            _restore(before)
+            return Probed("")
+    with torch.enable_grad():
+        result = closure(batch)
+    if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
+        result = tracer.as_loss(result)
+    trace = tracer.trace(result)
+    whole = _read(result, tracer, trace)
+    name = ("the first rows of a batch", "its other rows", "the batch").__getitem__
+    totals, refused = {}, None
+    try:
+        common_penalties([part.penalties for part in (*read, whole)], name)
+    except ValueError as error:
+        return Probed(str(error))
+    for settled in _suppositions(read):
+        try:
+            combination = Combination([part.shares for part in read], name, settled)
+        except ValueError as error:
+            refused = refused or str(error)
+            continue
+        totals[combination.kinds] = _total(combination, read, whole)
+    if not totals:
+        return Probed(refused or "")
+    if None in totals.values():
+        return Probed("")
+    tolerance = tolerance_of(trace)
+    agreeing = [kinds for kinds, (total, loss, size) in totals.items() if abs(total - loss) <= tolerance * size]
+    if len(agreeing) == 1:
+        return Probed("", agreeing[0])
+    total, loss, _ = next(iter(totals.values()))
+    if agreeing:
+        return Probed("")
+    return Probed(
+        f"pgdfast.LM: the closure's loss on a batch, {loss:.9g}, is not what its losses on two parts of it combine to, "
+        f"{total:.9g}; either rows depend on each other (batch norm, differences of neighbours, a quantity that is taken over "
+        "the batch), or their number enters in a way that the tape does not show. Let each row count by itself, and write "
+        "means with .mean()."
+    )
+
+
+def _suppositions(read: list[_Read]):
+    """What terms may be of which the tape does not tell."""
+    terms = list(zip(*(part.shares for part in read), strict=False))
+    doubtful = [k for k, shares in enumerate(terms) if any(s.kind in _OPEN for s in shares)]
+    for kinds in itertools.product(("mean", "sum"), repeat=min(len(doubtful), _MOST_OPEN)):
+        settled = dict(zip(doubtful, kinds, strict=False))
+        yield tuple([settled.get(k) for k in range(len(terms))])
+
+
+def _read(result, tracer: Tracer, trace=None) -> _Read:
+    if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
+        result = tracer.as_loss(result)
+    trace = tracer.trace(result) if trace is None else trace
+    if not math.isfinite(trace.value):
+        raise ValueError("the loss is not finite")
+    shares = tracer.shares(result, trace.residual)
+    values = tracer.term_values(result)
+    return _Read(trace.value, shares, values, tracer.penalty_value(trace.penalties), trace.penalties)
+
+
+def _total(combination: Combination, read: list[_Read], whole: _Read) -> tuple[float, float, float] | None:
+    """(combined loss, loss on the batch, sum of sizes of what was added), or None."""
+    values = [part.values for part in read]
+    if None not in values and whole.values is not None:
+        total = combination.total_of_terms(values, whole.penalty)
+        size = sum(abs(s * v) for scales, terms in zip(combination.scales, values, strict=True)
+                   for s, v in zip(scales, terms, strict=True))
+        loss = sum(whole.values) + whole.penalty
+    elif combination.uniform is not None:
+        total = combination.total([p.loss for p in read], [p.penalty for p in read], whole.penalty)
+        size = sum(abs(s * p.loss) for s, p in zip(combination.uniform, read, strict=True))
+        loss = whole.loss
+    else:
+        return None
+    return total, loss, size + abs(loss)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------
+
+
+def _cuts(batch) -> list[tuple[Callable, bool]]:
+    """Ways to cut a batch in two, and whether a disagreement tells anything."""
+    lengths = [t.shape[0] for t in _tensors(batch) if t.dim()]
+    if not lengths or max(lengths) < 2:
+        return []
+
+    def cut(keeps):
+        def part(tree, which: int):
+            def piece(t):
+                if not t.dim() or not keeps(t.shape[0]):
+                    return t
+                first = max(1, 2 * t.shape[0] // 5)
+                return t[first:] if which else t[:first]
+
+            return _mapped(piece, tree)
+
+        return part
+
+    if len(set(lengths)) == 1:
+        return [(cut(lambda n: True), True)]
+    return [(cut(lambda n: n > 1), False), (cut(lambda n: n == lengths[0]), False)]
+
+
+def _tensors(tree):
+    found = []
+    _mapped(lambda t: found.append(t) or t, tree)
+    return found
+
+
+def _mapped(function: Callable, tree):
+    """A batch with its tensors replaced; in lists, tuples, dicts and dataclasses."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*[_mapped(function, t) for t in tree])
+    if type(tree) in (list, tuple):
+        return type(tree)(_mapped(function, t) for t in tree)
+    if isinstance(tree, dict):
+        return type(tree)({key: _mapped(function, t) for key, t in tree.items()}) if type(tree) is dict else tree
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {f.name: _mapped(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
+        return dataclasses.replace(tree, **fields)
+    return tree
+
+
+# --- generators -----------------------------------------------------------------------------------------------------------
+
+
+def _generators() -> list:
+    states = [torch.get_rng_state()]
+    return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
+
+
+def _same_generators(before: list) -> bool:
+    now = _generators()
+    return len(now) == len(before) and all(map(torch.equal, before, now))
+
+
+def _restore(before: list) -> None:
+    torch.set_rng_state(before[0])
+    if len(before) > 1:
+        torch.cuda.set_rng_state_all(before[1:])
