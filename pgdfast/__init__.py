@@ -12,7 +12,7 @@ from .hybrid import Hybrid
 from .kernels import backends
 from .linear import Linearization
 from .lm import LM
-from .parts import linearize
+from .parts import Parts, Ranks, linearize
 from .report import EnsembleReport, Report
 from .solve import CG, Nystrom, Solution, Solutions, solve
 from .spectra import Spectrum, SpectrumHistory, kernel_alignment, kernel_drift, ntk_spectrum
@@ -37,9 +37,9 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Auto", "Balance", "Chord", "Constant", "DampingRule", "Delayed",
-    "GainRatio", "Geodesic", "LineSearch", "Longest", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid",
-    "KernelDrift", "Linearization",
-    "Nystrom", "Plateau", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
-    "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
+    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Auto", "Balance", "CapturedStep", "Chord", "Constant",
+    "DampingRule", "Delayed", "Ensemble", "EnsembleReport", "GainRatio", "Geodesic", "Hybrid", "KernelDrift",
+    "LineSearch", "Linearization", "Longest", "Nystrom", "Parts", "Plateau", "Ranks", "Report", "Solution", "Solutions",
+    "Spectrum", "SpectrumHistory", "Sweep", "backends", "build_info", "functional_ensemble", "kernel_alignment",
+    "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

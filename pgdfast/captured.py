@@ -232,6 +232,7 @@ def _check(optimizer) -> None:
     options = optimizer._options
     refused = {
         "an ensemble": optimizer.ensemble is not None,
+        "process_group": optimizer._in_group,
         "a line_search": options.search is not None,
         "acceleration": options.acceleration is not None and not options.rule.learns,
         "momentum": bool(options.momentum),

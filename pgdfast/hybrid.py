@@ -208,6 +208,11 @@ def _check(lm, first_order) -> None:
             f"pgdfast.Hybrid: lm trains an ensemble of {lm.ensemble}, whose members would switch apart; build one Hybrid per "
             "network, or an LM without ensemble."
         )
+    if lm._in_group:
+        raise ValueError(
+            "pgdfast.Hybrid: lm steps in a process group, and first_order would step in every process by its own rows; take "
+            "LM's steps first, then those of first_order on a DistributedDataParallel model, which averages gradients."
+        )
     if lm._options.balance is not None:
         raise ValueError(
             "pgdfast.Hybrid: lm weights the terms of the loss (balance), and first_order would minimize them unweighted; use "

@@ -14,7 +14,7 @@ from torch.optim import optimizer
 
 from .backend import backend as choose_backend
 from .linear import as_operations, check_stacked, checked_check
-from .parts import Batched, chosen_group, on_all_rows
+from .parts import Batched, chosen_group, on_all_rows, refuse_distributed
 from .report import EnsembleReport, Report
 from .solve import CG, SOLVERS
 from .step import (
@@ -146,6 +146,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     """
 
     returned_loss = False   # did the closure of the last step return the loss, in one number?
+    _in_group = False
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
     report: R
 
@@ -188,9 +189,15 @@ class LM(torch.optim.Optimizer, Generic[R]):
         self._tools = StepTools(choose_backend(backend, checked_check(check, "LM"), group, _checked_memory(memory)))
         self._in_group = process_group is not None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        refuse_distributed([p for each in self.param_groups for p in each["params"]])
         if self._in_group:
             self._check_parts(ensemble, "a process group")
             group.check([p for each in self.param_groups for p in each["params"]])
+            told = (
+                lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, rcond, momentum, norm_constraint, ftol,
+                xtol, gtol,
+            )
+            group.agree("options", [value for value in told if isinstance(value, (int, float, str))])
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
         self._damping: Any = _GIVEN if damping is None and not self._options.rule.tries else damping

@@ -15,12 +15,12 @@ class Checkpoint:
     """The checkpoint of one task in one folder.
 
     settings: plain values that decide what is computed; a file made with others is refused. interval: seconds between
-    two writes at most. Every write goes to a new file that then takes the old one's place, so that a reader, or the
-    next run, never sees half of one.
+    two writes at most. writes: False in processes that leave that to another. Every write goes to a new file that then
+    takes the old one's place, so that a reader, or the next run, never sees half of one.
     """
 
-    def __init__(self, path, settings, interval=30.0):
-        self.path, self.settings, self.interval = path, settings, interval
+    def __init__(self, path, settings, interval=30.0, writes=True):
+        self.path, self.settings, self.interval, self._writes = path, settings, interval, writes
         self.runs, self.current = [], {}   # current: states of runs under way, by key
         self._written = time.monotonic()
 
@@ -77,6 +77,9 @@ class Checkpoint:
         Raises WriteError if that fails, a full disk for one; the file of the last write is then as it was.
         """
         self.note(states)
+        if not self._writes:
+            self._written = time.monotonic()
+            return
         values = {
             "settings": self.settings, "runs": [_values(run) for run in self.runs], "current": list(self.current.values()),
         }

@@ -61,7 +61,7 @@ def _run(argv):
     from pgdfast_experiments import experiment
 
     task = tasks.load(name)
-    return experiment.run(task, options.task_parser(task).parse_args(argv[1:]))
+    return experiment.run(task, options.task_parser(task).parse_args(argv[1:]), ["run", *argv])
 
 
 def _verify(argv):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgdfast_experiments import locks, options, plotting, records, report, terminal
+from pgdfast_experiments import locks, options, plotting, processes, records, report, terminal
 from pgdfast_experiments.checkpoints import Checkpoint
 from pgdfast_experiments.errors import UsageError
 from pgdfast_experiments.measures import FAIL, OPEN, PASS, Check
@@ -29,20 +29,29 @@ class Table:
     notes: list[str]
 
 
-def run(task, arguments):
-    """Run a task with its parsed options; returns the exit code."""
+def run(task, arguments, argv=()):
+    """Run a task with its parsed options; returns the exit code. argv: the command line, with which it starts processes."""
     settings = options.fill(task, arguments)
     terminal.require_extras("matplotlib", "rich")
     folder = records.prepare_folder(settings.out)
+    several = getattr(settings, "nproc", 1) > 1
+    if several and processes.inside():
+        with processes.joined(settings) as rank:
+            return _run_in(folder, task, settings, rank)
     with locks.only_run(folder):
         records.clear_leftovers(folder)
+        if several:   # what can be refused is, before they start
+            called = result_name(task, settings)
+            _continue_or_start(task, Checkpoint(folder / f"{called}.checkpoint", settings.plain()), settings.resume)
+            check_backend(settings.optimizers, settings.backend)
+            return processes.launch(argv, settings)
         return _run_in(folder, task, settings)
 
 
-def _run_in(folder, task, settings):
-    """Run a task in a folder that no other run writes to; returns the exit code."""
+def _run_in(folder, task, settings, rank=0):
+    """Run a task in a folder that no other run writes to; returns the exit code. rank: 0 writes."""
     called = result_name(task, settings)
-    checkpoint = Checkpoint(folder / f"{called}.checkpoint", settings.plain())
+    checkpoint = Checkpoint(folder / f"{called}.checkpoint", settings.plain(), writes=rank == 0)
     _continue_or_start(task, checkpoint, settings.resume)
     if settings.resume and not checkpoint.exists:
         if complete(folder, called, settings.plain()):
@@ -57,6 +66,8 @@ def _run_in(folder, task, settings):
         resumed = bool(checkpoint.runs or checkpoint.current)
         runs, ensembles = _train(cases, checkpoint, settings)
         checkpoint.write()  # whatever goes wrong below loses no training
+        if rank:
+            return 0
         extra = task.extra(settings) if hasattr(task, "extra") else {}
     summary = task.summarize(runs, settings) | extra
     checks = task.judge(summary, settings)

@@ -180,7 +180,7 @@ class Settings(types.SimpleNamespace):
 
     def plain(self):
         """Return everything that decides what is computed, as plain values for records and checkpoints."""
-        silent = ("out", "resume", "quick", "sequential", "ensemble_threads", "_rates")
+        silent = ("out", "resume", "quick", "sequential", "ensemble_threads", "nproc", "_rates")
         values = {name: value for name, value in vars(self).items() if name not in silent}
         values["optimizers"] = [method.name for method in self.optimizers]
         values["lr"] = {method.name: self.rate(method) for method in self.optimizers}

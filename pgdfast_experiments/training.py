@@ -79,6 +79,7 @@ class Session:
         done: function of a row (a dict by column); True ends the run early.
         schedule: called before each step of a run by seconds with the share of them that has passed.
         outcome: returns tensors by name, of the trained model, that the `Run` keeps (for pictures).
+        agreed: function of a step's seconds returning those that count, the same in all processes of a run.
         member: what an ensemble trains in place of `optimizer` and `closure`, where the case is `together`.
 
     """
@@ -92,6 +93,7 @@ class Session:
     done: Callable = lambda row: False
     schedule: Callable = lambda share: None
     outcome: Callable = dict
+    agreed: Callable = float
     member: Member | None = None
 
 
@@ -176,7 +178,7 @@ def train(case, session, saved=None, advance=lambda count: None, keep=lambda sta
         if timed:
             session.schedule(course.elapsed / case.seconds)
         try:
-            seconds = _timed_step(session.optimizer, session.closure(course.steps + 1))
+            seconds = session.agreed(_timed_step(session.optimizer, session.closure(course.steps + 1)))
         except ValueError as error:
             # LM refuses to step from a loss that is not finite; between two rows this is where it shows.
             if "loss before the step is" not in str(error):

@@ -70,14 +70,16 @@ def test_the_code_of_the_guide_runs_and_lm_solves_what_adam_does_not(capsys):
 
 
 def test_the_readme_prints_what_it_says_and_adam_ends_where_it_says(capsys):
-    opening, ensemble, _ = blocks_of(README)
+    opening, batches, ensemble, _ = blocks_of(README)
     names = {}
     run(README, 0, opening, names)
     printed, = re.findall(r"^loss: (.*)$", capsys.readouterr().out, re.MULTILINE)
     text = README.read_text(encoding="utf-8")
     said, = re.findall(r"^    loss: (.*)$", text, re.MULTILINE)
     assert float(printed) == pytest.approx(float(said), rel=0.5)   # other processors round otherwise
-    run(README, 1, ensemble.replace("range(100)", "range(12)"), names)
+    run(README, 1, batches, names)
+    assert names["opt"].report.parts == 4 and float(names["loss"]) < 2 * float(printed)
+    run(README, 2, ensemble.replace("range(100)", "range(12)"), names)
     assert names["losses"].shape == (64,) and float(names["losses"].detach().max()) < 0.1
 
     for make, said in (
@@ -101,7 +103,7 @@ def test_the_readme_prints_what_it_says_and_adam_ends_where_it_says(capsys):
 
 
 def test_the_loop_in_the_readme_is_that_of_lm():
-    said = [line.split("#")[0].strip() for line in blocks_of(README)[2].splitlines()]
+    said = [line.split("#")[0].strip() for line in blocks_of(README)[3].splitlines()]
     source = [line.split("#")[0].strip() for line in inspect.getsource(pgdfast.LM._step).splitlines()]
     first = source.index(said[0])
     assert len(said) == 6 and source[first:first + 6] == said

@@ -28,6 +28,12 @@ opt.load_state_dict(state)
 opt2 = pgdfast.LM(model.parameters(), damping=lambda step: 0.1 / (step + 1), damping_rule="constant")
 
 
+opt3 = pgdfast.LM(model.parameters(), memory=1e9, process_group=None)
+loss = opt3.step(lambda batch: F.mse_loss(model(batch[0]), batch[1]), [(x, y)], progress=False)
+parts: pgdfast.Linearization | pgdfast.Parts = pgdfast.linearize(lambda b: model(b), model.parameters(), batches=[x, x])
+ranks: type[pgdfast.Ranks] = pgdfast.Ranks
+
+
 class Mine(pgdfast.DampingRule):
     def accepted(self, mu: float, memory: dict[str, float], rho: float) -> tuple[float, dict[str, float]]:
         return mu / 3, memory

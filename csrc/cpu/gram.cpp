@@ -13,6 +13,7 @@ namespace pgdfast {
 namespace {
 
 constexpr index kDepth = 256;   // depth of panels that one tile sums at once: three of them stay in the first-level cache
+constexpr index kSliceBytes = 8 << 20, kLeastSlice = 4 * kDepth;   // of explicit rows that all tiles take before any goes on
 
 // C C'^T of two uses whose rows have several residuals, found once for all of those.
 template <class T>
@@ -114,16 +115,17 @@ void spread(const Shared<T>& shared, const Block& a, index i, index rows, const 
 }
 
 // Adds to (or, where nothing stands there yet, writes) the tiles of K in rows i0 .. i1 - 1 of a block and one group of columns
-// of another; `corner` is the first of them.
+// of another; `corner` is the first of them. Of explicit rows the columns l0 .. l1 - 1, and with the first of them the factors.
 template <class T>
 void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index panel, int count, bool same, const T* weights,
-              const std::vector<char>& repeated, const Shared<T>* shared, bool add, T* scratch, T* corner, index ld) {
+              const std::vector<char>& repeated, const Shared<T>* shared, index l0, index l1, bool add, T* scratch, T* corner,
+              index ld) {
   const Tiles<T>& t = tiles<T>();
   const index j = panel * t.width, columns = count * t.width;
   bool first = !add;
   for (const Factors<T>& p : a.factors)
     for (const Factors<T>& q : b.factors) {
-      if (p.parameter != q.parameter) continue;
+      if (p.parameter != q.parameter || l0 > 0) continue;
       const bool shares = SharedProducts<T>::needed(a, b) && !repeated[std::size_t(p.parameter)];
       const T weight = weights[p.parameter], shift = p.fused_bias >= 0 ? weights[p.fused_bias] : T(0);
       // Rows p of J are outer products y (x) c of a high and a low vector, and the product of two of them that of the high
@@ -145,8 +147,8 @@ void tiles_of(const Side<T>& a, index i0, index i1, const Side<T>& b, index pane
       first = false;
       if (shares) ++shared;
     }
-  for (index l = 0; l < a.explicit_rows.depth; l += kDepth) {
-    const index depth = std::min(kDepth, a.explicit_rows.depth - l);
+  for (index l = l0; l < l1; l += kDepth) {
+    const index depth = std::min(kDepth, l1 - l);
     const Group<T> right(b.explicit_rows, panel, count, l);
     for (index i = i0; i < i1; i += t.rows) {
       const int from = same ? int(std::max<index>(i - j, 0) / t.width) : 0;
@@ -189,31 +191,39 @@ void gram_of_sides(const std::vector<Side<T>>& A, const std::vector<Side<T>>& B,
   const SharedProducts<T> shared(A, B, same, ranges, repeated, scratch.shared, threads);
   scratch.threads.resize(std::max(scratch.threads.size(), std::size_t(threads)));
   for (std::vector<T>& own : scratch.threads) ensure(own, (t.rows + group) * group);
-  each_item(threads, index(items.size()), [&](index number, int thread) {
-    const auto [side, row] = items[std::size_t(number)];
-    const Side<T>& a = A[side];
-    const index begin = std::max(row, ranges[side].first), end = std::min(row + group, ranges[side].second);
-    T *own = scratch.threads[std::size_t(thread)].data(), *apart = own + t.rows * group;
-    for (std::size_t other = same ? side : 0; other < B.size(); ++other) {
+  index depth = 0, rows = 0;
+  for (const Side<T>& b : B) {
+    depth = b.explicit_rows.depth;   // all have as many
+    rows += b.count;
+  }
+  const auto take = [&](const Item& item, index l0, index l1, bool onto, T* own) {
+    const Side<T>& a = A[item.side];
+    const index begin = std::max(item.row, ranges[item.side].first), end = std::min(item.row + group, ranges[item.side].second);
+    T* apart = own + t.rows * group;
+    for (std::size_t other = same ? item.side : 0; other < B.size(); ++other) {
       const Side<T>& b = B[other];
-      const bool diagonal = same && other == side;
+      const bool diagonal = same && other == item.side;
       const index panels = (b.count + t.width - 1) / t.width;
-      for (index p = diagonal ? row / t.width : 0; p < panels; p += kTilePanels) {
+      for (index p = diagonal ? item.row / t.width : 0; p < panels; p += kTilePanels) {
         const int count = int(std::min<index>(kTilePanels, panels - p));
         const index j = p * t.width, columns = count * t.width, kept = std::min(columns, b.count - j);
         const index stop = diagonal ? std::min(end, j + columns) : end;   // tiles below the diagonal
         T* corner = K + (a.block->base + begin) * ld + b.block->base + j;
-        const bool whole = begin == row && kept == columns;   // else tiles reach elements that are not theirs
-        tiles_of(a, row, stop, b, p, count, diagonal, weights, repeated, shared.of(side, other), whole && add, own,
-                 whole ? corner : apart, whole ? ld : columns);
+        const bool whole = begin == item.row && kept == columns;   // else tiles reach elements that are not theirs
+        tiles_of(a, item.row, stop, b, p, count, diagonal, weights, repeated, shared.of(item.side, other), l0, l1, whole && onto,
+                 own, whole ? corner : apart, whole ? ld : columns);
         for (index i = begin; !whole && i < stop; ++i, corner += ld) {
-          const T* from = apart + (i - row) * columns;
-          if (!add) std::copy(from, from + kept, corner);
-          else for (index l = 0; l < kept; ++l) corner[l] += from[l];
+          const T* from = apart + (i - item.row) * columns;
+          for (index l = 0; l < kept; ++l) corner[l] = from[l] + (onto ? corner[l] : T(0));
         }
       }
     }
-  });
+  };
+  const index slice = std::max(kSliceBytes / index(sizeof(T)) / std::max<index>(rows, 1) / kDepth * kDepth, kLeastSlice);
+  for (index l = 0; l == 0 || l < depth; l += slice)
+    each_item(threads, index(items.size()), [&](index number, int thread) {
+      take(items[std::size_t(number)], l, std::min(l + slice, depth), add || l > 0, scratch.threads[std::size_t(thread)].data());
+    });
 }
 
 template <class T>

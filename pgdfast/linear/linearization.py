@@ -319,6 +319,10 @@ class Products:
         product = self.vjp(self.jvp(v))
         return product if self.penalty is None else product + self.penalty * v.to(self.dtype)
 
+    def ggns(self, V: torch.Tensor) -> torch.Tensor:
+        """(J^T J + penalty) v for each row of V, (K, P)."""
+        return torch.stack([self.ggn(v) for v in V])
+
     def gradient(self) -> torch.Tensor:
         """Gradient of the loss, (P,)."""
         gradient = self.vjp(self.residual)

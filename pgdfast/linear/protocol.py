@@ -47,6 +47,9 @@ class Linearization(Protocol):
     def ggn(self, v: torch.Tensor) -> torch.Tensor:
         """(J^T J + penalty) v: (P,) -> (P,)."""
 
+    def ggns(self, V: torch.Tensor) -> torch.Tensor:
+        """(J^T J + penalty) v for each row of V, (K, P) -> (K, P)."""
+
     def gradient(self) -> torch.Tensor:
         """Gradient of the loss, (P,)."""
 

@@ -5,5 +5,8 @@ from .entry import linearize
 from .group import Alone, Ranks, chosen_group
 from .linearization import Parts
 from .linearizer import PartsLinearizer
+from .whole import refuse_distributed
 
-__all__ = ["Alone", "Batched", "Parts", "PartsLinearizer", "Ranks", "chosen_group", "linearize", "on_all_rows"]
+__all__ = [
+    "Alone", "Batched", "Parts", "PartsLinearizer", "Ranks", "chosen_group", "linearize", "on_all_rows", "refuse_distributed",
+]

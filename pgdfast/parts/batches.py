@@ -27,14 +27,14 @@ class Batched:
     def __init__(self, closure, batches: Iterable | None, name: Callable[[int], str] | None = None, progress=None):
         if batches is not None:
             _check_iterable(batches)
-        self.given, self.batches = closure, batches
+        self.given_closure, self.batches = closure, batches
         self.name = name or (lambda number: f"batch {number}")
         self._progress = _Line() if progress is True else progress or None
         self._prints: list | None = None   # of the contents at the first pass
         self.value: Callable | None = None   # what a plain call gathers of each result
         self.section: Callable = contextlib.nullcontext   # around a plain call, for processes that fail together
         self.around: Callable | None = None   # a context for passes beside the first, for random numbers
-        self.passes = 0
+        self.batch = None   # the one that the closure ran on last
 
     def __call__(self) -> list:
         """`value(number, result)` of every batch: what trial points ask for."""
@@ -52,19 +52,20 @@ class Batched:
             self._compare(prints, number)
             if only is not None and number not in only:
                 continue
+            self.batch = batch
             try:
-                found.append(visit(number, self.given() if self.batches is None else self.given(batch)))
+                found.append(visit(number, self.given_closure() if self.batches is None else self.given_closure(batch)))
             except Exception as error:
                 if self.batches is not None and hasattr(error, "add_note"):   # Python 3.11
                     error.add_note(f"in {self.name(number)}, counted from 0")
                 raise
             if self._progress is not None:
                 self._progress(what, number + 1)
+        self.batch = None
         if self._prints is None:
             self._prints = prints
         elif len(prints) != len(self._prints):
             raise ValueError(_changed(f"{len(self._prints)} batches the first time and {len(prints)} now"))
-        self.passes += 1
         return found
 
     def repeated(self):
@@ -114,7 +115,7 @@ def _check_iterable(batches) -> None:
             f"pgdfast.LM.step: batches is a {type(batches).__name__}; it must be a list, a DataLoader or another iterable of "
             "batches that closure(batch) takes."
         )
-    if iter(batches) is batches:
+    if hasattr(batches, "__next__"):
         raise ValueError(
             f"pgdfast.LM.step: batches is an iterator ({type(batches).__name__}), which can be gone through only once, and a "
             "step goes through its batches several times; pass a list or the DataLoader itself."

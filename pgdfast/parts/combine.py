@@ -19,9 +19,12 @@ class Combination:
 
     Parts without rows have scales of 0.
 
-    shares: of every part one Share per term, or None for a part without rows, whose terms are not known; name: of a part, for
-    messages. settled: of each term the kind that was found out otherwise (probe.py), or None.
-    kinds: of each term "sum", "mean" or "once"; "" where one part alone has rows of it.
+    Args:
+        shares: of every part one Share per term, with values (Tracer.shares), or None for a part without rows.
+        name: of a part, for messages.
+        settled: of each term the kind that was found out otherwise (probe.py), or None.
+
+    Attributes: scales; kinds, of each term "sum", "mean" or "once", "" where one part alone has rows of it.
     Raises ValueError where the loss on all rows cannot be known from those on the parts.
     """
 
@@ -56,7 +59,7 @@ class Combination:
         """Of each part the scale of its whole loss, or None where its terms have different ones."""
         if any(len(set(part)) > 1 for part in self.scales):
             return None
-        return [part[0] if part else 1.0 for part in self.scales]
+        return [part[0] if part else 0.0 for part in self.scales]
 
     def total(self, losses: Sequence[float], penalties: Sequence[float], penalty: float) -> float:
         """The loss on all rows where scales are uniform.
@@ -96,11 +99,16 @@ class Combination:
                 "the part, and would be others on all rows; divide by the sum of weights in the loss: "
                 "(w * r**2).sum() / w.sum()."
             )
+        if not _same([s.mark for s in shares]):
+            raise ValueError(
+                f"pgdfast.LM: {what} has weights, or a mask, after its sum or mean over rows, which are not the same in every "
+                "part; weight rows before they are summed."
+            )
         kind, counts = self._kind(what, there, shares, settled)
         if kind == "mean":
             total = sum(counts)
             return kind, [c / total for c in counts]
-        if alike:
+        if alike and settled != "sum":
             raise ValueError(
                 f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term "
                 "that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
@@ -122,13 +130,12 @@ class Combination:
         if "unknown" in kinds:
             return settled, sizes
         counts, totals = [s.count for s in shares], [s.count / s.factor if s.factor else 0.0 for s in shares]
-        several = [s.factor for s in shares if s.rows > 1] or [s.factor for s in shares]
         sure = kinds - {"likely"} or {"mean"}
         if settled in ("sum", "mean") and kinds & {"likely", "divided"} and _same(rows):
             return settled, sizes
-        if sure in ({"sum"}, {"mean"}) and not (sure == {"sum"} and kinds != sure) and _same(several):
-            kinds = sure   # of one row, weights may look like numbers
-            (kind,) = kinds
+        factors = [s.factor for s in shares if not s.loose] or [1.0]
+        if (sure == {"mean"} or kinds == {"sum"}) and _same(factors):
+            (kind,) = sure
             if kind == "mean" and _same(rows) and not _same(sizes) and _same(counts):
                 raise ValueError(
                     f"pgdfast.LM: {what} is a mean over the first dimension of its {rows[0]} x ... outputs, which is not that "

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, overload
+
 from .. import kernels
 from ..linear import Linearization, Linearizer, as_operations, checked_check
 from .batches import Batched
 from .group import chosen_group
 from .linearization import Parts
 from .linearizer import PartsLinearizer
+from .whole import refuse_distributed
+
+
+@overload
+def linearize(
+    closure, params, *, batches: None = None, process_group: None = None, memory: float | None = None, backend: str = "auto",
+    check: str = "first",
+) -> Linearization: ...
+
+
+@overload
+def linearize(
+    closure, params, *, batches: Iterable | None = None, process_group: Any = None, memory: float | None = None,
+    backend: str = "auto", check: str = "first",
+) -> Linearization | Parts: ...
 
 
 def linearize(
-    closure, params, *, batches=None, process_group=None, memory: float | None = None, backend: str = "auto",
-    check: str = "first",
+    closure, params, *, batches=None, process_group=None, memory=None, backend="auto", check="first"
 ) -> Linearization | Parts:
     """Linearize a closure at the current parameters.
 
@@ -21,7 +38,9 @@ def linearize(
         params: tensors with requires_grad, whose concatenation is the flat parameter vector, complex ones as pairs of real
             numbers side by side.
         batches: None, or an iterable of batches, as for LM.step: the linearization is that of all their rows.
-        process_group, memory, backend: as for LM.
+        process_group: as for LM.
+        memory: as for LM.
+        backend: as for LM.
         check: "first" or "every" compares products with autograd's gradient, "never" only where hooks or Functions of the
             user's take part.
 
@@ -34,6 +53,7 @@ def linearize(
     name, check = kernels.requested(backend), checked_check(check, "linearize")
     if name == "reference":
         raise ValueError("pgdfast.linearize: for the reference call pgdfast.reference.linearize(closure, params).")
+    refuse_distributed(params, "linearize")
     group = chosen_group(process_group)
     if batches is None and group.size == 1:
         return as_operations(Linearizer(params, name, check), closure)

@@ -104,6 +104,9 @@ class Alone:
         if error is not None:
             raise error
 
+    def left(self, error: BaseException) -> None:
+        """Nobody waits."""
+
     def section(self) -> _Section:
         """A local section, which needs no settling here."""
         return _Section(self)

@@ -35,18 +35,6 @@ class Part:
             self.residual = self.residual * self.sigma
 
 
-def _agreed(penalties: list[tuple]) -> dict:
-    """The quadratic penalties of the loss, which count once for all rows."""
-    for one in penalties:
-        if one != penalties[0]:
-            raise ValueError(
-                "pgdfast.LM: the quadratic penalties of the loss differ between its parts "
-                f"({dict(penalties[0])} and {dict(one)}, by parameter); a penalty counts once for all rows, so its coefficient "
-                "must be the same for every part: keep it out of means and sums whose count differs."
-            )
-    return dict(penalties[0])
-
-
 class Rows(NamedTuple):
     """What predictions of cost and memory ask of a row layout (linear/rows.py); of all parts together."""
 
@@ -85,10 +73,10 @@ class Parts(Products):
     for products so far, in this process.
     """
 
-    def __init__(self, linearizer, batched, parts: list[Part], known: list[list], combination):
+    def __init__(self, linearizer, batched, parts: list[Part], known: list[list], combination, penalties: dict):
         self.group, self.params, self.choices = linearizer.group, linearizer.one.reals, linearizer.choices
         self._linearizer, self._batched, self.parts, self._combination = linearizer, batched, parts, combination
-        self._uniform = combination.uniform
+        self._uniform, self.penalties = combination.uniform, penalties
         flat = [fact for each in known for fact in each]
         whole = [fact for fact in flat if fact.size] or flat
         self.facts = flat
@@ -102,7 +90,6 @@ class Parts(Products):
             part.rows = slice(at, at + part.size)
             at += part.size
         self.stop = at
-        self.penalties = _agreed([fact.penalties for fact in whole])
         self.scalar = whole[0].scalar
         self.has_squares_only = all(f.has_squares_only for f in whole)
         self.tapeless, self.residuals_need_tape = all(f.tapeless for f in flat), any(f.residuals_need_tape for f in flat)
@@ -153,7 +140,11 @@ class Parts(Products):
         return [found[part.number] for part in self.parts]
 
     def _precise(self, lin):
-        return lin.widened() if self._widens else lin
+        if not self._widens:
+            return lin
+        wide = lin.widened()
+        wide.row_layout()   # for its kernels
+        return wide
 
     def _remade(self, part: Part, result):
         lin = self._linearizer.one.read(result)
@@ -196,9 +187,8 @@ class Parts(Products):
             return self._uniform[k] * (loss - penalty)
         if not terms:
             raise ValueError(
-                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over other numbers of "
-                "rows), and of one of them the value cannot be told from the loss's; return the residuals of each term, or give "
-                "all batches the same number of rows of each term."
+                "pgdfast.LM: the terms of the loss count differently in its parts (their means are over different numbers), "
+                "and the value of one cannot be told; return the residuals of each term, or give all batches equally many rows."
             )
         return sum(s * term for s, term in zip(scales, terms, strict=True))
 
@@ -258,6 +248,11 @@ class Parts(Products):
         """(J^T J + penalty) v: (P,) -> (P,), without M-vectors between processes."""
         product = self.kernels().product(v.detach().to(self.dtype))
         return product if self.penalty is None else product + self.penalty * v.to(self.dtype)
+
+    def ggns(self, V: torch.Tensor) -> torch.Tensor:
+        """The same for each row of V, (K, P), in one pass through the parts."""
+        products = self.kernels().product(V.detach().to(self.dtype))
+        return products if self.penalty is None else products + self.penalty * V.to(self.dtype)
 
     def agreed(self, number: float) -> float:
         """The least of all processes' numbers, so that they decide alike."""

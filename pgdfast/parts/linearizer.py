@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from ..kernels.memory import available_memory
-from ..linear import Linearizer, half_square
+from ..linear import Linearizer, code_of, half_square
 from .batches import Batched
-from .combine import Combination
+from .combine import Combination, common_penalties
 from .group import Alone
 from .linearization import Part, Parts, Rows
+from .probe import probe, same_generators
 
+_SURELY_FITS = 64e6   # bytes of programs up to which the memory that is available is not asked for
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
 
 
@@ -22,10 +25,9 @@ class Facts(NamedTuple):
     """What every process knows of a part, whoever has it.
 
     shares: how its terms combine. size: its residuals. loss: as its closure returned it; terms: the loss term by term, None
-    where nobody asked. penalties, penalty: coefficients and what they add to the loss. flops, arena, nodes, constants: of its
+    where nobody asked. penalties: (parameter number, coefficient). flops, arena, nodes, constants: of its
     program, the last in bytes. rows: num_rows, max_outputs, operations of its Gram matrix, packed elements, explicit columns;
-    None where rows do not separate. adds_normal,
-    packs: what its kernels have beside those of kernels.protocol; the rest of its linearization.
+    None where rows do not separate. adds_normal, packs: what its kernels have; the rest: of its linearization.
     """
 
     shares: tuple
@@ -59,11 +61,13 @@ class PartsLinearizer:
     """
 
     def __init__(self, params, backend: str, check: str, group, budget: float | None = None):
-        self.one, self.group, self._budget = Linearizer(params, backend, check), group, budget
+        self.one, self._check = Linearizer(params, backend, check), check
+        self.group, self._budget = group, budget
         self.params = self.one.params
         if not isinstance(group, Alone):
             self.one.tracer.join_group()
         self._known: tuple = None, None   # the shares of all parts, and how they combine
+        self._asked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()   # by the code of closures, what `_settle` found
         self.choices: dict = {}           # see SolvableLinearization
         self._sizes: tuple | None = None
 
@@ -74,30 +78,35 @@ class PartsLinearizer:
         """
         parts: list[Part] = []
         facts: list[Facts] = []
-        limit = self._limit()
+        held, settled = 0, ()
+        budget = _SURELY_FITS if self._budget is None else self._budget
         split = self._known[1] is None or self._known[1].uniform is None   # is the loss wanted term by term?
         self.group.start(self.params)
 
         def visit(number: int, result) -> None:
-            nonlocal limit
+            nonlocal held, budget, settled
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
-            limit -= fact.constants
+            if fact.size and not settled:
+                settled = self._settle(batched, fact.shares)
+            if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
+                budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
             parts.append(part)
             facts.append(fact)
-            if limit < 0:
+            if held + fact.constants > budget:
                 part.lin = None
                 lin.release()
+            else:
+                held += fact.constants
 
         with self.group.section(), torch.enable_grad():
             batched.run(visit, "linearization")
-        known = self.group.objects(facts)
+        told = self.group.objects((facts, settled))
+        known = [each for each, _ in told]
         if not any(known):
-            raise ValueError(
-                "pgdfast.LM.step: there are no batches; give it at least one, or closures without batches."
-            )
-        combination = self._combination(known, batched)
+            raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
+        combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
         first = sum(map(len, known[: self.group.rank]))
         for k, (part, fact) in enumerate(zip(parts, facts, strict=True), first):
             part.scale(combination.scales[k], fact.shares, self.one.dtype)
@@ -105,13 +114,26 @@ class PartsLinearizer:
         if sizes != self._sizes:
             self.choices.clear()
             self._sizes = sizes
-        return Parts(self, batched, parts, known, combination)
+        return Parts(self, batched, parts, known, combination, penalties)
 
-    def _limit(self) -> float:
-        if self._budget is not None:
-            return self._budget
-        available = available_memory(self.params[0].device)
-        return _SHARE * available if available < math.inf else 4e9
+    def _settle(self, batched: Batched, shares: tuple) -> tuple:
+        """What parts of a batch tell of the terms of which its tape does not tell; see probe.Probed.
+
+        Asked once of a closure whose loss ends in these terms. Raises ValueError where the loss on the batch is not what those
+        on its parts combine to.
+        """
+        if batched.batches is None or self._check == "never":
+            return ()
+        terms = tuple([(share.kind, share.operation) for share in shares])
+        code = code_of(batched.given_closure)
+        known = self._asked.setdefault(code, {}) if code is not None else {}
+        if terms not in known or self._check == "every":
+            with same_generators():
+                found = probe(batched.given_closure, batched.batch, self.one.tracer)
+            if found.disagreement:
+                raise ValueError(found.disagreement)
+            known[terms] = found.settled
+        return known[terms]
 
     def _facts(self, lin, result, split: bool) -> Facts:
         shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
@@ -135,18 +157,25 @@ class PartsLinearizer:
             found = self.one.tracer.term_values(result.reshape(()) if result.dim() else result)
         return None if found is None else tuple(found)
 
-    def _combination(self, known: list[list[Facts]], batched: Batched) -> Combination:
+    def _combination(self, known: list[list[Facts]], settled: tuple, batched: Batched) -> tuple[Combination, dict]:
         flat = [(rank, number, fact) for rank, each in enumerate(known) for number, fact in enumerate(each)]
-        shares = tuple(fact.shares for _, _, fact in flat)
-        plain = tuple(tuple(replace(share, value=None) for share in part) for part in shares)
-        if self._known[0] == plain:
-            return self._known[1]
 
         def name(k: int) -> str:
             rank, number, _ = flat[k]
             what = [batched.name(number)] if batched.batches is not None else []
             return " of ".join(what + ([f"rank {rank}"] if self.group.size > 1 else [])) or "the closure"
 
-        combination = Combination(shares, name)
+        shares = tuple(fact.shares for _, _, fact in flat)
+        penalties = common_penalties([dict(fact.penalties) if fact.size else None for _, _, fact in flat], name)
+        plain = settled, tuple(tuple(replace(share, value=None) for share in part) for part in shares)
+        if self._known[0] == plain:
+            return self._known[1], penalties
+        combination = Combination(shares, name, settled)
         self._known = plain, combination
-        return combination
+        return combination, penalties
+
+
+def _available(device: torch.device) -> float:
+    """Bytes that further programs may take where no budget is given."""
+    available = available_memory(device)
+    return _SHARE * available if available < math.inf else 4e9

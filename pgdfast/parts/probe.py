@@ -6,6 +6,7 @@ cannot tell whether a number counts rows, parts of different sizes can.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -196,6 +197,16 @@ def _mapped(function: Callable, tree):
 
 
 # --- generators -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def same_generators():
+    """Leave random numbers where they were."""
+    before = _generators()
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 def _generators() -> list:

@@ -42,7 +42,7 @@ def nystrom(problem: Problem, options: Nystrom) -> dict | None:
     def scaled(x):
         return x if root is None else root * x
 
-    Y = torch.stack([scaled(lin.ggn(scaled(column))) for column in omega.T], 1)
+    Y = scaled(lin.ggns(scaled(omega.T))).T.contiguous()
     size = float(torch.linalg.matrix_norm(Y))
     if not 0 < size < float("inf"):
         return None

@@ -9,11 +9,7 @@ import random
 import numpy as np
 import torch
 
-
-def code_of(closure):
-    """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
-    closure = getattr(closure, "given", closure)
-    return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
+from ..linear import code_of
 
 
 class MovedGenerators(dict):
@@ -35,7 +31,7 @@ class RandomReplay:
     __slots__ = ("_after", "_before", "_code", "_gpu", "_key", "_kinds", "_moved", "_seen")
 
     def __init__(self, moved: MovedGenerators, closure, device: torch.device):
-        closure = getattr(closure, "given", closure)   # balance.Weighted and parts.Batched are made anew for every step
+        closure = getattr(closure, "given_closure", closure)   # balance.Weighted and parts.Batched are made anew for every step
         code = getattr(closure, "__code__", None)
         self._key = id(code) if code is not None else (id(code_of(closure)), id(closure))
         self._code = code if code is not None else code_of(closure)

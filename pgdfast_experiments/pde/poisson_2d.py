@@ -10,7 +10,8 @@ import math
 import torch
 
 import pgdfast
-from pgdfast_experiments import options
+from pgdfast_experiments import options, processes
+from pgdfast_experiments.errors import UsageError
 from pgdfast_experiments.pde import worked
 from pgdfast_experiments.pde.networks import mlp
 from pgdfast_experiments.pde.pictures import Grid
@@ -50,6 +51,21 @@ def add_options(parser):
     parser.add_argument("--boundary-weight", type=options.positive_number, metavar="W",
                         help="of u on the boundary beside Lap u + f inside (default: 30: f is up to 2 pi^2, and errors on the "
                              "boundary spread into the square)")
+    parser.add_argument("--nproc", type=options.whole_number(1), default=1, metavar="N",
+                        help="processes, each with every N-th point, that take LM's steps together; LM alone then (default: 1)")
+
+
+def adjust(values):
+    """Return the defaults and those of --quick; of several processes LM alone runs, and they share the cores."""
+    count = values["nproc"]
+    if count == 1:
+        return DEFAULTS, QUICK
+    other = [method.name for method in values["optimizers"] or () if method.kind != "lm"]
+    if other:
+        raise UsageError(f"--nproc {count} is for LM, got {other[0]!r}; needed: --optimizers lm")
+    if values["backend"] == "reference":
+        raise UsageError(f"--nproc {count} and --backend reference do not work together: the reference runs in one process")
+    return {**DEFAULTS, "optimizers": "lm", "threads": max(1, options.cores() // count)}, QUICK
 
 
 def variants(settings):
@@ -86,16 +102,17 @@ def nested_laplacian(model, x):
 
 
 def make(seed, variant, dtype=torch.float64, boundary_weight=DEFAULTS["boundary_weight"]):
-    """Return the seed's trial of a variant."""
+    """Return the seed's trial of a variant; its residuals are those of this process's points."""
     model = mlp(SIZES[variant.removesuffix(_NESTED)], seed, dtype=dtype)
     interior, boundary, test = points(seed, dtype)
+    interior, boundary = interior[processes.share()], boundary[processes.share()]
     source, truth = 2 * math.pi**2 * exact(interior), exact(test)
     nested = variant.endswith(_NESTED)
 
     def residuals():
         laplacian = nested_laplacian(model, interior) if nested else pgdfast.pde.laplacian(model, interior).laplacian
-        inside = (laplacian + source) / math.sqrt(len(interior))
-        return inside, boundary_weight * model(boundary) / math.sqrt(len(boundary))
+        inside = (laplacian + source) / math.sqrt(INTERIOR)
+        return inside, boundary_weight * model(boundary) / math.sqrt(BOUNDARY)
 
     def error():
         with torch.no_grad():
@@ -134,7 +151,7 @@ def describe(settings):
     """Return what the options leave fixed, for the record."""
     return WORKED.describe(
         settings, equation="-Lap u = f on (0, 1)^2, u = 0 on the boundary; u = sin(pi x) sin(pi y)",
-        network="tanh, Glorot normal weights, biases uniform as nn.Linear has them", sizes=SIZES,
+        processes=settings.nproc, network="tanh, Glorot normal weights, biases uniform as nn.Linear has them", sizes=SIZES,
         points={"interior": INTERIOR, "boundary": BOUNDARY, "error": TEST, "drawn": "uniform"},
         residuals=f"(Lap u + f) / sqrt({INTERIOR}), {settings.boundary_weight:g} u / sqrt({BOUNDARY})",
     )

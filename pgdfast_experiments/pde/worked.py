@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pgdfast_experiments import options, plotting
+from pgdfast_experiments import options, plotting, processes
 from pgdfast_experiments.experiment import Table, check
 from pgdfast_experiments.measures import Check
 from pgdfast_experiments.pde import pictures
@@ -115,11 +115,13 @@ class Worked:
         trial = self.make(seed, variant, DTYPES[settings.dtype])
         rate = settings.rate(method)
         own = {"lm": {**LM, **(self.lm or {})}, "lbfgs": LBFGS, "adam": {}}[method.kind]
+        if processes.group() is not None:   # of LM alone
+            own["process_group"] = processes.group()
         optimizer = method.build(trial.model.parameters(), rate, settings.backend, **own)
 
         def measure():
             with torch.no_grad():
-                row = 0.5 * sum(float(r.square().sum()) for r in trial.residuals()), trial.error()
+                row = processes.total(0.5 * sum(float(r.square().sum()) for r in trial.residuals())), trial.error()
             if self.truth is None:
                 return row
             coefficient = trial.coefficient()
@@ -140,7 +142,7 @@ class Worked:
                 return {"solution": trial.solution(self.grid.points(DTYPES[settings.dtype])).reshape(self.grid.shape).double()}
 
         return Session(trial.model, optimizer, lambda step: closure, measure, self.columns, None, done,
-                       slower if method.kind == "adam" else lambda share: None, outcome)
+                       slower if method.kind == "adam" else lambda share: None, outcome, processes.of_first)
 
     def _done(self, variant, row, lm):
         """Whether LM has what is asked of this variant, or nothing more to gain."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forget_rules, rand, relative
+from helpers import forget_rules, mlp, rand, relative
 from kernels.cases_parts import chained, coupled, pinn, regression
 
 import pgdfast
@@ -121,6 +121,25 @@ def test_linearizations_of_one_plan_keep_their_own_scales(name, backend):
     lins[0].scale_rows(scales[1])
     assert relative(lins[0].jvp(v), scales[1].to(J.dtype)[:, None] * J @ v) < 1e-5
     assert relative(lins[2].jvp(v), J @ v) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_a_float32_step_is_refined_with_the_same_scale(solver, backend):
+    """An ill-conditioned one, beyond the order that is factored in float64."""
+    params, closure = regression(1, torch.float32, rows=230) if solver == "dual" else wide_regression()
+    lin = Linearizer(params, backend)(closure)
+    J, r, scale = lin.widened().dense(), lin.residual.double(), scale_of(lin, "mixed")
+    J, r = scale[:, None] * J, scale * r
+    lin.scale_rows(scale)
+    found = pgdfast.solve(lin, 1e-4, solver=solver)
+    right = torch.linalg.solve(J.T @ J + 1e-4 * torch.eye(J.shape[1], dtype=J.dtype), J.T @ r)
+    assert relative(found.step, right) < 1e-4
+
+
+def wide_regression():
+    model, x = mlp(3, 50, 2, dtype=torch.float32), rand(300, 3, seed=1, dtype=torch.float32)
+    return list(model.parameters()), lambda: model(x)
 
 
 def test_a_wrapper_stands_only_where_kernels_do_not_scale():

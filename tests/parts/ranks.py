@@ -17,7 +17,7 @@ import traceback
 import uuid
 from pathlib import Path
 
-TIMEOUT = 20   # seconds, of the groups
+TIMEOUT = 60   # seconds, of the groups
 
 
 class RankError(AssertionError):
@@ -41,7 +41,7 @@ class Pool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, size, function, *arguments, timeout=60, expect_death=()):
+    def run(self, size, function, *arguments, timeout=300, expect_death=()):
         """What the function returns on each rank, by rank; None of those that are to die.
 
         Raises RankError with the traceback of a rank that raised, or where one dies or does not answer.

@@ -79,10 +79,12 @@ def runs(group, cases):
     return [run(group, *case) for case in cases]
 
 
-def sent(group, solver, options=()):
-    """(M, P, products, numbers sent) of a rank's first step."""
-    opt, closure, rows = problem(group, "sum", {"solver": solver, "damping": 1.0, "damping_rule": "constant", **dict(options)})
-    opt.step(lambda: closure(*rows))
+def sent(group, solver, widths):
+    """(M, P, iterations, numbers sent) of a rank's first step on a network of these widths."""
+    model, (x, y) = mlp(2, *widths, 1), data()
+    rows = shares(group.size())[group.rank()]
+    opt = pgdfast.LM(model.parameters(), solver=solver, damping=1.0, damping_rule="constant", process_group=group)
+    opt.step(lambda: F.mse_loss(model(x[rows]), y[rows]))
     return opt.report.residuals, opt.report.parameters, opt.report.iterations, opt.report.sent
 
 
@@ -192,3 +194,87 @@ def killed(group, path, options, delay):
         undone = torch.equal(before, parameters_of(opt))
         return type(error).__name__, str(error), time.monotonic() - start - delay, step, undone
     return None
+
+
+def wrapped(group, options, steps, batch_norm=False):
+    """Where steps end with the bare module and in DistributedDataParallel; what is said without a group, and of hooks."""
+    import warnings
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y = data()
+    x, y = x[group.rank()::group.size()], y[group.rank()::group.size()]
+
+    def ends(wrap):
+        model = mlp(2, 7, 7, 1)
+        if batch_norm:
+            model.insert(2, torch.nn.BatchNorm1d(7, dtype=torch.float64).eval())
+        model = wrap(model)
+        opt = pgdfast.LM(model.parameters(), process_group=group)
+        first = torch.optim.SGD(model.parameters(), lr=1e-3)   # DDP's own way before and between
+        for step in range(steps):
+            opt.step(lambda: F.mse_loss(model(x), y))
+            if wrap is not plain and step == 1:
+                F.mse_loss(model(x), y).backward()
+                first.zero_grad()
+        return model, parameters_of(opt)
+
+    def plain(model):
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bare = ends(plain)[1]
+        model, end = ends(lambda m: DistributedDataParallel(m, process_group=group, **options))
+        refused = None
+        try:
+            pgdfast.LM(model.parameters()).step(lambda: F.mse_loss(model(x), y))
+        except ValueError as error:
+            refused = str(error)
+        hook = model.module[0].weight.register_hook(lambda g: 2 * g)
+        try:
+            pgdfast.LM(model.parameters(), process_group=group).step(lambda: F.mse_loss(model(x), y))
+        except ValueError as error:
+            hooked = str(error)
+        hook.remove()
+    return bare, end, refused, hooked
+
+
+def distributed(group, kind):
+    """What LM, in the group and without, and linearize say of parameters that are no plain tensors."""
+    import torch.distributed.tensor as dt
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model = mlp(2, 8, 1)
+    if kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    elif kind == "hybrid":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    elif kind.startswith("fsdp1"):
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=kind.endswith("original"))
+    else:
+        mesh = init_device_mesh("cpu", (4,))
+        place = dt.Replicate() if kind == "replicated" else dt.Shard(0)
+        for layer in model:
+            for name, p in list(layer.named_parameters()):
+                layer.register_parameter(name, torch.nn.Parameter(dt.distribute_tensor(p.data, mesh, [place])))
+    said = []
+    for act in (
+        lambda: pgdfast.LM(model.parameters()), lambda: pgdfast.LM(model.parameters(), process_group=group),
+        lambda: pgdfast.linearize(lambda: model(data()[0]), model.parameters()),
+    ):
+        try:
+            act()
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def other_options(group):
+    """What an LM says whose damping is another on rank 1."""
+    try:
+        pgdfast.LM(mlp(2, 3, 1).parameters(), damping=0.5 if group.rank() == 1 else 0.25, process_group=group)
+    except ValueError as error:
+        return str(error)

@@ -6,11 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import rand
+from helpers import mlp, rand
 from parts import on_ranks
 from parts.on_ranks import rows_of
 from parts.ranks import Pool, RankError
 
+import pgdfast
 from pgdfast.parts.group import Alone, Ranks
 
 SIZES = (1, 2, 3, 4)
@@ -172,23 +173,42 @@ def test_without_a_group_it_says_how_to_start_one():
         Ranks(dist.group.WORLD)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_groups_that_cannot_serve_are_refused(tmp_path):
+@pytest.fixture
+def world(tmp_path):
+    """A process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="process_group is a str"):
-            Ranks("gloo")
-        with pytest.raises(ValueError, match="does not belong"):
-            Ranks(dist.GroupMember.NON_GROUP_MEMBER)
-        with pytest.raises(ValueError, match="check_every is -1"):
-            Ranks(dist.group.WORLD, -1)
-        ranks = Ranks(dist.group.WORLD)
-        with pytest.raises(ValueError, match="rank 0 are on meta and the process group has the backend gloo"):
-            ranks.check([torch.zeros(2, device="meta")])
-        assert copy.deepcopy(ranks) is ranks
-        with pytest.raises(TypeError, match="state_dict"):
-            pickle.dumps(ranks)
-        with pytest.raises(ValueError, match="^own$"), ranks.section():
-            raise ValueError("own")
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_groups_that_cannot_serve_are_refused(world):
+    with pytest.raises(ValueError, match="process_group is a str"):
+        Ranks("gloo")
+    with pytest.raises(ValueError, match="does not belong"):
+        Ranks(dist.GroupMember.NON_GROUP_MEMBER)
+    with pytest.raises(ValueError, match="check_every is -1"):
+        Ranks(dist.group.WORLD, -1)
+    ranks = Ranks(dist.group.WORLD)
+    with pytest.raises(ValueError, match="rank 0 are on meta and the process group has the backend gloo"):
+        ranks.check([torch.zeros(2, device="meta")])
+    assert copy.deepcopy(ranks) is ranks
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(ranks)
+    with pytest.raises(ValueError, match="^own$"), ranks.section():
+        raise ValueError("own")
+
+
+def test_what_does_not_go_with_a_group_is_refused(world):
+    model = mlp(2, 3, 1)
+    lm = pgdfast.LM(model.parameters(), process_group=world)
+    adam = torch.optim.Adam(model.parameters())
+    for act, words in (
+        (lambda: pgdfast.CapturedStep(lm, lambda: model(rand(4, 2))), "CapturedStep: process_group does not work"),
+        (lambda: pgdfast.Hybrid(lm, adam), "Hybrid: lm steps in a process group"),
+        (lambda: copy.deepcopy(lm), "cannot be copied"),
+        (lambda: pgdfast.LM(model.parameters(), process_group=world, backend="reference"), "runs in one process"),
+        (lambda: pgdfast.LM([rand(2, 3).requires_grad_()], process_group=world, ensemble=2), "ensemble"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            act()

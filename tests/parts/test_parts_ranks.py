@@ -22,7 +22,7 @@ OTHERS = [
 ]
 BATCHES = [(loss, {}, 20, 4) for loss in LOSSES] + [("mean", {"solver": "dual"}, 20, 3)]
 ALL = {"direct": DIRECT, "eigh": EIGH, "cg": CG[::3], "default": DEFAULT, "rules": RULES, "others": OTHERS, "batches": BATCHES}
-MIXED = [DIRECT[2], DIRECT[6], DIRECT[9], DIRECT[12], EIGH[0], CG[0], DEFAULT[2], DEFAULT[4], RULES[3], BATCHES[3]]
+MIXED = {3: [DIRECT[2], DIRECT[9], CG[0], DEFAULT[2], BATCHES[3]], 4: [DIRECT[6], EIGH[0], DEFAULT[4], BATCHES[2]]}
 TABLES = [(2, name) for name in ALL] + [(3, "mixed"), (4, "mixed")]
 TABLES += [pytest.param(size, name, marks=pytest.mark.slow) for size in (3, 4) for name in ALL]
 TABLES.append(pytest.param(2, "all of cg", marks=pytest.mark.slow))
@@ -30,7 +30,7 @@ TABLES.append(pytest.param(2, "all of cg", marks=pytest.mark.slow))
 
 @pytest.mark.parametrize(("size", "table"), TABLES)
 def test_ranks_step_as_one_process_with_all_rows(pool, size, table):
-    cases = {"mixed": MIXED, "all of cg": CG}.get(table) or ALL[table]
+    cases = MIXED[size] if table == "mixed" else CG if table == "all of cg" else ALL[table]
     every = pool.run(size, step_problems.runs, cases)
     for number, case in enumerate(cases):
         alone, (loss, options, *_) = run(None, *case), case
@@ -39,6 +39,22 @@ def test_ranks_step_as_one_process_with_all_rows(pool, size, table):
         apart = relative(ends[0][0], alone[0])
         assert apart < BOUND, f"{loss} {options}: {apart:.1e}"
         assert [each[::2] for each in ends[0][2]] == [each[::2] for each in alone[2]], f"{loss} {options}"
+
+
+@pytest.mark.parametrize(("size", "solver", "widths"), [
+    (2, "primal", (20, 20)), (3, "primal", (20, 20)), (3, "cg", (20, 20)), (3, "dual", (60, 60)),
+])
+def test_the_report_counts_what_a_rank_sends(pool, size, solver, widths):
+    (M, P, iterations, words), *others = pool.run(size, step_problems.sent, solver, widths)
+    share = (size - 1) / size
+    few = 2 * M * size + 40   # residuals, which ranks with fewer rows fill up, and single numbers
+    assert all(each[3] == words for each in others)
+    if solver == "primal":   # blocks of at most P / 8 rows of a triangle
+        assert share * P * P < words < share * (P * P * 9 / 8 + 2 * 2 * P) + few
+    elif solver == "cg":
+        assert iterations > 1 and 2 * share * iterations * P < words < 2 * share * (iterations + 2) * (P + 1) + few
+    else:
+        assert 2 * share * P < words < 0.5 * share * M * P, "factors, not rows"
 
 
 @pytest.mark.parametrize(("kind", "name", "text"), [
@@ -82,6 +98,33 @@ def test_checkpoints_of_one_number_of_ranks_load_in_another(pool, tmp_path, opti
     assert relative(step_problems.saved(None, path, "mean", options, 12, 6), whole) < BOUND
     step_problems.saved(None, path, "mean", options, 6)
     assert relative(pool.run(2, step_problems.saved, path, "mean", options, 12, 6)[1], whole) < BOUND
+
+
+@pytest.mark.parametrize("options", (
+    {}, {"find_unused_parameters": True}, {"static_graph": True}, {"broadcast_buffers": False},
+    {"gradient_as_bucket_view": True},
+), ids=lambda options: next(iter(options), "default"))
+def test_a_module_in_distributed_data_parallel_is_the_bare_module(pool, options):
+    for bare, end, refused, hooked in pool.run(2, step_problems.wrapped, options, 4, "broadcast_buffers" not in options):
+        assert torch.equal(bare, end)
+        assert "process_group=" in refused and "beside those of DistributedDataParallel" in hooked
+
+
+def test_options_that_differ_are_refused(pool):
+    for said in pool.run(2, step_problems.other_options):
+        assert "all ranks must have equal options; rank 0 has [1.0, 0.25, " in said and "rank 1: [1.0, 0.5, " in said
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("sharded", "is a DTensor with the placements (S(0))"), ("replicated", "torch.nn.Parameter(p.to_local())"),
+    ("fsdp2", "without fully_shard"), ("hybrid", "(R, S(0))"), ("fsdp1 original", "belongs to FullyShardedDataParallel"),
+    ("fsdp1", "belongs to FullyShardedDataParallel"),
+])
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_that_are_not_whole_are_refused(pool, kind, words):
+    for said in pool.run(4, step_problems.distributed, kind):
+        for text, where in zip(said, ("LM", "LM", "linearize"), strict=True):
+            assert text and text.startswith(f"pgdfast.{where}: parameter 0") and words in text, text
 
 
 def _killed(path, delay, options):

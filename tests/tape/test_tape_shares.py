@@ -3,18 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import mlp, rand, relative
+from helpers import gradient, mlp, rand, relative
 
 import pgdfast
-from pgdfast.parts.combine import Combination
+from pgdfast.parts.combine import Combination, common_penalties
 from pgdfast.tape import Tracer
 
 N, D, K, M = 13, 3, 4, 26  # rows, inputs, outputs, points on the boundary
 LABELS = torch.tensor([0, 1, 2, -100, 3, 1, 2, 0, -100, 1, 3, 3, 2])
 MASK = torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 1]).double()
 CLASS = rand(K, seed=4).square() + 0.1
+METRIC = (lambda w: w @ w.T + torch.eye(K))(rand(K, K, seed=9))
 UNEQUAL = ([4, 0, 6, 3], [12, 1], [2, 2, 9])
-EQUAL = ([4, 4, 4],)
 
 
 class Batch:
@@ -161,6 +161,39 @@ ADDITIVE = {
     "residuals and weights": lambda z, d, net: (z - d.y, 0.1 * net[0].weight.reshape(-1)),
     "vmapped": lambda z, d, net: torch.vmap(lambda a, b: (a - b).square().mean())(z, d.y).mean(),
     "vmapped sum": lambda z, d, net: torch.vmap(lambda a, b: (a - b).square().sum())(z, d.y).sum(),
+    "mahalanobis": lambda z, d, net: (((z - d.y) @ METRIC) * (z - d.y)).sum(1).mean(),
+    "mahalanobis by einsum": lambda z, d, net: torch.einsum(
+        "ni,ij,nj->n", z - d.y, METRIC, z - d.y
+    ).mean(),
+    "squares by einsum": lambda z, d, net: (
+        torch.einsum("ni,ni->", z - d.y, z - d.y) / max(d.n, 1)
+    ),
+    "log_prob": lambda z, d, net: -torch.distributions.Normal(z, 0.3).log_prob(d.y).mean(),
+    "logsumexp": lambda z, d, net: (z.logsumexp(1) - z.gather(1, d.t[:, None])[:, 0]).mean(),
+    "bce of probabilities": lambda z, d, net: F.binary_cross_entropy(z.sigmoid(), d.q),
+    "average of terms": lambda z, d, net: sum([F.mse_loss(z, d.y), net(d.b).square().mean()]) / 2,
+    "nanmean": lambda z, d, net: torch.nanmean((z - d.y) ** 2),
+    "soft margin": lambda z, d, net: F.soft_margin_loss(z, d.y.sign()),
+    "squared hinge": lambda z, d, net: F.relu(1 - z * d.y.sign()).square().mean(),
+    "fourth powers": lambda z, d, net: ((z - d.y) ** 4).mean(),
+    "cauchy": lambda z, d, net: torch.log1p((z - d.y) ** 2 / 0.3).mean(),
+    "derivatives": lambda z, d, net: (
+        lambda x: (gradient(net(x).sum(1), x) - d.x).square().mean()
+    )(d.x.clone().requires_grad_()),
+    "focal": lambda z, d, net: (lambda c: ((1 - torch.exp(-c)) ** 2 * c).mean())(
+        ce(z, d, reduction="none")
+    ),
+    "masked rows": lambda z, d, net: ((z - d.y) ** 2)[d.m > 0].mean(),
+    "counted where": lambda z, d, net: (
+        torch.where(d.w > 0.2, (z - d.y) ** 2, 0.0).sum() / (d.w > 0.2).sum().clamp_min(1)
+    ),
+    "masked means of outputs": lambda z, d, net: (
+        ((d.m[:, None] * (z - d.y) ** 2).sum(0) / d.m.sum()).mean()
+    ),
+    "outputs by a product": lambda z, d, net: ((z - d.y).square() @ CLASS).mean(),
+    "a weight of one entry": lambda z, d, net: (CLASS[:1] * (z - d.y) ** 2).mean(),
+    "probabilities": lambda z, d, net: (z.softmax(1) - d.q).square().sum(1).mean(),
+    "outputs apart": lambda z, d, net: sum(t.square().mean() for t in (z - d.y).unbind(1)),
     "constant beside": lambda z, d, net: F.mse_loss(z, d.y) + 5.0,
 }
 
@@ -204,15 +237,15 @@ def combined(name, form, sizes):
     full, _, terms, penalty = read(name, form, everything)
     found = [read(name, form, part) for part in parts]
     combination = Combination([shares for _, shares, _, _ in found])
-    gradient = 0.0
+    found_gradient = 0.0
     for part, (lin, shares, _, _), scales in zip(parts, found, combination.scales, strict=True):
         if part.n == 0:
             assert set(scales) <= {0.0}
         else:
-            gradient = gradient + gradient_of(lin, shares, scales)
+            found_gradient = found_gradient + gradient_of(lin, shares, scales)
     if full.penalty is not None:
-        gradient = gradient + full.penalty_gradient
-    assert relative(gradient, full.gradient()) < 1e-12
+        found_gradient = found_gradient + full.penalty_gradient
+    assert relative(found_gradient, full.gradient()) < 1e-12
     held = [k for k, part in enumerate(parts) if part.n]
     if combination.uniform is not None and name not in COUNTED_IN_EVERY_PART:
         losses = [float(found[k][0].loss) if k in held else float("nan") for k in range(len(parts))]
@@ -337,3 +370,55 @@ def test_parts_without_rows_count_for_nothing():
     shares = [read("", ADDITIVE["mse"], part)[1] for part in parts]
     assert Combination([None, *shares, None]).scales == [[], [5 / 12], [7 / 12], []]
     assert Combination([None, None]).scales == [[], []]
+    combination = Combination([None, *shares])
+    nan = float("nan")
+    assert combination.total([nan, 1.2, 2.4], [nan, 0.0, 0.0], 0.5) == pytest.approx(0.5 + 0.5 + 1.4)
+
+
+@pytest.mark.parametrize("name", ["mse", "over len", "masked mean", "ce class weights", "l1", "four terms"])
+def test_float32(name):
+    parts, everything = batches([5, 7])
+    model = mlp(D, 5, K, seed=1).float()
+    for d in (*parts, everything):
+        for field in ("x", "y", "w", "m", "q", "b"):
+            setattr(d, field, getattr(d, field).float())
+
+    def form(z, d, net):
+        if name != "ce class weights":
+            return ADDITIVE[name](z, d, net)
+        return F.cross_entropy(z, d.t, CLASS.float())
+
+    tracer = Tracer(list(model.parameters()))
+    shares = [tracer.shares(form(model(d.x), d, model)) for d in parts]
+    total = sum(tracer.term_values(form(model(everything.x), everything, model)))
+    values = [tracer.term_values(form(model(d.x), d, model)) for d in parts]
+    assert Combination(shares).total_of_terms(values, 0.0) == pytest.approx(total, rel=1e-5)
+
+
+COMPLEX = {
+    "squares": lambda r: r.abs().square().mean(),
+    "conjugates": lambda r: (r * r.conj()).real.sum(1).mean(),
+    "real view": lambda r: torch.view_as_real(r).square().sum(),
+    "norms of rows": lambda r: torch.linalg.vector_norm(r, dim=1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_outputs(name):
+    w = torch.complex(rand(D, K, seed=1), rand(D, K, seed=2)).requires_grad_()
+    parts, everything = batches([5, 1, 7])
+    tracer = Tracer([w])
+
+    def loss(d):
+        return COMPLEX[name](d.x.to(torch.complex128) @ w - d.y)
+
+    scales = Combination([tracer.shares(loss(d)) for d in parts]).uniform
+    total = sum(s * loss(d) for s, d in zip(scales, parts, strict=True))
+    assert relative(total, loss(everything)) < 1e-13
+
+
+def test_penalties_of_parts_must_be_the_same():
+    assert common_penalties([{0: 0.2, 3: 1.0}, None, {0: 0.2, 3: 1.0}]) == {0: 0.2, 3: 1.0}
+    assert common_penalties([None]) == {}
+    with pytest.raises(ValueError, match="parameter 3 are multiplied by 0.5 in part 0 and by 0 in part 1"):
+        common_penalties([{0: 0.2, 3: 1.0}, {0: 0.2}])

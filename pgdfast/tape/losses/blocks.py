@@ -201,7 +201,8 @@ class Route:
 
     chains: by one or several ways. A chain is None at the loss, or (chain above, step), and a step is the position of a node,
     the positions of all nodes between a term and its cut, or `COUPLED`; a Fork stands for any of its chains.
-    weight: of what the last node of the chain puts out, dL / d output, where the block is of one node's loss.
+    weight: of what the last node of the chain puts out, dL / d output, where the block is of one node's loss; less that of a
+    log_softmax.
     """
 
     chains: tuple

@@ -58,7 +58,7 @@ def softmax_blocks(walk) -> None:
             raise UnrecognizedLoss("its log_softmax enters with a positive sign; a cross-entropy has a negative one")
         dim = signed(node._saved_dim) % max(log_p.dim(), 1)
         walk.form.blocks.append(softmax_block((walk.tape.edges[position][0],), p, q, dim))
-        walk.form.routes.append(Route(tuple(walk.to_log_softmax[position]), -q))
+        walk.form.routes.append(Route(tuple(walk.to_log_softmax[position]), q))
 
 
 def softmax_block(edges: tuple, p: torch.Tensor, q: torch.Tensor, dim: int) -> Softmax:

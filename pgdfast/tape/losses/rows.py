@@ -10,25 +10,20 @@ import math
 
 import torch
 
-from ..rules import RULES
 from ..rules.table import plain, signed
 from .linear import LINEAR, READERS, Walk
 from .names import written
+from .outputs import VIEWS, is_elementwise, is_scaling, lengths, origin
 from .states import State, Unclear, alike, kind_of_all, labels_of
 
-_NOT_ELEMENTWISE = {"TrilBackward0", "TriuBackward0", "GluBackward0"}
-_ALSO_ELEMENTWISE = {"LogaddexpBackward0", "XlogyBackward0", "XlogyBackward1", "XlogyBackward2", "ConjBackward0"}
 _SAME = {"AddBackward1", "SubBackward1", "CloneBackward0", "AliasBackward0", "ToCopyBackward0", "NegBackward0"}
 _SUMS = {"SumBackward0", "SumBackward1", "NansumBackward0"}
 _MEANS = {"MeanBackward0", "MeanBackward1"}
-_VIEWS = {
-    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0",
-    *(f"SqueezeBackward{k}" for k in range(6)),
-}
 _LOSSES = {
     "MseLossBackward0", "HuberLossBackward0", "SmoothL1LossBackward0", "BinaryCrossEntropyWithLogitsBackward0",
     "BinaryCrossEntropyBackward0", "SoftMarginLossBackward0",
 }
+_CHOOSING = {"WhereBackward0", "MaskedFillBackward0", "MaskedSelectBackward0", "IndexBackward0"}
 _PRODUCTS = {"MmBackward0", "BmmBackward0", "MvBackward0", "AddmmBackward0", "DotBackward0", "VdotBackward0"}
 _OVER_A_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
 _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", "StdBackward0"}
@@ -37,21 +32,20 @@ _REDUCING = {"LogsumexpBackward0", "LinalgVectorNormBackward0", "VarBackward0", 
 class Rows:
     """Pushes states up a tape.
 
-    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have, along dimension `dim`.
-    tolerance: of numbers, relative. fixed: does the same hold for any tape of this structure with these numbers?
+    start: the state of a block's outputs, of this shape, at an edge. rows: how many they have. turned: the dimension of rows,
+    should they be the first one of what was transposed. tolerance: of numbers, relative. fixed: does the same hold for any
+    tape of this structure with these numbers? seen: takes in the positions of nodes below the block that were looked at.
     """
 
-    def __init__(self, tape, edge, shape, tolerance: float, dim: int = 0):
+    def __init__(self, tape, edge, shape, tolerance: float, seen: set[int], turned: int = 0):
         self.tape, self.tolerance, self.fixed = tape, tolerance, True
-        base = shape
-        while edge and len(base) == 1 and tape.leaf[edge[0]] < 0 and tape.kind(edge[0]) in _VIEWS:
-            edge = tape.edges[edge[0]][0]   # the tensor that was flattened
-            base = tape.shape(*edge)
-        base = base or torch.Size([1])
-        self.rows, self.entries = base[dim], shape.numel()
-        self._numbers = [self.rows, self.entries, *shape[:1]]   # what a mean may divide by
-        labels = labels_of(self.rows).reshape(-1, *[1] * (len(base) - 1 - dim)).expand(base)
-        self.start = State(labels.reshape(shape), dim)
+        base, dim = (shape, turned) if turned else origin(tape, edge, shape, seen)
+        self.rows, self.entries = base[dim] if base else 1, shape.numel()
+        # what a mean may divide by
+        self._numbers = [self.rows, self.entries, *shape[:1], *lengths(tape, edge, seen)]
+        labels = labels_of(self.rows).reshape([-1, *[1] * (len(base) - 1 - dim)] if base else []).expand(base)
+        kept = base == shape or len(shape) == 1 or base[:1] == shape[:1]
+        self.start = State(labels.reshape(shape), dim if kept else -1)
         self._totals: list[float] = []    # weights of a cross-entropy's labels: label smoothing divides by them, too
         self._squared: set[int] = set()   # nodes that square a norm, whose root they take back
 
@@ -82,6 +76,8 @@ class Rows:
         shape = tape.shape(position)
         if position in self._squared:   # takes back the root below it
             return self._broadcast(next(iter(inputs.values())), shape)
+        if kind in _CHOOSING and any(s.kind in ("likely", "divided") for s in inputs.values()):
+            raise Unclear(f"a number that may count rows divides what {self._written(position)} chooses from")
         if len(inputs) == 1:
             ((k, state),) = inputs.items()
             if kind in _MEANS:
@@ -101,7 +97,7 @@ class Rows:
                 return state if alpha == 1 else self.number(position, state, alpha, False)
             if kind in _SAME:
                 return self._broadcast(state, shape)
-            if kind in _VIEWS:
+            if kind in VIEWS:
                 return self._view(state, shape)
             if kind == "NllLossBackward0" or kind == "NllLoss2DBackward0":
                 return self._nll(position, state)
@@ -140,16 +136,16 @@ class Rows:
         new = state.like(state.moments, state.weights, state.axis)
         d, kind = 1 / abs(c) if c and math.isfinite(c) else 0.0, None
         if d and state.kind == "sum":
-            weights = float(state.weights.sum().abs())
+            weights, entries = float(state.weights.sum().abs()), float(state.total()[0])
+            plainly = self._among(d, [*self._numbers, entries])
             counted = self._among(d, [weights, weights * self.rows / self.entries])
-            plainly = self._among(d, self._numbers) or (not counted and self._among(d, [float(state.total()[0])]))
             if (counted and not plainly) or self._among(d, self._totals):
                 kind = "mean"
             elif plainly and divides and (d > 2.5 or self.rows == 1):
                 kind = "likely"
             elif plainly or (multiples and d > 1.5 and self._among(d / self.rows, [round(d / self.rows)])):
                 kind = "divided"
-        elif d and not divides and self._among(1 / d, [*self._numbers, state.count]):
+        elif d and self._among(d if divides else 1 / d, [*self._numbers, state.count]) and abs(c) != 1:
             kind = "divided"
         if kind is None:
             new.factor *= c
@@ -181,12 +177,19 @@ class Rows:
         other = (other.abs() if other.is_complex() else other).double().cpu()
         other = 1 / other if divides else other
         new = state.like(state.moments, state.weights * other, state.axis)
+        self._mark(new, state, other.expand(new.shape))
+        new.loose = state.loose or other.numel() == 1
         new.weighted = state.weighted or not bool((other == other.round()).all())
         return new
 
+    def _mark(self, new: State, state: State, coefficients: torch.Tensor) -> None:
+        """Note what stands at a sum over rows: it must be the same in all parts."""
+        if coefficients.numel() > 1 and (state.axis is None if self.rows == 1 else not state.single()):
+            new.mark = state.mark + float((coefficients.reshape(-1) * torch.arange(1.0, 1 + coefficients.numel()).sin()).sum())
+
     def mean(self, position: int, state: State) -> State:
         """The mean over some dimensions."""
-        count = state.shape.numel() / max(self.tape.shape(position).numel(), 1)
+        count = max(state.shape.numel(), 1) / max(self.tape.shape(position).numel(), 1)
         return self._mean(position, state, self._sum(position, state), count)
 
     def _mean(self, position: int, state: State, new: State, count: float) -> State:
@@ -277,7 +280,10 @@ class Rows:
 
         moments, weights = torch.stack([push(m) for m in state.moments]), push(state.weights)
         new = state.like(moments, weights, self._moved(position, state))
-        if tape.kind(position).startswith(("Slice", "Select")) and not alike(state.total(), new.total()):
+        self._mark(new, state, moments[0] / moments[0].sum().clamp_min(1e-300))
+        places = tape.kind(position) in ("SliceBackward0", "SelectBackward0")
+        along = places and signed(node._saved_dim) % len(state.shape) == state.axis and new.shape != state.shape
+        if along or (places and not alike(state.total(), new.total())):
             raise Unclear(
                 "it picks rows by their place, which are others on all rows; pick them before they are squared, or by a mask"
             )
@@ -310,6 +316,9 @@ class Rows:
         if name in ("AddBackward0", "SubBackward0", "WhereBackward0"):
             self.fixed &= name != "WhereBackward0"
             pushed = [self._broadcast(s, shape) for s in parts]
+            if name[0] == "W":
+                chosen = plain(self._field(position, "_saved_condition")).double().cpu().expand(shape)
+                self._mark(pushed[0], parts[0], chosen)
         else:
             pushed = [self._pushed(position, k, s) for k, s in inputs.items()]
         new = pushed[0].like(sum(s.moments for s in pushed), sum(s.weights for s in pushed), pushed[0].axis)
@@ -358,6 +367,8 @@ class Rows:
                 )
             if self.rows == 1 and state.axis == -1:
                 raise Unclear(f"of one row {self._written(position)} does not tell what it is applied to")
+            if state.kind != "sum" and self._among(state.count, self._numbers):
+                raise Unclear(f"a number that may count rows divides what {self._written(position)} is applied to")
         pushed = [self._broadcast(s, shape) for s in inputs.values()]
         new = pushed[0].like(sum(s.moments for s in pushed), torch.ones(shape, dtype=torch.float64), pushed[0].axis)
         if not (new.single() or self.rows == 1):
@@ -384,57 +395,24 @@ class Rows:
         for state in used.values():
             if not (self.rows == 1 or state.single()):
                 raise Unclear(f"{self._written(position)} is applied to a sum over rows", True)
-        if shape.numel() == 1:   # r^T r
+        if shape.numel() == 1 and all(edges):   # r^T r
             state = next(iter(used.values()))
-            new = state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
-            if len(used) == 1 and sum(map(bool, edges)) == 1:
-                raise Unclear(f"{self._written(position)} does not tell what it does with rows")
-            return new
-        if self.rows == 1:
-            raise Unclear(f"of one row {self._written(position)} does not tell what it is over")
-        moments = 0.0
+            return state.like(_total(state.moments, 3).reshape(3, *shape), state.weights.sum().reshape(shape), None)
+        moments, axes = 0.0, set()
         for k, state in used.items():
             first = k == (1 if kind == "AddmmBackward0" else 0)
+            contracted = len(state.shape) - (1 if first or len(state.shape) == 1 else 2)
+            axes.add(-1 if state.axis == contracted or len(shape) != len(state.shape) and not first else state.axis)
             if first:
                 summed = state.moments.sum(-1, keepdim=len(shape) == len(state.shape))
             else:
                 summed = state.moments.sum(-2 if len(state.shape) > 1 else -1, keepdim=len(shape) == len(state.shape))
             moments = moments + summed.expand(3, *shape)
         first = next(iter(used.values()))
-        new = first.like(moments, torch.ones(shape, dtype=torch.float64), -1)
+        new = first.like(moments, torch.ones(shape, dtype=torch.float64), axes.pop() if len(axes) == 1 else -1)
         if not new.single():
             raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
-
-
-def transposed(tape, edge) -> int:
-    """The dimension that outputs have for the first one of what they were transposed from; 0 where they were not."""
-    while tape.leaf[edge[0]] < 0:
-        kind, node, inputs = tape.kind(edge[0]), tape.nodes[edge[0]], [e for e in tape.edges[edge[0]] if e]
-        if kind == "TBackward0":
-            return len(tape.shape(*edge)) - 1
-        if kind == "PermuteBackward0":
-            return [signed(d) % len(tape.shape(*edge)) for d in node._saved_dims].index(0)
-        if kind == "TransposeBackward0":
-            pair = [signed(d) % len(tape.shape(*edge)) for d in (node._saved_dim0, node._saved_dim1)]
-            return max(pair) if 0 in pair else 0
-        if len(inputs) != 1 or not is_elementwise(kind) or tape.shape(*inputs[0]) != tape.shape(*edge):
-            return 0
-        edge = inputs[0]
-    return 0
-
-
-def is_elementwise(kind: str) -> bool:
-    """Whether each entry of what a node puts out depends on one entry of each input."""
-    rule = RULES.get(kind)
-    known = rule is not None and rule.apply.__module__.endswith(".elementwise") and kind not in _NOT_ELEMENTWISE
-    return known or kind in _ALSO_ELEMENTWISE
-
-
-def is_scaling(tape, position: int) -> bool:
-    """Whether a node is a product with, or a quotient by, a constant."""
-    kind, edges = tape.kind(position), tape.edges[position]
-    return kind in ("MulBackward0", "DivBackward0") and not all(edges) and bool(kind[0] == "M" or edges[0])
 
 
 def _saved(node):

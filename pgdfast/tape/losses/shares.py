@@ -15,7 +15,8 @@ from ..rules.table import plain
 from ..walk import Tape
 from .blocks import COUPLED, Form, Route, unrolled
 from .names import written
-from .rows import Rows, is_elementwise, is_scaling, transposed
+from .outputs import is_elementwise, is_scaling, transposed
+from .rows import Rows
 from .states import State, Unclear, kind_of_all
 
 _PICKING = {
@@ -48,6 +49,8 @@ class Share:
         why: of "whole" and "unknown".
         fixed: may it be one term that does not belong to the parts, parameters drawn to constants?
         normalised: do the weights of its entries sum to 1, or to their number?
+        mark: a number that weights and masks of sums over rows leave, the same in all parts.
+        loose: is there a weight of one row that may belong to the factor?
         operation: that it ends with.
         value: 1/2 ||r||^2, None where it was not asked for.
     """
@@ -60,6 +63,8 @@ class Share:
     why: str = ""
     fixed: bool = False
     normalised: bool = False
+    mark: float = 0.0
+    loose: bool = False
     operation: str = ""
     value: float | None = None
 
@@ -142,7 +147,7 @@ def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dty
         if below == "parameters":
             share = replace(share, kind="parameters")
         elif edge and r.numel():
-            reader = Rows(tape, edge, r.shape, tolerance)
+            reader = Rows(tape, edge, r.shape, tolerance, seen)
             state = _inner(tape, (edge,), reader, reader.start, seen)
             share = replace(share, rows=reader.rows, kind=state.kind, count=state.count, factor=state.factor)
         found.append(share)
@@ -163,7 +168,7 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     coupled = any(COUPLED in steps for steps in ways)
     if below == "parameters" and not coupled:
         return replace(share, kind="parameters"), set(), True
-    reader = Rows(tape, block.edges[0], shape, tolerance)
+    reader = Rows(tape, block.edges[0], shape, tolerance, seen)
     share = replace(share, rows=reader.rows, fixed=below == "offsets")
     try:
         if not len(shape) and not coupled:
@@ -172,9 +177,9 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
             _inner(tape, block.edges, reader, reader.along(steps, block.edges), seen, block.squares) for steps in ways
         ]
         kind = kind_of_all(states)
-        dim = transposed(tape, block.edges[0]) if len(shape) > 1 else 0
+        dim = transposed(tape, block.edges[0], seen) if len(shape) > 1 else 0
         if dim:
-            other = Rows(tape, block.edges[0], shape, tolerance, dim)
+            other = Rows(tape, block.edges[0], shape, tolerance, seen, dim)
             for steps, state in zip(ways, states, strict=True):
                 turned = other.along(steps, block.edges)
                 if (turned.kind, turned.count, turned.factor) != (state.kind, state.count, state.factor):
@@ -186,14 +191,15 @@ def _share(tape: Tape, block, route: Route, tolerance: float, seen: set[int]) ->
     near = [1.0, shape.numel() / reader.rows] if first.kind == "sum" else [entries]
     normalised = first.weighted and any(abs(weights - n) <= tolerance * n for n in near)
     share = replace(
-        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised
+        share, kind=kind, count=first.count, factor=sum({s.factor for s in states}), normalised=normalised,
+        mark=sum(s.mark for s in states), loose=any(s.loose for s in states),
     )
     return share, {p for s in states for p in s.passed}, reader.fixed
 
 
 def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], squares: bool = True) -> State:
-    """Numbers that multiply the outputs of squares themselves."""
-    if not squares or len(edges) > 1:
+    """Numbers that multiply a block's outputs themselves; outside of squares they must be the same in all parts."""
+    if len(edges) > 1:
         return state
     (position, _), c, divides = edges[0], 1.0, False
     while tape.leaf[position] < 0:
@@ -214,6 +220,12 @@ def _inner(tape: Tape, edges, reader: Rows, state: State, seen: set[int], square
         c *= number if kind[0] == "M" else 1 / number if number else math.inf
         position = next(e for e in inputs if e)[0]
     if c == 1 and not divides:
+        return state
+    if not squares:
+        if any(reader.number(position, reader.start, n, divides, multiples=False).kind != "sum" for n in (c, c * c)):
+            raise Unclear("a number that may count rows divides its outputs within a function that is no square")
+        state = state.like(state.moments, state.weights, state.axis)
+        state.factor *= c
         return state
     state = reader.number(position, state, c * c, divides, multiples=False)
     state.kind = "divided" if state.kind == "likely" else state.kind

@@ -8,21 +8,25 @@ import torch.nn.functional as F
 from ..rules.table import plain
 from ..walk import Tape
 from .blocks import Form, Route, unrolled
+from .shares import closed
 
 _NORMS = {"LinalgVectorNormBackward0", "StdBackward0", "DistBackward0"}
 _REDUCTIONS = ("none", "mean", "sum")
 
 
 def term_values(tape: Tape, form: Form, rest: float) -> list[float] | None:
-    """The value of each block's term, up to a constant; None where more than one cannot be had.
+    """The value of each block's term, up to a constant; None where more than one cannot be had that depends on data.
 
-    rest: the loss without its quadratic penalties, of which what is left over is the value of the one that cannot.
+    rest: the loss without its quadratic penalties, of which what is left over is the value of those that cannot.
     """
     values = [_value(tape, block, route) for block, route in zip(form.blocks, form.routes, strict=True)]
-    if values.count(None) > 1:
+    unknown = [k for k, v in enumerate(values) if v is None]
+    if len(unknown) > 1 and any(closed(tape, form.blocks[k].edges, set()) != "parameters" for k in unknown):
         return None
-    known = sum(v for v in values if v is not None)
-    return [rest - known if v is None else v for v in values]
+    left = rest - sum(v for v in values if v is not None)
+    for k in unknown:   # several count once, all of them together
+        values[k], left = left, 0.0
+    return values
 
 
 def half_squares(residual: torch.Tensor) -> float:
@@ -50,11 +54,13 @@ def _value(tape: Tape, block, route: Route) -> float | None:
             return _product(weight, result)
         return half_squares(block.residual)
     if kind == "LogSoftmaxBackward0":
-        return _product(weight, node._saved_result)
+        return -_product(weight, node._saved_result)
     if kind == "SoftmaxBackward0":
         return _product(weight, node._saved_result)
     if block.squares:
         return half_squares(block.residual)
+    if kind == "AbsBackward0":
+        return _product(weight, plain(node._saved_self).abs())
     found = _LOSSES.get(kind)
     if found is None:
         return None
