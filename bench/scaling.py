@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import process_time
 
-MATRIX_AT_ONCE, ROWS_AT_ONCE = 1 << 22, 64   # pgdfast/parts/kernels.py: numbers of J^T J in a sum, rows of K in a block
+# Of pgdfast/parts: numbers of J^T J in one sum; rows of K in a block; orders from which ranks share a factor, and its panels.
+MATRIX_AT_ONCE, ROWS_AT_ONCE, SHARED_FROM, PANEL = 1 << 22, 64, 2048, 256
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Machine:
 
     products: of J^T J and of K; cholesky: of a factor; sweep: of the narrow products in J v. near: of a link to the ranks of
     the same node, of which there are `node`; far: to others. latency: seconds of a collective. width: bytes of a number.
+    shares: whether all ranks together make large factors, as they do with the core on CPUs (pgdfast/parts/cholesky.py).
     """
 
     name: str
@@ -35,14 +37,15 @@ class Machine:
     node: int
     latency: float
     width: int
+    shares: bool
 
 
 # Rates by --measure on one core, float64; links by a ring of two gloo processes over loopback; far: 25 Gbit/s, assumed.
-CORE = Machine("CPU core, gloo", 64e9, 60e9, 34e9, 2e9, 25e9 / 8, 64, 40e-6, 8)
+CORE = Machine("CPU core, gloo", 64e9, 60e9, 34e9, 2e9, 25e9 / 8, 64, 40e-6, 8, True)
 # NVIDIA's figures for an H100 SXM: 67 TFLOP/s in float32 without tensor cores, NVLink 450 GB/s each way, InfiniBand NDR 50 GB/s
 # for each GPU. Assumed shares: 0.7 of the peak for products, 0.35 for a Cholesky factor, 0.25 for sweeps, 0.8 of the links; 20
 # microseconds for a collective within a node, and 10 more for every doubling.
-H100 = Machine("H100, NCCL", 0.7 * 67e12, 0.35 * 67e12, 0.25 * 67e12, 0.8 * 450e9, 0.8 * 50e9, 8, 20e-6, 4)
+H100 = Machine("H100, NCCL", 0.7 * 67e12, 0.35 * 67e12, 0.25 * 67e12, 0.8 * 450e9, 0.8 * 50e9, 8, 20e-6, 4, False)
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,28 @@ def network(solver, widths, rows, **others):
     return Work("-".join(map(str, widths)), solver, rows, P, sweep, factors, 2 * sum(widths), 2.0 * factors, **others)
 
 
-def sent(work, ranks, part=None):
-    """Numbers that a rank sends in a step without corrections, by what they are; part: of one kind alone."""
+def shared(work, machine):
+    """Whether the factor of a step is made by all ranks together."""
+    order = {"primal": work.parameters, "dual": work.residuals, "cg": 0}[work.solver]
+    return machine.shares and order >= SHARED_FROM
+
+
+def sent(work, ranks, machine):
+    """Numbers that a rank sends in a step without corrections, by what they are."""
     M, P, share = work.residuals, work.parameters, (ranks - 1) / ranks
     found = {"residual": share * M}
+    if shared(work, machine):
+        order = P if work.solver == "primal" else M
+        found["factor"] = share * order * (order + PANEL) / 2
     if work.solver == "primal":
         rows = max(1, min(MATRIX_AT_ONCE // P, P // 8))
         found |= {"J^T J": 2 * share * P * (P + rows) / 2, "J^T r": 2 * share * P, "step": share * P}
     elif work.solver == "cg":
         found["products"] = 2 * share * P * (work.iterations + 2)
     else:
-        found |= {"factors": share * M * work.factors, "K": share * M * (M + ROWS_AT_ONCE) / 2, "J^T y": 2 * share * 2 * P}
-    return found if part is None else found[part]
+        found |= {"factors": share * M * work.factors, "K": share * M * (M + ROWS_AT_ONCE) / 2}
+        found |= {"J^T y": 2 * share * P, "y": share * M}
+    return found
 
 
 def memory(work, ranks, machine):
@@ -102,19 +115,25 @@ def seconds(work, ranks, machine):
     """Seconds of a step by what takes them: work that is shared, work that every rank repeats, and collectives."""
     M, P, own = work.residuals, work.parameters, work.residuals / ranks
     sweep = own * work.sweep / machine.sweep
-    told = sum(sent(work, ranks).values()) * machine.width
+    told = sum(sent(work, ranks, machine).values()) * machine.width
     link = machine.near if ranks <= machine.node else machine.far
     calls = {"primal": 8 + math.ceil(P * P / 2 / MATRIX_AT_ONCE), "cg": 8 + work.iterations, "dual": 14}[work.solver]
     hop = 0.0 if ranks == 1 else machine.latency * (1 + max(0.0, math.log2(ranks / machine.node)) / 2)
+    order = {"primal": P, "dual": M, "cg": 0}[work.solver]
+    factor, split = order**3 / 3 / machine.cholesky, 1
+    if ranks > 1 and shared(work, machine):
+        split, calls = ranks, calls + 2 * math.ceil(order / PANEL)
     if work.solver == "primal":
-        shared, repeated = 2 * sweep + work.outputs * sweep + own * P * P / machine.products, P**3 / 3 / machine.cholesky
+        own_work = (2 + work.outputs) * sweep + own * P * P / machine.products
     elif work.solver == "cg":
-        shared = 2 * sweep + 2 * sweep * (work.iterations + 2)
-        repeated = 4 * P * work.iterations / machine.sweep   # dot products and updates
+        own_work = 2 * sweep * (work.iterations + 3)
+        factor = 4 * P * work.iterations / machine.sweep   # dot products and updates
     else:
-        shared = (3 + work.outputs) * sweep + M * M / 2 * work.gram / ranks / machine.products
-        repeated = M**3 / 3 / machine.cholesky
-    return {"shared": shared, "repeated": repeated, "sent": told / link + calls * hop}
+        own_work = (3 + work.outputs) * sweep + M * M / 2 * work.gram / ranks / machine.products
+    if split > 1:
+        own_work += factor / split
+        factor = PANEL * order**2 / machine.cholesky   # one panel waits for the other
+    return {"shared": own_work, "repeated": factor, "sent": told / link + calls * hop}
 
 
 def total(work, ranks, machine):
