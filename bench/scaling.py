@@ -151,7 +151,7 @@ def weak(work, machine, counts):
     return [total(replace(work, residuals=R * work.residuals), R, machine) / total(work, 1, machine) for R in counts]
 
 
-def pays_until(work, machine, most=4096):
+def pays_until(work, machine, most=1024):
     """The most ranks, in doublings, of which each doubling still saves a quarter of the time."""
     R = 1
     while 2 * R <= most and total(work, 2 * R, machine) <= 0.75 * total(work, R, machine):
@@ -214,7 +214,7 @@ def lines():
                     told = ", ".join(f"{what} {value:.3g} s" for what, value in parts.items())
                     yield f"  R = {R}: {sum(parts.values()):.3g} s ({told}), {held / 1e9:.3g} GB"
                 if name == "strong":
-                    yield f"  pays until R = {pays_until(work, machine)}"
+                    yield f"  pays until R = {pays_until(work, machine)}, of at most 1024"
 
 
 def measure():
