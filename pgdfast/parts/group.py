@@ -141,6 +141,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.words, self.device = 0.0, _device_of(process_group)
         self._lost: LostRank | None = None
+        self._unsure = False   # whether all ranks have left the last step
         self._checked: list[torch.Tensor] = []
         self._steps = 0
 
@@ -155,6 +156,9 @@ class Ranks:
 
         Cost: the parameters are read once where their values are compared, and two numbers are gathered.
         """
+        if self._unsure:
+            self._run(dist.monitored_barrier if dist.get_backend(self.group) == "gloo" else dist.barrier)
+            self._unsure = False
         new = len(params) != len(self._checked) or not all(map(is_, params, self._checked))
         due = self.check_every and self._steps % self.check_every == 0 and not new
         mine = torch.tensor([0, new], dtype=torch.int64, device=self.device)
@@ -287,13 +291,12 @@ class Ranks:
         raise agreed from error
 
     def left(self, error: BaseException) -> None:
-        """Say that a step ended with this error: one that was not settled leaves the others waiting, and the group is lost."""
-        if self._lost is None and not getattr(error, "pgdfast_settled", False) and self.size > 1:
-            self._lost = LostRank(
-                f"pgdfast.LM: rank {self.rank} left a step by an error that the other ranks could not be told of "
-                f"({type(error).__name__}: {error}); they wait for it until the group's time-out. Restart all ranks from the "
-                "last checkpoint."
-            )
+        """Say that a step ended with this error; the next one waits for all ranks first, unless all are known to have it.
+
+        Where the others have it too, since it follows from what all know, they come as well. Else they wait elsewhere, and all
+        end with the time-out in place of taking each other's numbers for something else.
+        """
+        self._unsure = not getattr(error, "pgdfast_settled", False)
 
     def section(self) -> _Section:
         """A local section: `with group.section(): ...` settles what the block raises, or that it raised nothing.

@@ -134,10 +134,13 @@ def test_values_are_compared_every_so_many_steps(pool, check_every, seen):
 def test_a_rank_that_does_not_answer_is_an_error_within_the_time_out():
     pool = Pool(2, timeout=2)
     try:
+        left = pool.run(2, on_ranks.abandoned)
+        pool.stop()
         (first, waited, again), _ = pool.run(2, on_ranks.late, 4.0)
     finally:
         pool.stop()
     assert first[0] == "LostRank" and "time-out" in first[1] and "checkpoint" in first[1] and 1 < waited < 4
+    assert [name for name, _, _ in left] == ["LostRank"] * 2, "no numbers of one step are taken for those of another"
     assert again == first[1], "nothing more is asked of a broken group"
 
 

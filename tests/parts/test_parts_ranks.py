@@ -62,6 +62,7 @@ def test_the_report_counts_what_a_rank_sends(pool, size, solver, widths):
     ("first closure", "ZeroDivisionError", "rank 1: in the data"),
     ("first memory", "MemoryError", "rank 1: of 8 GB"),
     ("first result", "ValueError", "rank 1: pgdfast.LM: closure returned str"),
+    ("first terms", "ValueError", "the closure must compute the same loss for every part"),
     ("first ctrl-c", "KeyboardInterrupt", ""),
     ("trial closure", "ZeroDivisionError", "rank 1: in the data"),
     ("trial memory", "MemoryError", "rank 1: of 8 GB"),
