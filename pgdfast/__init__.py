@@ -37,8 +37,9 @@ check_build()
 
 __version__ = "0.1.0"
 __all__ = [
-    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Auto", "Balance", "Chord", "Constant", "DampingRule", "Delayed",
-    "GainRatio", "Geodesic", "LineSearch", "Longest", "Sweep", "CapturedStep", "Ensemble", "EnsembleReport", "Hybrid",
-    "KernelDrift", "Linearization", "Nystrom", "Parts", "Plateau", "Ranks", "Report", "Solution", "Solutions", "Spectrum", "SpectrumHistory", "backends", "build_info",
-    "functional_ensemble", "kernel_alignment", "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
+    "CG", "LM", "Acceleration", "Alignment", "Armijo", "Auto", "Balance", "CapturedStep", "Chord", "Constant",
+    "DampingRule", "Delayed", "Ensemble", "EnsembleReport", "GainRatio", "Geodesic", "Hybrid", "KernelDrift",
+    "LineSearch", "Linearization", "Longest", "Nystrom", "Parts", "Plateau", "Ranks", "Report", "Solution", "Solutions",
+    "Spectrum", "SpectrumHistory", "Sweep", "backends", "build_info", "functional_ensemble", "kernel_alignment",
+    "kernel_drift", "linearize", "ntk_spectrum", "pde", "reference", "solve",
 ]

@@ -146,6 +146,7 @@ class LM(torch.optim.Optimizer, Generic[R]):
     """
 
     returned_loss = False   # did the closure of the last step return the loss, in one number?
+    _in_group = False
     _captured = None   # the CapturedStep whose steps the memory may not know of yet
     report: R
 

@@ -38,7 +38,9 @@ def linearize(
         params: tensors with requires_grad, whose concatenation is the flat parameter vector, complex ones as pairs of real
             numbers side by side.
         batches: None, or an iterable of batches, as for LM.step: the linearization is that of all their rows.
-        process_group, memory, backend: as for LM.
+        process_group: as for LM.
+        memory: as for LM.
+        backend: as for LM.
         check: "first" or "every" compares products with autograd's gradient, "never" only where hooks or Functions of the
             user's take part.
 

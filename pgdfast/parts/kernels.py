@@ -12,7 +12,6 @@ Index legend: M residuals, P parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,9 +19,10 @@ import torch
 from ..kernels import native
 from ..kernels.memory import memory_limit
 from ..kernels.protocol import Outcome, Traits
+from .factors import gram_of_factors
 
 _REDUCED_AT_ONCE = 1 << 22   # numbers of a matrix that one sum over processes takes
-_ROWS_AT_ONCE = 64           # of K, sent from the first of their diagonal elements on
+_SURELY_FITS = 64e6          # bytes up to which the memory that is available is not asked for
 _BLOCK_BYTES = 64 << 20      # of J that kernels make at once for J^T J; see native.Kernels.add_normal
 
 
@@ -205,62 +205,15 @@ class PartsKernels(Traits):
         All processes get the factors of all rows, in place of the rows of J; each then makes an equal share of K, whole rows
         of its upper triangle, of which all get a copy. Sends the factors and M^2 / 2 numbers.
         """
-        return self._kept(("factors", weights and tuple(weights)), lambda: self._gram_of_factors(weights))
+        def make():
+            self._check_memory(self._lin.row_layout().packed, "the factors of all their rows")
+            return gram_of_factors(self._lin, weights)
 
-    def _gram_of_factors(self, weights):
-        group, M = self._group, self.num_residuals
-        self._check_memory(self._lin.row_layout().packed, "the factors of all their rows")
-        with group.section():
-            own = self._lin.visit(lambda part, lin: _packed(lin.kernels()) if part.size else None)
-            own = [one for one in own if one is not None]
-            numbers = torch.cat([torch.empty(0, dtype=self.dtype), *(one.tensor() for one, _ in own)]) if group.size > 1 else None
-        packs, orders = [one for one, _ in own], [order for _, order in own]
-        if group.size > 1:
-            told = group.objects([(one.header(), one.tensor().numel(), order) for one, order in own])
-            everything = group.gather(numbers, [sum(count for _, count, _ in each) for each in told])
-            orders = [order for each in told for _, _, order in each]
-            packs = [
-                native.packed(header, part)
-                for each, whole in zip(told, everything, strict=True)
-                for (header, _, _), part in zip(each, whole.split([count for _, count, _ in each]), strict=True)
-            ]
-        starts = [0]
-        for one in packs:
-            starts.append(starts[-1] + one.num_residuals)
-        order = torch.cat([torch.tensor(own, dtype=torch.long) + first for own, first in zip(orders, starts, strict=False)])
-        cuts = [round(M * (1 - math.sqrt(1 - r / group.size))) for r in range(group.size + 1)]   # of equal areas
-        with group.section():
-            K = native.gram_matrix(M, self.dtype)
-            low, high = cuts[group.rank], cuts[group.rank + 1]
-            for a, at in zip(packs, starts, strict=False):
-                first, last = max(low - at, 0), min(high - at, a.num_residuals)
-                for b, column in zip(packs, starts, strict=False):
-                    if first < last and column >= at:
-                        native.gram_rows(a, b, first, last, K, at + first, column, weights)
-        if group.size > 1:
-            self._share_rows(K, cuts)
-        return K, order
-
-    def _share_rows(self, K: torch.Tensor, cuts: list[int]) -> None:
-        """Give all processes the rows of the upper triangle that each has made, in blocks from their first diagonal on."""
-        M = self.num_residuals
-        blocks = [
-            [(first, min(first + _ROWS_AT_ONCE, high)) for first in range(low, high, _ROWS_AT_ONCE)]
-            for low, high in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
-        sizes = [sum((last - first) * (M - first) for first, last in each) for each in blocks]
-        own = [K[first:last, first:M].reshape(-1) for first, last in blocks[self._group.rank]]
-        everything = self._group.gather(torch.cat([K.new_empty(0), *own]), sizes)
-        for each, numbers in zip(blocks, everything, strict=True):
-            at = 0
-            for first, last in each:
-                count = (last - first) * (M - first)
-                K[first:last, first:M] = numbers[at : at + count].view(last - first, M - first)
-                at += count
+        return self._kept(("factors", weights and tuple(weights)), make)
 
     def _gram_of_rows(self, weights) -> torch.Tensor:
         """J W J^T from explicit rows: sends M P / R numbers of R processes, and sums M^2."""
-        self._check_memory(2 * (self._lin.stop - self._lin.start) * self.num_parameters, "their rows of J")
+        self._check_memory(2 * max(self._lin.sizes) * self.num_parameters, "their rows of J")
         J = self._own_rows()
         if weights is not None:
             sizes = [p.numel() for p in self._lin.params]
@@ -271,16 +224,16 @@ class PartsKernels(Traits):
         return self._group.total(columns @ columns.T)
 
     def _check_memory(self, numbers: float, what: str) -> None:
-        """Raise MemoryError, in all processes, where K and so many numbers beside do not fit into the free memory of one."""
-        M, P, width = self.num_residuals, self.num_parameters, self.dtype.itemsize
-        need, limit = width * (1.5 * M * M + numbers), memory_limit(self.device)
-        if self._group.least(limit - need) < 0:
+        """Raise MemoryError, in all processes, where K and so many numbers beside do not fit into the free memory of one.
+
+        numbers: the same in all processes, since these ask each other, unless it is little.
+        """
+        M, P, need = self.num_residuals, self.num_parameters, self.dtype.itemsize * (1.5 * self.num_residuals**2 + numbers)
+        if need < _SURELY_FITS:
+            return
+        limit = self._group.least(memory_limit(self.device))
+        if need > limit:
             raise MemoryError(
-                f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each process, "
-                f"and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where a matrix of {P:,} x {P:,} fits."
+                f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each "
+                f"process, and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where a matrix of {P:,} x {P:,} fits."
             )
-
-
-def _packed(kernels) -> tuple:
-    """The factors of a part's rows; of every residual its row there."""
-    return kernels.pack(), list(kernels.gram_order)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.memory import available_memory
-from ..linear import Linearizer, half_square
+from ..linear import Linearizer, code_of, half_square
 from .batches import Batched
 from .combine import Combination, common_penalties
 from .group import Alone
 from .linearization import Part, Parts, Rows
 from .probe import probe, same_generators
 
+_SURELY_FITS = 64e6   # bytes of programs up to which the memory that is available is not asked for
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
 
 
@@ -66,8 +67,7 @@ class PartsLinearizer:
         if not isinstance(group, Alone):
             self.one.tracer.join_group()
         self._known: tuple = None, None   # the shares of all parts, and how they combine
-        self._asked: weakref.WeakSet = weakref.WeakSet()   # closures, by their code, whose parts have been compared
-        self._settled: tuple = ()
+        self._asked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()   # by the code of closures, what `_settle` found
         self.choices: dict = {}           # see SolvableLinearization
         self._sizes: tuple | None = None
 
@@ -78,23 +78,27 @@ class PartsLinearizer:
         """
         parts: list[Part] = []
         facts: list[Facts] = []
-        limit, settled = self._limit(), ()
+        held, settled = 0, ()
+        budget = _SURELY_FITS if self._budget is None else self._budget
         split = self._known[1] is None or self._known[1].uniform is None   # is the loss wanted term by term?
         self.group.start(self.params)
 
         def visit(number: int, result) -> None:
-            nonlocal limit, settled
+            nonlocal held, budget, settled
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
-            if fact.size and self._to_be_probed(batched):
-                settled = self._probed(batched)
-            limit -= fact.constants
+            if fact.size and not settled:
+                settled = self._settle(batched, fact.shares)
+            if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
+                budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
             parts.append(part)
             facts.append(fact)
-            if limit < 0:
+            if held + fact.constants > budget:
                 part.lin = None
                 lin.release()
+            else:
+                held += fact.constants
 
         with self.group.section(), torch.enable_grad():
             batched.run(visit, "linearization")
@@ -112,28 +116,24 @@ class PartsLinearizer:
             self._sizes = sizes
         return Parts(self, batched, parts, known, combination, penalties)
 
-    def _to_be_probed(self, batched: Batched) -> bool:
-        if batched.batches is None or self._check == "never":
-            return False
-        return self._check == "every" or getattr(batched.given, "__code__", batched.given) not in self._asked
-
-    def _probed(self, batched: Batched) -> tuple:
+    def _settle(self, batched: Batched, shares: tuple) -> tuple:
         """What parts of a batch tell of the terms of which its tape does not tell; see probe.Probed.
 
-        Raises ValueError where the loss on the batch is not what those on its parts combine to.
+        Asked once of a closure whose loss ends in these terms. Raises ValueError where the loss on the batch is not what those
+        on its parts combine to.
         """
-        with same_generators():
-            found = probe(batched.given, batched.batch, self.one.tracer)
-        if found.disagreement:
-            raise ValueError(found.disagreement)
-        self._asked.add(getattr(batched.given, "__code__", batched.given))
-        return found.settled
-
-    def _limit(self) -> float:
-        if self._budget is not None:
-            return self._budget
-        available = available_memory(self.params[0].device)
-        return _SHARE * available if available < math.inf else 4e9
+        if batched.batches is None or self._check == "never":
+            return ()
+        terms = tuple([(share.kind, share.operation) for share in shares])
+        code = code_of(batched.given)
+        known = self._asked.setdefault(code, {}) if code is not None else {}
+        if terms not in known or self._check == "every":
+            with same_generators():
+                found = probe(batched.given, batched.batch, self.one.tracer)
+            if found.disagreement:
+                raise ValueError(found.disagreement)
+            known[terms] = found.settled
+        return known[terms]
 
     def _facts(self, lin, result, split: bool) -> Facts:
         shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
@@ -167,10 +167,15 @@ class PartsLinearizer:
 
         shares = tuple(fact.shares for _, _, fact in flat)
         penalties = common_penalties([dict(fact.penalties) if fact.size else None for _, _, fact in flat], name)
-        plain = tuple(tuple(replace(share, value=None) for share in part) for part in shares)
+        plain = settled, tuple(tuple(replace(share, value=None) for share in part) for part in shares)
         if self._known[0] == plain:
             return self._known[1], penalties
-        self._settled = settled or self._settled
-        combination = Combination(shares, name, self._settled)
+        combination = Combination(shares, name, settled)
         self._known = plain, combination
         return combination, penalties
+
+
+def _available(device: torch.device) -> float:
+    """Bytes that further programs may take where no budget is given."""
+    available = available_memory(device)
+    return _SHARE * available if available < math.inf else 4e9

@@ -11,9 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.errors import out_of_memory
-from ..linear import loss_at
+from ..linear import code_of, loss_at
 from ..tape import real_size, shaped_as
-from .rng_replay import RandomReplay, code_of
+from .rng_replay import RandomReplay
 
 LARGE_TAPE = 4 << 20   # bytes of activations from which a trial without a tape is worth its detour through Python
 SPARED = 1 << 30       # bytes of activations above which the automatic rule does not ask for the residuals of scalar losses

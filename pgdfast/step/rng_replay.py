@@ -9,11 +9,7 @@ import random
 import numpy as np
 import torch
 
-
-def code_of(closure):
-    """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
-    closure = getattr(closure, "given", closure)
-    return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
+from ..linear import code_of
 
 
 class MovedGenerators(dict):

@@ -220,6 +220,7 @@ def test_ensembles_and_wrong_budgets_are_refused():
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_a_dual_solve_that_does_not_fit_is_refused_with_the_numbers(monkeypatch, backend):
     monkeypatch.setattr(parts_kernels, "memory_limit", lambda device: 1e3)
+    monkeypatch.setattr(parts_kernels, "_SURELY_FITS", 0)
     model = mlp(2, 7, 1)
     opt, before = pgdfast.LM(model.parameters(), solver="dual", backend=backend), snapshot(model.parameters())
     with pytest.raises(MemoryError, match=r"J J\^T of all 26 residuals and .* GB in each process"):
