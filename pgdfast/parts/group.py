@@ -10,6 +10,7 @@ ranks (Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
 
 from __future__ import annotations
 
+import contextlib
 import math
 from operator import is_
 from typing import Any
@@ -160,6 +161,8 @@ class Ranks:
             self._run(dist.monitored_barrier if dist.get_backend(self.group) == "gloo" else dist.barrier)
             self._unsure = False
         new = len(params) != len(self._checked) or not all(map(is_, params, self._checked))
+        if new:
+            self._use_device_of(params)
         due = self.check_every and self._steps % self.check_every == 0 and not new
         mine = torch.tensor([0, new], dtype=torch.int64, device=self.device)
         if due:
@@ -223,7 +226,9 @@ class Ranks:
     def objects(self, x: Any) -> list:
         """Small picklable values of every rank, by rank. Not for tensors; it takes several collectives."""
         everything: list = [None] * self.size
-        self._run(dist.all_gather_object, everything, x)
+        # NCCL moves them by way of the current device, which need not be that of this rank.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self._run(dist.all_gather_object, everything, x)
         return everything
 
     def least(self, x: float) -> float:
@@ -316,19 +321,30 @@ class Ranks:
 
     def check(self, params: list[torch.Tensor]) -> None:
         """Raise ValueError on all ranks unless the backend moves these parameters and all have equal shapes and dtypes."""
-        error = _unserved(self.group, params[0].device, self.rank)
+        error = self._use_device_of(params)
         told = self.objects((error, [(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in params]))
         for text, _ in told:
             if text:
                 raise ValueError(text)
         _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
-        self.device = params[0].device
 
     def agree(self, name: str, value: Any) -> None:
         """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural."""
         _compare(name, self.objects(value), "Give every rank the same.")
 
     # --- below ------------------------------------------------------------------------------------------------------------
+
+    def _use_device_of(self, params: list[torch.Tensor]) -> str:
+        """Have this group's small numbers where the parameters are; why that cannot be, or ""."""
+        device = params[0].device
+        if device.type in _backends(self.group):
+            self.device = device
+            return ""
+        return (
+            f"pgdfast.LM: the parameters of rank {self.rank} are on {device} and the process group has the backend "
+            f"{dist.get_backend(self.group)}; gloo moves CPU tensors and nccl moves CUDA tensors. Call init_process_group "
+            "without a backend to have both, or move the model."
+        )
 
     def _count(self, numbers: float) -> None:
         self.words += numbers * (self.size - 1) / self.size
@@ -385,17 +401,6 @@ def _backends(group) -> dict[str, str]:
 def _device_of(group) -> torch.device:
     """Where this group's small numbers are, until parameters say."""
     return torch.device("cpu" if "cpu" in _backends(group) else "cuda")
-
-
-def _unserved(group, device: torch.device, rank: int) -> str:
-    """Why the group's backend does not move tensors of this device; "" where it does."""
-    if device.type in _backends(group):
-        return ""
-    return (
-        f"pgdfast.LM: the parameters of rank {rank} are on {device} and the process group has the backend "
-        f"{dist.get_backend(group)}; gloo moves CPU tensors and nccl moves CUDA tensors. Call init_process_group without a "
-        "backend to have both, or move the model."
-    )
 
 
 @torch.no_grad()
