@@ -193,7 +193,10 @@ class LM(torch.optim.Optimizer, Generic[R]):
         if self._in_group:
             self._check_parts(ensemble, "a process group")
             group.check([p for each in self.param_groups for p in each["params"]])
-            told = lr, damping, scaling, weight_decay, solver, rcond, momentum, norm_constraint, ftol, xtol, gtol
+            told = (
+                lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, rcond, momentum, norm_constraint, ftol,
+                xtol, gtol,
+            )
             group.agree("options", [value for value in told if isinstance(value, (int, float, str))])
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)

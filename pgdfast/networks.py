@@ -15,7 +15,7 @@ class OneNetwork:
     """
 
     __slots__ = ("_solve", "lin", "loss", "losses")
-    separates, in_parts = True, False
+    separates = True
 
     def __init__(self, lin, solve):
         self.lin, self.loss, self._solve = lin, lin.loss, solve
@@ -51,7 +51,6 @@ class NetworkInParts(OneNetwork):
     """One network whose rows come in parts, linearized as a parts.Parts."""
 
     __slots__ = ()
-    in_parts = True
 
     def __init__(self, lin, solve):
         self.lin, self.loss, self.losses, self._solve = lin, lin.loss, (lin.value,), solve
@@ -65,7 +64,6 @@ class ManyNetworks:
     """An ensemble: as OneNetwork, for B members."""
 
     __slots__ = ("lin", "loss", "losses")
-    in_parts = False
 
     def __init__(self, lin):
         self.lin, self.loss, self.losses = lin, lin.loss, lin.losses

@@ -24,7 +24,7 @@ BELOW = {
     "linear": {"tape", "kernels"},
     "parts": {"linear", "tape", "kernels"},
     "solve": {"linear", "tape", "kernels"},
-    "step": {"report", "solve", "linear", "tape", "kernels"},
+    "step": {"report", "solve", "parts", "linear", "tape", "kernels"},
     "networks": {"step", "solve", "linear"},
     "reference": set(),
     "reference_backend": {"networks", "reference", "step", "solve", "linear"},

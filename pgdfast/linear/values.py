@@ -7,7 +7,7 @@ import torch
 
 def code_of(closure):
     """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
-    closure = getattr(closure, "given", closure)
+    closure = getattr(closure, "given_closure", closure)
     return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
 
 

@@ -27,7 +27,7 @@ class Batched:
     def __init__(self, closure, batches: Iterable | None, name: Callable[[int], str] | None = None, progress=None):
         if batches is not None:
             _check_iterable(batches)
-        self.given, self.batches = closure, batches
+        self.given_closure, self.batches = closure, batches
         self.name = name or (lambda number: f"batch {number}")
         self._progress = _Line() if progress is True else progress or None
         self._prints: list | None = None   # of the contents at the first pass
@@ -54,7 +54,7 @@ class Batched:
                 continue
             self.batch = batch
             try:
-                found.append(visit(number, self.given() if self.batches is None else self.given(batch)))
+                found.append(visit(number, self.given_closure() if self.batches is None else self.given_closure(batch)))
             except Exception as error:
                 if self.batches is not None and hasattr(error, "add_note"):   # Python 3.11
                     error.add_note(f"in {self.name(number)}, counted from 0")

@@ -235,5 +235,5 @@ class PartsKernels(Traits):
         if need > limit:
             raise MemoryError(
                 f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each "
-                f"process, and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where a matrix of {P:,} x {P:,} fits."
+                f"process, and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where {P:,} x {P:,} numbers fit."
             )

@@ -125,11 +125,11 @@ class PartsLinearizer:
         if batched.batches is None or self._check == "never":
             return ()
         terms = tuple([(share.kind, share.operation) for share in shares])
-        code = code_of(batched.given)
+        code = code_of(batched.given_closure)
         known = self._asked.setdefault(code, {}) if code is not None else {}
         if terms not in known or self._check == "every":
             with same_generators():
-                found = probe(batched.given, batched.batch, self.one.tracer)
+                found = probe(batched.given_closure, batched.batch, self.one.tracer)
             if found.disagreement:
                 raise ValueError(found.disagreement)
             known[terms] = found.settled

@@ -87,11 +87,11 @@ def chosen_balance(balance) -> Balance | None:
 class Weighted:
     """A closure whose residual tensors are weighted, and what becomes of the weights: for one step.
 
-    given: the user's closure. members: what the optimizer remembers of each; like: a parameter.
+    given_closure: the user's closure. members: what the optimizer remembers of each; like: a parameter.
     """
 
     def __init__(self, closure, balance: Balance, members: list[dict], like: torch.Tensor, stacked: bool):
-        self.given, self._balance, self._like, self._stacked = closure, balance, like, stacked
+        self.given_closure, self._balance, self._like, self._stacked = closure, balance, like, stacked
         self._known = [member.get("weights") for member in members]
         self.weights: list[tuple[float, ...]] = []   # by member, once the closure has run
         self.next: list[tuple[float, ...]] = []      # those of the next step
@@ -101,7 +101,7 @@ class Weighted:
 
     def __call__(self):
         """What the closure returns, times the roots of the weights."""
-        result = self.given()
+        result = self.given_closure()
         if not isinstance(result, (tuple, list)):
             kind = f"one tensor of shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
             raise ValueError(

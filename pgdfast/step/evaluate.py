@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.errors import out_of_memory
 from ..linear import code_of, loss_at
+from ..parts import Batched
 from ..tape import real_size, shaped_as
 from .rng_replay import RandomReplay
 
@@ -62,7 +63,7 @@ class Evaluator:
     def batches(self, closure) -> bool:
         """Whether `batched` may be tried on this closure: not on one that runs for each of many parts."""
         code = code_of(closure)
-        return code is not None and code not in self._one_by_one and not hasattr(closure, "batches")
+        return code is not None and code not in self._one_by_one and not isinstance(closure, Batched)
 
     def batched(self, closure, params, displacements, replay: RandomReplay, scalar: bool) -> list[float] | None:
         """The losses at theta - e for each displacement e, (P,), infinite where not finite; None where vmap does not serve.

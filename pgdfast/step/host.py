@@ -11,6 +11,7 @@ from time import perf_counter
 
 import torch
 
+from ..parts import Batched
 from ..report import SUMS, EnsembleReport, Report
 from ..solve import Solutions
 from .attempt import STATUS, Trial, advance, demanded, judge
@@ -80,7 +81,7 @@ class HostStep:
     def linearize(self) -> None:
         """Run the closure, read its tape, and see which members can take a step."""
         start, options, parameters = perf_counter(), self.options, self.parameters
-        in_parts = hasattr(self.closure, "batches")
+        in_parts = isinstance(self.closure, Batched)
         again = options.predicts or options.acceleration is not None or in_parts
         if again:
             self._replay = RandomReplay(self.tools.replays, self.closure, parameters.params[0].device)
@@ -451,7 +452,7 @@ class HostStep:
                 if m.curvature == m.curvature or memory["damping"] == memory["damping"]:   # else the next step looks for both
                     memory["damping"] = mu
             report.next_damping = mu
-            if self.networks.in_parts:
+            if isinstance(self.closure, Batched):
                 self.networks.lin.tell(report)
             if report.status != "accepted" or m.failures or m.why or m.solution.status != "solved":
                 say(m, at_bound, self.eps, dtype)

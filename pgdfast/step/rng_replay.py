@@ -31,7 +31,7 @@ class RandomReplay:
     __slots__ = ("_after", "_before", "_code", "_gpu", "_key", "_kinds", "_moved", "_seen")
 
     def __init__(self, moved: MovedGenerators, closure, device: torch.device):
-        closure = getattr(closure, "given", closure)   # balance.Weighted and parts.Batched are made anew for every step
+        closure = getattr(closure, "given_closure", closure)   # balance.Weighted and parts.Batched are made anew for every step
         code = getattr(closure, "__code__", None)
         self._key = id(code) if code is not None else (id(code_of(closure)), id(closure))
         self._code = code if code is not None else code_of(closure)
