@@ -22,6 +22,7 @@ from .failures import LostRank, combined, described, ranks_named
 
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)   # its older name
 _AT_ONCE = 1 << 20   # parameters of which a checksum is made at once
+_LARGE, _FEW = 1 << 16, 8   # from how many numbers on, and up to how many ranks, broadcasts replace a gather
 _MIX = 0x1E3779B97F4A7C16   # even; its multiples modulo 2^64 spread
 
 
@@ -91,7 +92,7 @@ class Alone:
         """`x` itself."""
         return x
 
-    def same(self, t: torch.Tensor) -> torch.Tensor:
+    def same(self, t: torch.Tensor, source: int = 0) -> torch.Tensor:
         """`t` itself."""
         return t
 
@@ -201,6 +202,16 @@ class Ranks:
         longest = max(sizes)
         if longest == 0 or 0 in t.shape[1:]:
             return t.new_empty((sum(sizes), *t.shape[1:]))
+        rows = sum(sizes)
+        if t.device.type == "cpu" and self.size <= _FEW and rows * math.prod(t.shape[1:]) >= _LARGE:
+            everything = t.new_empty((rows, *t.shape[1:]))   # gloo's broadcasts are several times as fast as its gather
+            for source, part in enumerate(everything.split(sizes)):
+                if source == self.rank:
+                    part.copy_(t)
+                if sizes[source]:
+                    self._run(dist.broadcast, part, group_src=source)
+            self._count(everything.numel())
+            return everything
         if len(t) < longest:
             t = torch.cat([t, t.new_zeros((longest - len(t), *t.shape[1:]))])
         everything = t.new_empty((self.size * longest, *t.shape[1:]))
@@ -242,11 +253,11 @@ class Ranks:
             raise ValueError("pgdfast: the least of the ranks' numbers was asked for, and one of them is NaN.")
         return least
 
-    def same(self, t: torch.Tensor) -> torch.Tensor:
-        """Rank 0's values on all ranks, in place where `t` is contiguous: use what is returned. Words: (R - 1) / R n."""
+    def same(self, t: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """One rank's values on all ranks, in place where `t` is contiguous: use what is returned. Words: (R - 1) / R n."""
         t = t.detach().contiguous()
         if t.numel():
-            self._run(dist.broadcast, t, group_src=0)
+            self._run(dist.broadcast, t, group_src=source)
             self._count(t.numel())
         return t
 
