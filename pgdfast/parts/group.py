@@ -10,6 +10,7 @@ ranks (Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
 
 from __future__ import annotations
 
+import contextlib
 import math
 from operator import is_
 from typing import Any
@@ -142,6 +143,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.words, self.device = 0.0, _device_of(process_group)
         self._lost: LostRank | None = None
+        self._unsure = False   # whether all ranks have left the last step
         self._checked: list[torch.Tensor] = []
         self._steps = 0
 
@@ -156,7 +158,12 @@ class Ranks:
 
         Cost: the parameters are read once where their values are compared, and two numbers are gathered.
         """
+        if self._unsure:
+            self._run(dist.monitored_barrier if dist.get_backend(self.group) == "gloo" else dist.barrier)
+            self._unsure = False
         new = len(params) != len(self._checked) or not all(map(is_, params, self._checked))
+        if new:
+            self._use_device_of(params)
         due = self.check_every and self._steps % self.check_every == 0 and not new
         mine = torch.tensor([0, new], dtype=torch.int64, device=self.device)
         if due:
@@ -230,7 +237,9 @@ class Ranks:
     def objects(self, x: Any) -> list:
         """Small picklable values of every rank, by rank. Not for tensors; it takes several collectives."""
         everything: list = [None] * self.size
-        self._run(dist.all_gather_object, everything, x)
+        # NCCL moves them by way of the current device, which need not be that of this rank.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self._run(dist.all_gather_object, everything, x)
         return everything
 
     def least(self, x: float) -> float:
@@ -298,13 +307,12 @@ class Ranks:
         raise agreed from error
 
     def left(self, error: BaseException) -> None:
-        """Say that a step ended with this error: one that was not settled leaves the others waiting, and the group is lost."""
-        if self._lost is None and not getattr(error, "pgdfast_settled", False) and self.size > 1:
-            self._lost = LostRank(
-                f"pgdfast.LM: rank {self.rank} left a step by an error that the other ranks could not be told of "
-                f"({type(error).__name__}: {error}); they wait for it until the group's time-out. Restart all ranks from the "
-                "last checkpoint."
-            )
+        """Say that a step ended with this error; the next one waits for all ranks first, unless all are known to have it.
+
+        Where the others have it too, since it follows from what all know, they come as well. Else they wait elsewhere, and all
+        end with the time-out in place of taking each other's numbers for something else.
+        """
+        self._unsure = not getattr(error, "pgdfast_settled", False)
 
     def section(self) -> _Section:
         """A local section: `with group.section(): ...` settles what the block raises, or that it raised nothing.
@@ -324,19 +332,30 @@ class Ranks:
 
     def check(self, params: list[torch.Tensor]) -> None:
         """Raise ValueError on all ranks unless the backend moves these parameters and all have equal shapes and dtypes."""
-        error = _unserved(self.group, params[0].device, self.rank)
+        error = self._use_device_of(params)
         told = self.objects((error, [(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in params]))
         for text, _ in told:
             if text:
                 raise ValueError(text)
         _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
-        self.device = params[0].device
 
     def agree(self, name: str, value: Any) -> None:
         """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural."""
         _compare(name, self.objects(value), "Give every rank the same.")
 
     # --- below ------------------------------------------------------------------------------------------------------------
+
+    def _use_device_of(self, params: list[torch.Tensor]) -> str:
+        """Have this group's small numbers where the parameters are; why that cannot be, or ""."""
+        device = params[0].device
+        if device.type in _backends(self.group):
+            self.device = device
+            return ""
+        return (
+            f"pgdfast.LM: the parameters of rank {self.rank} are on {device} and the process group has the backend "
+            f"{dist.get_backend(self.group)}; gloo moves CPU tensors and nccl moves CUDA tensors. Call init_process_group "
+            "without a backend to have both, or move the model."
+        )
 
     def _count(self, numbers: float) -> None:
         self.words += numbers * (self.size - 1) / self.size
@@ -393,17 +412,6 @@ def _backends(group) -> dict[str, str]:
 def _device_of(group) -> torch.device:
     """Where this group's small numbers are, until parameters say."""
     return torch.device("cpu" if "cpu" in _backends(group) else "cuda")
-
-
-def _unserved(group, device: torch.device, rank: int) -> str:
-    """Why the group's backend does not move tensors of this device; "" where it does."""
-    if device.type in _backends(group):
-        return ""
-    return (
-        f"pgdfast.LM: the parameters of rank {rank} are on {device} and the process group has the backend "
-        f"{dist.get_backend(group)}; gloo moves CPU tensors and nccl moves CUDA tensors. Call init_process_group without a "
-        "backend to have both, or move the model."
-    )
 
 
 @torch.no_grad()
