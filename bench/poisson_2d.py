@@ -46,8 +46,9 @@ def problem(widths, seed):
     edge[side, side % 2] = (side // 2 % 2).double()   # one coordinate is 0 or 1, the four sides in turn
     f, truth = 2 * math.pi**2 * exact(x), exact(test)
 
-    def closure(net=net):
-        return (laplacian(net, x).laplacian + f) / math.sqrt(INTERIOR), net(edge) / math.sqrt(BOUNDARY)
+    def closure(net=net, take=lambda points: points):
+        inside, boundary = laplacian(net, take(x)).laplacian + take(f), net(take(edge))
+        return inside / math.sqrt(INTERIOR), boundary / math.sqrt(BOUNDARY)
 
     def error():
         with torch.no_grad():

@@ -14,7 +14,7 @@ import pgdfast
 
 ROOT = Path(__file__).resolve().parent.parent
 README, GUIDE, REFERENCE = ROOT / "README.md", ROOT / "docs" / "pinns.md", ROOT / "docs" / "behaviour.md"
-DOCUMENTS = sorted(p for folder in (".", "docs", "bench", "csrc", "pgdfast/*") for p in ROOT.glob(f"{folder}/*.md"))
+DOCUMENTS = sorted(p for folder in (".", "docs", "bench", "csrc", "examples", "pgdfast/*") for p in ROOT.glob(f"{folder}/*.md"))
 
 pytestmark = pytest.mark.skipif(not GUIDE.exists(), reason="the source tree is not here")
 

@@ -19,6 +19,7 @@ import torch
 from ..kernels import native
 from ..kernels.memory import memory_limit
 from ..kernels.protocol import Outcome, Traits
+from .cholesky import SHARED_FROM, shared_factor
 from .factors import gram_of_factors
 from .failures import settled
 
@@ -118,16 +119,26 @@ class PartsKernels(Traits):
             matrix = self._kept("normal", lambda: self._normal(r, g))
             g = self._group.total(g)
         g = g if q is None else g + q
-        with self._group.section():
-            factor, trace = native.factor(matrix, d)
-            step = None if factor is None else factor.solve(g)
+        factor, step, trace = self._solved(matrix, d, g)
         if factor is None:
             return Outcome(torch.zeros_like(g), "not_positive_definite", trace=trace)
-        step = self._group.same(step)   # to the bit, whatever the processors
         wide = step.double()
         return Outcome(
             step, "solved", 0, 0.0, float(torch.dot(g.double(), wide)), float(torch.dot(wide, wide)), trace, 0.0, factor
         )
+
+    def _solved(self, H: torch.Tensor, added, b: torch.Tensor, positions: list[int] | None = None) -> tuple:
+        """(the factor of H + diag(added), None where that is not positive definite; its solution x of b; the trace).
+
+        Of large matrices the work is shared by the ranks.
+        """
+        shared = self._group.size > 1 and len(H) > SHARED_FROM
+        factor, trace = shared_factor(self._group, H, added, positions) if shared else (None, 0.0)
+        with self._group.section():
+            if not shared:
+                factor, trace = native.factor(H, added, positions)
+            x = None if factor is None else factor.solve(b)
+        return factor, None if x is None else self._group.same(x), trace   # to the bit, whatever the processors
 
     def _kept(self, what: str, make: Callable) -> torch.Tensor:
         if self._held[0] != what:
@@ -187,12 +198,10 @@ class PartsKernels(Traits):
             listed, spread = weights.tolist(), weights.to(self.device, self.dtype).repeat_interleave(sizes)
         K, order = self._blocks(listed)
         b = r if q is None else r - self.jvp(spread * q / shift)
-        with self._group.section():
-            factor, trace = native.factor(K, shift, order.tolist())
-            y = None if factor is None else factor.solve(b)
+        factor, y, trace = self._solved(K, shift, b, order.tolist())
         if factor is None:
             return Outcome(r.new_zeros(self.num_parameters), "not_positive_definite", trace=trace)
-        y = factor.dual_vector = self._group.same(y)   # to the bit, whatever the processors
+        factor.dual_vector = y
         step = self.vjp(y)
         step = spread * (step if q is None else step + q / shift)
         gain, wide = float(torch.dot(r.double(), r.double() - shift * y.double())), step.double()

@@ -132,27 +132,26 @@ def test_values_are_compared_every_so_many_steps(pool, check_every, seen):
 
 
 def test_a_rank_that_does_not_answer_is_an_error_within_the_time_out():
-    pool = Pool(2, timeout=2)
+    pool = Pool(3, timeout=2)
     try:
-        (first, waited, again), _ = pool.run(2, on_ranks.late, 4.0)
+        left = pool.run(2, on_ranks.abandoned)
+        (first, waited, again), _, _ = pool.run(3, on_ranks.late, 4.0)   # a group of its own
     finally:
         pool.stop()
     assert first[0] == "LostRank" and "time-out" in first[1] and "checkpoint" in first[1] and 1 < waited < 4
+    assert [name for name, _, _ in left] == ["LostRank"] * 2, "no numbers of one step are taken for those of another"
     assert again == first[1], "nothing more is asked of a broken group"
 
 
 def test_a_rank_that_is_killed_is_an_error_at_once_and_the_harness_starts_again():
-    pool = Pool(3)
+    pool = Pool(2)
     try:
         with pytest.raises(RankError, match="rank 1 of 2(.|\n)*division by zero"):
             pool.run(2, on_ranks.divided)
-        found = pool.run(3, on_ranks.killed, expect_death={1})
+        (raised, waited), dead = pool.run(2, on_ranks.killed, expect_death={1})
     finally:
         pool.stop()
-    for rank in (0, 2):
-        raised, waited = found[rank]
-        assert raised[0] == "LostRank" and waited < 5
-    assert found[1] is None
+    assert raised[0] == "LostRank" and waited < 5 and dead is None
 
 
 def test_one_process_has_the_same_names_and_does_nothing():
