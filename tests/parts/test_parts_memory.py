@@ -174,7 +174,7 @@ def test_terms_that_counted_once_and_begin_to_differ_are_refused():
         opt.step(closure, cut([9, 5, 12]))
 
 
-@pytest.mark.xfail(strict=True, reason="a batch of tensors of different lengths is cut, but a loss that disagrees tells nothing")
+@pytest.mark.xfail(strict=True, reason="where tensors of a batch differ in length, a loss that disagrees tells nothing")
 def test_rows_that_depend_on_each_other_in_batches_of_different_lengths():
     model, (x, y), edge = mlp(2, 7, 1), data(), rand(15, 2, seed=3)
     cuts = zip(x.split([9, 5, 12]), y.split([9, 5, 12]), edge.split(5), strict=True)
