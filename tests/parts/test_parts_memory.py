@@ -185,7 +185,7 @@ def test_rows_that_depend_on_each_other_in_batches_of_different_lengths():
         )
 
 
-@pytest.mark.xfail(strict=True, reason="the curvature of |r| near 0 is bounded by the mean of |r| over a part, not over all rows")
+@pytest.mark.xfail(strict=True, reason="a part's own mean of |r| bounds the curvature of |r| near 0")
 def test_absolute_differences_near_zero():
     def ends_of(batches):
         bias = nn.Parameter(torch.zeros(2, dtype=torch.float64))
