@@ -236,6 +236,10 @@ class _ReferenceLinearization:
         """J^T J v, (P,)."""
         return self.reference.ggn(v.double())
 
+    def ggns(self, V: torch.Tensor) -> torch.Tensor:
+        """J^T J v for each row of V, (K, P)."""
+        return torch.stack([self.ggn(v) for v in V]) if len(V) else V.double()
+
     def diagonal(self) -> torch.Tensor:
         """diag(J^T J), (P,)."""
         return self.reference.diagonal()
