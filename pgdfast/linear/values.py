@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import types
+
 import torch
 
 
@@ -9,6 +13,18 @@ def code_of(closure):
     """What stays the same of a function that is defined anew for every step; None for what is not written in Python."""
     closure = getattr(closure, "given_closure", closure)
     return getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
+
+
+def functions_in(closure, depth: int = 3) -> tuple:
+    """The codes of functions that a closure has in its cells, as those have that a function makes of other functions."""
+    inner = []
+    for cell in (getattr(closure, "__closure__", None) or ()) if depth else ():
+        with contextlib.suppress(ValueError):   # an empty one
+            if isinstance(cell.cell_contents, types.FunctionType | types.MethodType | functools.partial):
+                inner.append(cell.cell_contents)
+    if isinstance(closure, functools.partial):
+        inner += [f for f in (closure.func, *closure.args, *closure.keywords.values()) if hasattr(f, "__code__")]
+    return tuple([code for f in inner for code in (code_of(f), *functions_in(f, depth - 1))])
 
 
 def loss_at(result, scalar: bool) -> torch.Tensor:

@@ -81,6 +81,16 @@ class Combination:
         if kinds == {"parameters"}:
             self._same_factor(what, there, shares)
             return "once", self._once(there)
+        alike = same_values(shares)
+        if settled == "once":
+            if alike:
+                return "once", self._once(there)
+            values = [s.value or 0.0 for s in shares]
+            raise ValueError(
+                f"pgdfast.LM: {what} was the same in two parts of a batch, as a term is that does not belong to the rows and "
+                f"counts once, and is between {min(values):.9g} and {max(values):.9g} in these parts; compute it from the "
+                "part's rows, or from the same points in every part."
+            )
         for s in shares:
             if s.kind == "whole":
                 raise ValueError(
@@ -89,8 +99,6 @@ class Combination:
                 )
         if "parameters" in kinds:
             raise ValueError(f"pgdfast.LM: {what} is of the parameters alone in some parts and of data in others.")
-        values = [s.value for s in shares]
-        alike = None not in values and min(values) > 0 and max(values) - min(values) <= 1e-12 * max(values)
         if alike and all(s.fixed for s in shares):
             return "once", self._once(there)
         if all(s.normalised for s in shares):
@@ -110,8 +118,8 @@ class Combination:
             return kind, [c / total for c in counts]
         if alike and settled != "sum":
             raise ValueError(
-                f"pgdfast.LM: {what} is a sum of the same value, {values[0]:.6g}, in every part, so that it may be one term "
-                "that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
+                f"pgdfast.LM: {what} is a sum of the same value, {shares[0].value:.6g}, in every part, so that it may be one "
+                "term that does not belong to the parts and counts once; make it a mean, or compute it from the part's rows."
             )
         return kind, [1.0] * len(shares)
 
@@ -151,6 +159,12 @@ class Combination:
         if kinds in ({"sum"}, {"mean"}):
             self._same_factor(what, there, shares)
         pairs = list(zip(there, shares, strict=True))
+        if kinds == {"sum", "mean"}:
+            one, other = (next(b for b, s in pairs if s.kind == kind) for kind in ("mean", "sum"))
+            raise ValueError(
+                f"pgdfast.LM: {what} is a mean over rows in {self._name(one)} and a sum in {self._name(other)}; the closure "
+                "must compute the same loss for every part of the rows."
+            )
         b, s = next((b, s) for b, s in pairs if s.kind not in ("sum", "mean") or s.kind != shares[0].kind)
         raise ValueError(
             f"pgdfast.LM: {what} is divided by {s.count:g} in {self._name(b)}, of {s.rows} rows, and whether that number "
@@ -163,8 +177,8 @@ class Combination:
             if not _same([first.factor, s.factor]):
                 raise ValueError(
                     f"pgdfast.LM: {what} is multiplied by {first.factor:.6g} in {self._name(there[0])} and by {s.factor:.6g} "
-                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), or return "
-                    "residuals."
+                    f"in {self._name(b)}; what it would be on all rows cannot be told: use .mean() or .sum(), divide by "
+                    "the sum of a mask or of weights with nothing added to it, or return residuals."
                 )
 
 
@@ -184,6 +198,12 @@ def common_penalties(penalties: Sequence[dict | None], name: Callable[[int], str
                     f"{d / 2:.6g} in {name(b)}; a penalty counts once and must be the same for every part of the rows."
                 )
     return dict(penalties[asked[0]]) if asked else {}
+
+
+def same_values(shares: Sequence) -> bool:
+    """Whether a term has one and the same value in all parts."""
+    values = [s.value for s in shares]
+    return None not in values and min(values) > 0 and max(values) - min(values) <= 1e-12 * max(values)
 
 
 def _has_rows(share) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import NamedTuple
 
@@ -10,6 +11,22 @@ _ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)   # they would end wh
 
 class LostRank(RuntimeError):
     """Another rank of the process group has gone or does not answer."""
+
+
+def settled(error: BaseException) -> BaseException:
+    """The error, marked as one that all ranks raise alike, since it follows from what all were told: nobody waits for them."""
+    error.pgdfast_settled = True   # type: ignore[attr-defined]
+    return error
+
+
+@contextlib.contextmanager
+def alike():
+    """Around what raises on all ranks or on none, and holds no collective."""
+    try:
+        yield
+    except Exception as error:
+        settled(error)
+        raise
 
 
 class Failure(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .failures import LostRank, combined, described, ranks_named
+from .failures import LostRank, combined, described, ranks_named, settled
 
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)   # its older name
 _AT_ONCE = 1 << 20   # parameters of which a checksum is made at once
@@ -250,7 +250,7 @@ class Ranks:
         self._count(2 * 2)
         least, bad = pair.tolist()
         if bad:
-            raise ValueError("pgdfast: the least of the ranks' numbers was asked for, and one of them is NaN.")
+            raise settled(ValueError("pgdfast: the least of the ranks' numbers was asked for, and one of them is NaN."))
         return least
 
     def same(self, t: torch.Tensor, source: int = 0) -> torch.Tensor:
@@ -336,7 +336,7 @@ class Ranks:
         told = self.objects((error, [(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in params]))
         for text, _ in told:
             if text:
-                raise ValueError(text)
+                raise settled(ValueError(text))
         _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
 
     def agree(self, name: str, value: Any) -> None:
@@ -434,21 +434,21 @@ def _checksum(params: list[torch.Tensor]) -> torch.Tensor:
 def _same_bits(sums: list[int]) -> None:
     others = [r for r, number in enumerate(sums) if number != sums[0]]
     if others:
-        raise ValueError(
+        raise settled(ValueError(
             f"pgdfast.LM: the parameters of {ranks_named(others)} differ from those of rank 0; all ranks must hold the same "
             "bits, since every rank takes the same step. Seed all ranks alike before the model is built, load the same "
             "checkpoint on all of them, or copy rank 0's: for p in params: torch.distributed.broadcast(p.data, 0). Nothing was "
             "changed."
-        )
+        ))
 
 
 def _compare(name: str, values: list, advice: str) -> None:
     others = [r for r, value in enumerate(values) if not value == values[0]]
     if others:
         differing, other = ranks_named(others), _brief(values[others[0]])
-        raise ValueError(
+        raise settled(ValueError(
             f"pgdfast.LM: all ranks must have equal {name}; rank 0 has {_brief(values[0])}, {differing}: {other}. {advice}"
-        )
+        ))
 
 
 def _brief(value) -> str:

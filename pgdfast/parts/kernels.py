@@ -21,6 +21,7 @@ from ..kernels.memory import memory_limit
 from ..kernels.protocol import Outcome, Traits
 from .cholesky import SHARED_FROM, shared_factor
 from .factors import gram_of_factors
+from .failures import settled
 
 _REDUCED_AT_ONCE = 1 << 22   # numbers of a matrix that one sum over processes takes
 _SURELY_FITS = 64e6          # bytes up to which the memory that is available is not asked for
@@ -242,7 +243,7 @@ class PartsKernels(Traits):
             return
         limit = self._group.least(memory_limit(self.device))
         if need > limit:
-            raise MemoryError(
+            raise settled(MemoryError(
                 f"pgdfast.LM: the dual solve needs J J^T of all {M:,} residuals and {what}, {need / 1e9:.1f} GB in each "
                 f"process, and {limit / 1e9:.1f} GB may be used; use solver='cg', or 'primal' where {P:,} x {P:,} numbers fit."
-            )
+            ))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ..linear import CHANGED_PARAMETERS, RELEASED, Products, loss_at, values_of
+from .failures import settled
 from .kernels import PartsKernels
-
-_REPEATS = 1e3   # times the rounding unit: by how much the loss of a part may differ when its closure runs again
+from .probe import changed_loss, same_loss
 
 
 class Part:
@@ -106,10 +106,10 @@ class Parts(Products):
         self.loss = torch.tensor(self.value, dtype=whole[0].loss_dtype, device=self.device)
         self.residual = self.joined([part.residual for part in parts])
         if not math.isfinite(self.value) and self.num_residuals:
-            raise ValueError(
+            raise settled(ValueError(
                 f"pgdfast.LM: the loss before the step is {self.value}; nothing was changed. Check the data and the parameters "
                 "for NaN or infinity."
-            )
+            ))
         self._versions, self._released, self._wide, self._widens = self._now(), False, None, False
         self._operator = PartsKernels(self)
         batched.value, batched.section = self._trial, self.group.section
@@ -148,13 +148,9 @@ class Parts(Products):
 
     def _remade(self, part: Part, result):
         lin = self._linearizer.one.read(result)
-        apart = abs(float(lin.loss) - part.loss)
-        if lin.num_residuals != part.size or apart > _REPEATS * torch.finfo(lin.loss.dtype).eps * abs(part.loss):
-            raise ValueError(
-                f"pgdfast.LM.step: the closure's loss on {self._batched.name(part.number)} was {part.loss} and is "
-                f"{float(lin.loss)} when it runs again at the same parameters; a step over batches runs it several times, and "
-                "it must return the same each time: no random numbers of its own generators, no state that it changes."
-            )
+        loss = float(lin.loss)
+        if lin.num_residuals != part.size or not same_loss(part.loss, loss, lin.loss.dtype):
+            raise ValueError(changed_loss(self._batched.name(part.number), part.loss, loss))
         if part.sigma is not None:
             lin.scale_rows(part.sigma)
         return lin

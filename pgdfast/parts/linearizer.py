@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.memory import available_memory
-from ..linear import Linearizer, code_of, half_square
+from ..linear import Linearizer, code_of, functions_in, half_square
 from .batches import Batched
 from .combine import Combination, common_penalties
+from .failures import alike
 from .group import Alone
 from .linearization import Part, Parts, Rows
 from .probe import probe, same_generators
@@ -88,7 +89,7 @@ class PartsLinearizer:
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
             if fact.size and not settled:
-                settled = self._settle(batched, fact.shares)
+                settled = self._settle(batched, fact)
             if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
                 budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
@@ -104,9 +105,14 @@ class PartsLinearizer:
             batched.run(visit, "linearization")
         told = self.group.objects((facts, settled))
         known = [each for each, _ in told]
-        if not any(known):
-            raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
-        combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
+        with alike():
+            if not any(known):
+                raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
+            combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
+        if combination.uniform is None and not split:   # as it was with the batches of before
+            terms = self._terms_again(batched, facts)
+            facts = [fact._replace(terms=one) for fact, one in zip(facts, terms, strict=True)]
+            known[self.group.rank] = facts
         first = sum(map(len, known[: self.group.rank]))
         for k, (part, fact) in enumerate(zip(parts, facts, strict=True), first):
             part.scale(combination.scales[k], fact.shares, self.one.dtype)
@@ -116,27 +122,32 @@ class PartsLinearizer:
             self._sizes = sizes
         return Parts(self, batched, parts, known, combination, penalties)
 
-    def _settle(self, batched: Batched, shares: tuple) -> tuple:
+    def _terms_again(self, batched: Batched, facts: list[Facts]) -> list:
+        """The losses of this process's parts term by term, for a run of their closure more."""
+        with self.group.section(), batched.repeated(), torch.enable_grad():
+            return batched.run(lambda number, result: self.terms(result, facts[number].scalar), "linearization")
+
+    def _settle(self, batched: Batched, fact: Facts) -> tuple:
         """What parts of a batch tell of the terms of which its tape does not tell; see probe.Probed.
 
-        Asked once of a closure whose loss ends in these terms. Raises ValueError where the loss on the batch is not what those
-        on its parts combine to.
+        Asked once of a closure whose loss ends in these terms, and again where its tape gets another length, as batch norm
+        does from eval() to train(). Raises ValueError where the loss on the batch is not what those on its parts combine to.
         """
         if batched.batches is None or self._check == "never":
             return ()
-        terms = tuple([(share.kind, share.operation) for share in shares])
+        terms = fact.nodes, functions_in(batched.given_closure), *[(share.kind, share.operation) for share in fact.shares]
         code = code_of(batched.given_closure)
         known = self._asked.setdefault(code, {}) if code is not None else {}
         if terms not in known or self._check == "every":
             with same_generators():
-                found = probe(batched.given_closure, batched.batch, self.one.tracer)
+                found = probe(batched.given_closure, batched.batch, self.one.tracer, fact.loss)
             if found.disagreement:
                 raise ValueError(found.disagreement)
             known[terms] = found.settled
         return known[terms]
 
     def _facts(self, lin, result, split: bool) -> Facts:
-        shares = self.one.tracer.shares(result, None if self._known[1] else lin.residual)
+        shares = self.one.tracer.shares(result, lin.residual)
         rows = lin.row_layout()
         kernels = lin.kernels()   # which may depend on the rows
         terms = self.terms(result, lin.scalar) if split and len(shares) > 1 and lin.num_residuals else None
@@ -168,7 +179,7 @@ class PartsLinearizer:
         shares = tuple(fact.shares for _, _, fact in flat)
         penalties = common_penalties([dict(fact.penalties) if fact.size else None for _, _, fact in flat], name)
         plain = settled, tuple(tuple(replace(share, value=None) for share in part) for part in shares)
-        if self._known[0] == plain:
+        if self._known[0] == plain and "once" not in settled:   # which holds where values are the same
             return self._known[1], penalties
         combination = Combination(shares, name, settled)
         self._known = plain, combination

@@ -10,24 +10,27 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..linear.adjoint import tolerance_of
 from ..tape import Tracer
-from .combine import Combination, common_penalties
+from .combine import Combination, common_penalties, same_values
 
-_OPEN = ("likely", "divided", "unknown")   # kinds that sizes may decide
+_OPEN = {"likely", "divided", "unknown"}   # kinds that sizes may decide
 _MOST_OPEN = 4
+_REPEATS = 1e3   # times the rounding unit: by how much the loss of a part may differ when its closure runs again
 
 
 class Probed(NamedTuple):
     """What came out.
 
-    disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum" or "mean" where
-    the tape alone does not tell, else None; for Combination. () where nothing was compared.
+    disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum", "mean" or "once"
+    where the tape alone does not tell, else None; for Combination. () where nothing was compared.
     """
 
     disagreement: str
@@ -42,15 +45,16 @@ class _Read(NamedTuple):
     penalties: dict
 
 
-def probe(closure: Callable, batch, tracer: Tracer) -> Probed:
+def probe(closure: Callable, batch, tracer: Tracer, loss: float | None = None) -> Probed:
     """Compare the loss on a batch with what the losses on its first two fifths and on the rest combine to.
 
     Nothing is compared where the batch holds no tensors of at least two rows, the closure draws random numbers, fails on a
     part, or has terms whose values cannot be had. Where tensors of the batch differ in length, losses that disagree tell
-    nothing. Cost: the closure on the batch and on both parts.
+    nothing. loss: that of the batch, where the closure has run on it before: it must be the same again. Cost: the closure on
+    the batch and on both parts.
     """
     for cut, telling in _cuts(batch):
-        found = _compared(closure, batch, [cut(batch, 0), cut(batch, 1)], tracer)
+        found = _compared(closure, batch, [cut(batch, 0), cut(batch, 1)], tracer, loss)
         if found is None:
             return Probed("")
         if found.settled or telling:
@@ -58,7 +62,7 @@ def probe(closure: Callable, batch, tracer: Tracer) -> Probed:
     return Probed("")
 
 
-def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed | None:
+def _compared(closure: Callable, batch, parts: list, tracer: Tracer, before_all: float | None) -> Probed | None:
     """What a comparison tells; None where the closure draws random numbers."""
     before = _generators()
     read = []
@@ -79,6 +83,8 @@ def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed |
         result = tracer.as_loss(result)
     trace = tracer.trace(result)
     whole = _read(result, tracer, trace)
+    if not same_loss(before_all, trace.value, trace.loss.dtype):
+        return Probed(changed_loss("a batch", before_all, trace.value))
     name = ("the first rows of a batch", "its other rows", "the batch").__getitem__
     totals, refused = {}, None
     try:
@@ -111,13 +117,33 @@ def _compared(closure: Callable, batch, parts: list, tracer: Tracer) -> Probed |
     )
 
 
+def same_loss(before: float | None, now: float, dtype: torch.dtype) -> bool:
+    """Whether a closure that ran twice returned the same loss, but for rounding."""
+    return before is None or abs(now - before) <= _REPEATS * torch.finfo(dtype).eps * abs(before)
+
+
+def changed_loss(where: str, before: float, now: float) -> str:
+    """What is said where it did not."""
+    return (
+        f"pgdfast.LM.step: the closure's loss on {where} was {before} and is {now} when it runs again at the same parameters; "
+        "a step over batches runs it several times, and it must return the same each time: no random numbers of its own "
+        "generators, no state that it changes."
+    )
+
+
 def _suppositions(read: list[_Read]):
     """What terms may be of which the tape does not tell."""
     terms = list(zip(*(part.shares for part in read), strict=False))
-    doubtful = [k for k, shares in enumerate(terms) if any(s.kind in _OPEN for s in shares)]
-    for kinds in itertools.product(("mean", "sum"), repeat=min(len(doubtful), _MOST_OPEN)):
-        settled = dict(zip(doubtful, kinds, strict=False))
-        yield tuple([settled.get(k) for k in range(len(terms))])
+    options, doubtful = [], 0
+    for shares in terms:
+        may_be, kinds = [], {s.kind for s in shares}
+        if doubtful < _MOST_OPEN and kinds & _OPEN:
+            may_be = ["mean", "sum"]
+        elif doubtful < _MOST_OPEN and kinds <= {"sum", "whole"} and same_values(shares):   # may not belong to the rows at all
+            may_be = ["once", "sum"] if kinds == {"sum"} else ["once"]
+        doubtful += bool(may_be)
+        options.append(may_be or [None])
+    return itertools.product(*options)
 
 
 def _read(result, tracer: Tracer, trace=None) -> _Read:
@@ -125,7 +151,7 @@ def _read(result, tracer: Tracer, trace=None) -> _Read:
         result = tracer.as_loss(result)
     trace = tracer.trace(result) if trace is None else trace
     if not math.isfinite(trace.value):
-        raise ValueError("the loss is not finite")
+        raise ValueError("pgdfast.LM.step: the loss on a batch is not finite when the closure runs again; nothing was changed.")
     shares = tracer.shares(result, trace.residual)
     values = tracer.term_values(result)
     return _Read(trace.value, shares, values, tracer.penalty_value(trace.penalties), trace.penalties)
@@ -209,17 +235,22 @@ def same_generators():
         _restore(before)
 
 
-def _generators() -> list:
-    states = [torch.get_rng_state()]
-    return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
+def _generators() -> tuple:
+    """The states of torch's, Python's and numpy's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda], random.getstate(), np.random.get_state()
 
 
-def _same_generators(before: list) -> bool:
+def _same_generators(before: tuple) -> bool:
     now = _generators()
-    return len(now) == len(before) and all(map(torch.equal, before, now))
+    drawn = before[1] != now[1] or before[2][2:] != now[2][2:] or not np.array_equal(before[2][1], now[2][1])
+    return not drawn and len(now[0]) == len(before[0]) and all(map(torch.equal, before[0], now[0]))
 
 
-def _restore(before: list) -> None:
-    torch.set_rng_state(before[0])
-    if len(before) > 1:
-        torch.cuda.set_rng_state_all(before[1:])
+def _restore(before: tuple) -> None:
+    (cpu, *cuda), python, numpy = before
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    np.random.set_state(numpy)

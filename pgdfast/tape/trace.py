@@ -150,6 +150,7 @@ class Tracer:
                     shares = losses.residual_shares(tape, tensors, edges, self.dtype)
                 else:
                     shares = losses.shares_of(tape, edges, form, self.dtype)
+            shares = losses.with_statistics(tape, shares)
             if residual is None:
                 return shares
             return tuple(

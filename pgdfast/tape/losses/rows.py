@@ -139,6 +139,9 @@ class Rows:
             weights, entries = float(state.weights.sum().abs()), float(state.total()[0])
             plainly = self._among(d, [*self._numbers, entries])
             counted = self._among(d, [weights, weights * self.rows / self.entries])
+            # by the sum of a mask of what was summed within rows, or that was repeated within them
+            inner = (*state.within, *[self.start.shape[k:].numel() for k in range(1, len(self.start.shape))])
+            counted |= any(self._among(d, [weights / k]) and not self._among(d, [entries / k]) for k in inner)
             if (counted and not plainly) or self._among(d, self._totals):
                 kind = "mean"
             elif plainly and divides and (d > 2.5 or self.rows == 1):
@@ -185,7 +188,15 @@ class Rows:
     def _mark(self, new: State, state: State, coefficients: torch.Tensor) -> None:
         """Note what stands at a sum over rows: it must be the same in all parts."""
         if coefficients.numel() > 1 and (state.axis is None if self.rows == 1 else not state.single()):
-            new.mark = state.mark + float((coefficients.reshape(-1) * torch.arange(1.0, 1 + coefficients.numel()).sin()).sum())
+            new.mark = state.mark + _mark_of(coefficients)
+
+    def _shared(self, position: int, name: str, dims: int) -> float:
+        """The mark of weights that all rows share, which a node has saved: of classes, of positives."""
+        weights = getattr(self.tape.nodes[position], name, None)
+        if weights is None or weights.dim() >= dims and weights.shape[0] != 1:
+            return 0.0
+        self.fixed = False
+        return _mark_of(plain(weights).detach().double().cpu())
 
     def mean(self, position: int, state: State) -> State:
         """The mean over some dimensions."""
@@ -217,6 +228,7 @@ class Rows:
     def _nll(self, position: int, state: State) -> State:
         dim = min(1, len(state.shape) - 1)
         new = state.like(state.moments.sum(dim + 1), state.weights.sum(dim), None if dim == 0 else state.axis)
+        new.mark = state.mark + self._shared(position, "_saved_weight", 2)
         reduction = self._field(position, "_saved_reduction")
         if reduction == 0:
             return new
@@ -243,7 +255,10 @@ class Rows:
         if axis is not None:
             below = 0 if axis == -1 or keep else sum(d < axis for d in dims)
             axis = None if axis in dims or len(dims) == n else axis - below
-        return state.like(moments.reshape(3, *shape), weights.reshape(shape), axis)
+        new = state.like(moments.reshape(3, *shape), weights.reshape(shape), axis)
+        if 0 < new.weights.numel() < state.weights.numel() and new.single():
+            new.within = (*state.within, (state.within or (1.0,))[-1] * state.weights.numel() / new.weights.numel())
+        return new
 
     def _broadcast(self, state: State, shape) -> State:
         if state.shape == shape:
@@ -331,6 +346,7 @@ class Rows:
         shape = self.tape.shape(position)
         if kind in _LOSSES:
             state = self._flat(position, inputs, torch.broadcast_shapes(*[s.shape for s in inputs.values()]))
+            state.mark += self._shared(position, "_saved_pos_weight", len(state.shape))
             reduction = self._field(position, "_saved_reduction")
             if reduction == 0:
                 return state
@@ -413,6 +429,10 @@ class Rows:
         if not new.single():
             raise Unclear(f"{self._written(position)} takes different rows together", True)
         return new
+
+
+def _mark_of(coefficients: torch.Tensor) -> float:
+    return float((coefficients.reshape(-1) * torch.arange(1.0, 1 + coefficients.numel()).sin()).sum())
 
 
 def _saved(node):

@@ -32,6 +32,7 @@ _UNARY = _PICKING | {
 _SEVERAL = {
     "MmBackward0", "BmmBackward0", "MvBackward0", "DotBackward0", "StackBackward0", "CatBackward0", "AddmmBackward0",
 }
+_BATCH_NORMS = {"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"}
 _OFFSETS = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "WhereBackward0"}
 
 
@@ -153,6 +154,18 @@ def residual_shares(tape: Tape, residuals: list[torch.Tensor], edges: tuple, dty
         found.append(share)
     shares = tuple(found)
     _remember(tape, edges, shares, seen)
+    return shares
+
+
+def with_statistics(tape: Tape, shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    """The shares, of a tape whose batch norms may take their statistics over the rows of a part."""
+    if _BATCH_NORMS.isdisjoint(tape.structure.kinds):
+        return shares
+    for position, kind in enumerate(tape.structure.kinds):
+        if kind in _BATCH_NORMS and tape.active[position] and tape.nodes[position]._saved_training:
+            if tape.nodes[position]._saved_input.shape[0] != 1:   # else one of instances
+                why = "batch norm in training mode takes its mean and variance over the rows of a part; call model.eval()"
+                return tuple([s if s.kind == "parameters" else replace(s, kind="whole", why=why) for s in shares])
     return shares
 
 

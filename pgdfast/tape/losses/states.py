@@ -22,10 +22,13 @@ class State:
     before all numbers and means. kind, count, factor: as in shares.Share. axis: where there is one row alone, the dimension
     of rows, None where they were summed, -1 where that is not known. weighted: by tensors that are no masks or counts.
     passed: positions of nodes that divide by a number of rows. mark: of weights and masks of sums over rows.
-    loose: is there a weight of one row that might be a number?
+    loose: is there a weight of one row that might be a number? within: numbers of entries of one row that were added up, of
+    every such sum on the way.
     """
 
-    __slots__ = ("axis", "count", "factor", "kind", "loose", "mark", "moments", "passed", "shape", "weighted", "weights")
+    __slots__ = (
+        "axis", "count", "factor", "kind", "loose", "mark", "moments", "passed", "shape", "weighted", "weights", "within",
+    )
 
     def __init__(self, labels: torch.Tensor, dim: int = 0):
         self.shape = shape = labels.shape
@@ -33,14 +36,14 @@ class State:
         self.weights = torch.ones(self.shape, dtype=torch.float64)
         self.kind, self.count, self.factor, self.axis, self.weighted = "sum", 1.0, 1.0, dim if len(shape) else None, False
         self.passed: list[int] = []
-        self.mark, self.loose = 0.0, False
+        self.mark, self.loose, self.within = 0.0, False, ()
 
     def like(self, moments: torch.Tensor, weights: torch.Tensor, axis) -> State:
         """The same normalisation with other entries."""
         new = object.__new__(State)
         new.moments, new.weights, new.axis, new.shape = moments, weights, axis, moments.shape[1:]
         new.kind, new.count, new.factor, new.weighted = self.kind, self.count, self.factor, self.weighted
-        new.passed, new.mark, new.loose = self.passed, self.mark, self.loose
+        new.passed, new.mark, new.loose, new.within = self.passed, self.mark, self.loose, self.within
         return new
 
     def total(self) -> torch.Tensor:
