@@ -29,7 +29,7 @@ PARTS = {"cg": dict(solver="cg"), "primal": dict(solver="primal")}
 
 
 def problem(rows, width=WIDTH, batch=BATCH):
-    """(network, its parameters' values, x, y, batches)."""
+    """(network, x, y, batches). The function's directions are drawn after x: each number of rows has its own."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     sizes = (INPUTS, width, width, width, 1)

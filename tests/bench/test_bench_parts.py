@@ -97,6 +97,7 @@ def test_a_streamed_step_is_the_whole_one_whatever_is_kept(solver):
 def test_memory_and_adam_are_measured_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "in_a_process", lambda part, *options: streaming.memory("primal", 2, 100, 4))
     monkeypatch.setattr(sys, "argv", ["streaming", "adam", "--solver", "primal", "--out", str(tmp_path / "found.json")])
+    monkeypatch.setattr(streaming.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(streaming, "adam", lambda seconds, *rest: (7, 1.0 + 0 * seconds))
     streaming.main()
     found = json.loads((tmp_path / "found.json").read_text())
