@@ -18,8 +18,8 @@ class Linearization(Protocol):
     """The least-squares problem of a closure at the parameters of one point.
 
     Near it the loss is 1/2 ||residual - J delta||^2 up to a constant, plus c/2 ||theta - delta||^2 for the quadratic penalties
-    of the loss. An EnsembleLinearization has the same names but for `ggn`, `ggns`, `gradient` and `gram`, with the members as the first
-    dimension of every vector.
+    of the loss. An EnsembleLinearization has the same names but for `ggn`, `ggns`, `gradient` and `gram`, with the members as
+    the first dimension of every vector.
     """
 
     loss: torch.Tensor        # 0-dim
