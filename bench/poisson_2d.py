@@ -34,21 +34,24 @@ def network(widths, seed):
     return nn.Sequential(*layers[:-1])
 
 
-def problem(widths, seed):
-    """(network, closure, error): what LM.step takes, and a function without arguments that returns the error."""
+def problem(widths, seed, interior=INTERIOR, sides=BOUNDARY):
+    """(network, closure, error): what LM.step takes, and a function without arguments that returns the error.
+
+    interior, sides: points inside and on the boundary.
+    """
     net, generator = network(widths, seed), torch.Generator().manual_seed(1000 + seed)
 
     def uniform(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    x, edge, test = uniform(INTERIOR, 2), uniform(BOUNDARY, 2), uniform(TEST, 2)
-    side = torch.arange(BOUNDARY)
+    x, edge, test = uniform(interior, 2), uniform(sides, 2), uniform(TEST, 2)
+    side = torch.arange(sides)
     edge[side, side % 2] = (side // 2 % 2).double()   # one coordinate is 0 or 1, the four sides in turn
     f, truth = 2 * math.pi**2 * exact(x), exact(test)
 
     def closure(net=net, take=lambda points: points):
         inside, boundary = laplacian(net, take(x)).laplacian + take(f), net(take(edge))
-        return inside / math.sqrt(INTERIOR), boundary / math.sqrt(BOUNDARY)
+        return inside / math.sqrt(interior), boundary / math.sqrt(sides)
 
     def error():
         with torch.no_grad():
