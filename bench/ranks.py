@@ -68,6 +68,12 @@ def many_points(rank, ranks, quick):
     return net, whole, lambda: whole(take=lambda t: share(t, rank, ranks)), dict(solver="dual", damping=1e-2)
 
 
+def wide(rank, ranks, quick):
+    """The same with 1,800 + 240 points and a network 2-128-128-128-128-1: more to compute beside what is sent."""
+    net, whole, _ = poisson_2d.problem((2, 128, 128, 128, 128, 1), 0, *((36, 12) if quick else (1800, 240)))
+    return net, whole, lambda: whole(take=lambda t: share(t, rank, ranks)), dict(solver="dual", damping=1e-2)
+
+
 def regression(rank, ranks, quick):
     """20,000 rows and 13,921 parameters, ten inputs, whose step is solved by CG."""
     net, x, y, _ = streaming.problem(400 if quick else 20_000)
@@ -78,7 +84,7 @@ def regression(rank, ranks, quick):
     )
 
 
-PROBLEMS = {"modular": modular, "pinn": pinn, "many-points": many_points, "regression": regression}
+PROBLEMS = {"modular": modular, "pinn": pinn, "many-points": many_points, "wide": wide, "regression": regression}
 
 
 def measure(name, rounds, quick):

@@ -158,7 +158,7 @@ def test_cg_need_not_be_three_times_cheaper_where_neither_size_is_small(M, P, ta
     costs = {"dual": (2e12, 1e9), "primal": (9e12, 1e9), "cg": (1e12, 1e6), "eigh": (9e13, 1e9)}
     monkeypatch.setitem(names, "predicted_costs", lambda *_: costs)
     monkeypatch.setitem(names, "memory_limit", lambda device: 8e9)
-    lin = SimpleNamespace(coupling="", num_residuals=M, num_parameters=P, choices={}, device=CPU)
+    lin = SimpleNamespace(coupling="", num_residuals=M, num_parameters=P, choices={}, device=CPU, agreed=lambda x: x)
     problem = SimpleNamespace(mu=0.1, penalty=None, scale=None, linearization=lin)
     name, why = names["choose"](problem, "auto", pgdfast.CG())
     assert name == taken and f"M = {M}, P = {P}" in why

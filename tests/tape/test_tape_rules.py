@@ -587,5 +587,6 @@ def test_every_rule_is_exercised():
         *(operations(problem(name)[0]()) for name in CASES), *(operations(function(x)) for function, _ in INEXACT.values()),
         operations(lstm_layer()),
     )
-    known = set(RULES) | complex_numbers.NODES
+    in_a_group = {"torch.nn.parallel.distributed._DDPSinkBackward"}   # tests/parts/test_parts_ranks.py has it
+    known = set(RULES) - in_a_group | complex_numbers.NODES
     assert exercised == known, f"rules without a case: {sorted(known - exercised)}"
