@@ -34,7 +34,7 @@ class Batched:
         self.value: Callable | None = None   # what a plain call gathers of each result
         self.section: Callable = contextlib.nullcontext   # around a plain call, for processes that fail together
         self.around: Callable | None = None   # a context for passes beside the first, for random numbers
-        self.batch = None   # the one that the closure ran on last
+        self.batch = self.before = None   # the one that the closure ran on last, and the one before it
 
     def __call__(self) -> list:
         """`value(number, result)` of every batch: what trial points ask for."""
@@ -52,7 +52,7 @@ class Batched:
             self._compare(prints, number)
             if only is not None and number not in only:
                 continue
-            self.batch = batch
+            self.before, self.batch = self.batch, batch
             try:
                 found.append(visit(number, self.given_closure() if self.batches is None else self.given_closure(batch)))
             except Exception as error:
@@ -61,7 +61,7 @@ class Batched:
                 raise
             if self._progress is not None:
                 self._progress(what, number + 1)
-        self.batch = None
+        self.batch = self.before = None
         if self._prints is None:
             self._prints = prints
         elif len(prints) != len(self._prints):

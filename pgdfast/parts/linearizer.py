@@ -16,7 +16,7 @@ from .combine import Combination, common_penalties
 from .failures import alike
 from .group import Alone
 from .linearization import Part, Parts, Rows
-from .probe import probe, same_generators
+from .probe import probe, probe_together, same_generators
 
 _SURELY_FITS = 64e6   # bytes of programs up to which the memory that is available is not asked for
 _SHARE = 0.25   # of the memory that is available: for programs that are kept, unless a budget is given
@@ -95,8 +95,8 @@ class PartsLinearizer:
             nonlocal held, budget, settled
             lin = self.one.read(result)
             fact = self._facts(lin, result, split)
-            if fact.size and not settled:
-                settled = self._settle(batched, fact)
+            if fact.size:
+                settled = self._settle(batched, fact) or settled
             if self._budget is None and budget == _SURELY_FITS < held + fact.constants:   # only now is it worth asking
                 budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
@@ -145,13 +145,15 @@ class PartsLinearizer:
         terms = fact.nodes, functions_in(batched.given_closure), *[(share.kind, share.operation) for share in fact.shares]
         code = code_of(batched.given_closure)
         known = self._asked.setdefault(code, {}) if code is not None else {}
-        if terms not in known or self._check == "every":
-            with same_generators():
-                found = probe(batched.given_closure, batched.batch, self.one.tracer, fact.loss)
-            if found.disagreement:
-                raise ValueError(found.disagreement)
-            known[terms] = found.settled
-        return known[terms]
+        closure, tracer, first = batched.given_closure, self.one.tracer, terms not in known
+        with same_generators():
+            if first or self._check == "every":
+                known[terms] = probe(closure, batched.batch, tracer, fact.loss)
+            elif not known[terms].told and batched.before is not None:   # at the second batch
+                known[terms] = probe_together(closure, batched.before, batched.batch, tracer)._replace(told=True)
+        if known[terms].disagreement:
+            raise ValueError(known.pop(terms).disagreement)
+        return known[terms].settled
 
     def _facts(self, lin, result, split: bool) -> Facts:
         shares = self.one.tracer.shares(result, lin.residual)

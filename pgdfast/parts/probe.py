@@ -30,11 +30,13 @@ class Probed(NamedTuple):
     """What came out.
 
     disagreement: a sentence, "" where the losses agree or could not be compared. settled: of each term "sum", "mean" or "once"
-    where the tape alone does not tell, else None; for Combination. () where nothing was compared.
+    where the tape alone does not tell, else None; for Combination. () where nothing was compared. told: does a disagreement,
+    had there been one, mean anything?
     """
 
     disagreement: str
     settled: tuple = ()
+    told: bool = False
 
 
 class _Read(NamedTuple):
@@ -60,10 +62,41 @@ def probe(closure: Callable, batch, tracer: Tracer, loss: float | None = None) -
             return Probed("")
         found = _compared(closure, batch, halves, tracer, loss)
         if found is None:
-            return Probed("")
+            return Probed("", told=True)   # random numbers: nothing can be told
         if found.settled or telling:
-            return found
+            return found._replace(told=telling)
     return Probed("")
+
+
+def probe_together(closure: Callable, first, second, tracer: Tracer) -> Probed:
+    """Compare the losses on two batches with that on both as one: for batches whose tensors differ in length.
+
+    Tensors that are the same in both are no rows. Nothing is compared where the others cannot be joined. Cost: the closure on
+    both and on each.
+    """
+    try:
+        whole = _joined(first, second)
+    except (TypeError, ValueError, RuntimeError):
+        return Probed("")
+    return _compared(closure, whole, [first, second], tracer, None) or Probed("")
+
+
+def _joined(a, b):
+    """Two batches as one."""
+    if isinstance(a, torch.Tensor):
+        return a if a.shape == b.shape and torch.equal(a, b) else torch.cat([a, b])
+    if type(a) is dict and a.keys() == b.keys():
+        return {key: _joined(value, b[key]) for key, value in a.items()}
+    if type(a) in (list, tuple) and len(a) == len(b):
+        return type(a)(map(_joined, a, b))
+    if isinstance(a, tuple) and hasattr(a, "_fields"):
+        return type(a)(*map(_joined, a, b))
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        fields = {f.name: _joined(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a) if f.init}
+        return dataclasses.replace(a, **fields)
+    if a is b or isinstance(a, (str, int, float, bool)) and a == b:
+        return a
+    raise TypeError("batches of this kind are not joined")
 
 
 def _compared(closure: Callable, batch, parts: list, tracer: Tracer, before_all: float | None) -> Probed | None:
@@ -81,12 +114,16 @@ def _compared(closure: Callable, batch, parts: list, tracer: Tracer, before_all:
         except Exception:   # noqa: BLE001 - no closure for any number of rows; on the batch itself it will say so
             _restore(before)
             return Probed("")
-    with torch.enable_grad():
-        result = closure(batch)
-    if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
-        result = tracer.as_loss(result)
-    trace = tracer.trace(result)
-    whole = _read(result, tracer, trace)
+    try:
+        with torch.enable_grad():
+            result = closure(batch)
+        if isinstance(result, torch.Tensor) and result.dim() and result.numel() == 1:
+            result = tracer.as_loss(result)
+        trace = tracer.trace(result)
+        whole = _read(result, tracer, trace)
+    except Exception:   # noqa: BLE001 - no closure for joined batches; on one of the user's it has run before
+        _restore(before)
+        return Probed("")
     if not same_loss(before_all, trace.value, trace.loss.dtype):
         return Probed(changed_loss("a batch", before_all, trace.value))
     name = ("the first rows of a batch", "its other rows", "the batch").__getitem__

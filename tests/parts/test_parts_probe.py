@@ -106,7 +106,7 @@ def test_batches_of_every_kind_are_cut(batch):
         return F.mse_loss(MODEL(x), y)
 
     sizes = []
-    assert probe(loss, batch, Tracer(list(MODEL.parameters()))) == ("", ("mean",))
+    assert probe(loss, batch, Tracer(list(MODEL.parameters())))[:2] == ("", ("mean",))
     assert sizes == [4, 6, 10]
 
 
@@ -116,7 +116,7 @@ def test_random_closures_are_left_alone():
         return F.mse_loss(MODEL(b[0] + torch.rand(1)), b[1])
 
     calls, before = [], torch.get_rng_state()
-    assert probe(loss, (X, Y), Tracer(list(MODEL.parameters()))) == ("", ())
+    assert probe(loss, (X, Y), Tracer(list(MODEL.parameters())))[:2] == ("", ())
     assert calls == [4] and torch.equal(before, torch.get_rng_state())
 
 
@@ -126,11 +126,11 @@ def test_batches_of_several_lengths():
     def loss(b):
         return squares(b).sum() / 10 + MODEL(b[2]).square().sum() / len(b[2])
 
-    assert probe(loss, (X, Y, edge), Tracer(list(MODEL.parameters()))) == ("", ("sum", "mean"))
+    assert probe(loss, (X, Y, edge), Tracer(list(MODEL.parameters())))[:2] == ("", ("sum", "mean"))
     whole = (X, Y, torch.tensor([1.0, 2, 3]))
-    assert probe(DISAGREEING["contrast"], whole, Tracer(list(MODEL.parameters()))) == ("", ())
+    assert probe(DISAGREEING["contrast"], whole, Tracer(list(MODEL.parameters())))[:2] == ("", ())
 
 
 @pytest.mark.parametrize("batch", [None, 3, torch.tensor(1.0), torch.ones(1, 3), torch.ones(0, 3), torch.eye(3).to_sparse()])
 def test_nothing_to_cut(batch):
-    assert probe(lambda b: 1 / 0, batch, Tracer(list(MODEL.parameters()))) == ("", ())
+    assert probe(lambda b: 1 / 0, batch, Tracer(list(MODEL.parameters())))[:2] == ("", ())
