@@ -193,11 +193,13 @@ class LM(torch.optim.Optimizer, Generic[R]):
         if self._in_group:
             self._check_parts(ensemble, "a process group")
             group.check([p for each in self.param_groups for p in each["params"]])
-            told = (
-                lr, damping, damping_rule, acceleration, scaling, weight_decay, solver, rcond, momentum, norm_constraint, ftol,
-                xtol, gtol,
+            told = dict(
+                lr=lr, damping=damping, damping_rule=damping_rule, acceleration=acceleration, scaling=scaling, cg=cg,
+                weight_decay=weight_decay, solver=solver, rcond=rcond, momentum=momentum, norm_constraint=norm_constraint,
+                ftol=ftol, xtol=xtol, gtol=gtol,
             )
-            group.agree("options", [value for value in told if isinstance(value, (int, float, str))])
+            plain = int, float, str, CG
+            group.agree("options", {name: value if isinstance(value, plain) else None for name, value in told.items()})
         if ensemble is not None:
             check_stacked([p for group in self.param_groups for p in group["params"]], ensemble)
         self._damping: Any = _GIVEN if damping is None and not self._options.rule.tries else damping

@@ -104,7 +104,7 @@ def _concatenated(values: list):
         items = [_concatenated(list(items)) for items in zip(*values, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     raise ValueError(
-        f"pgdfast.LM.step: the reference takes all batches as one, and a {type(first).__name__} cannot be put one behind the "
+        f"pgdfast: the reference takes all batches as one, and a {type(first).__name__} cannot be put one behind the "
         "other; let batches be tensors, or tuples, lists or dicts of tensors."
     )
 
@@ -112,19 +112,19 @@ def _concatenated(values: list):
 def _check_iterable(batches) -> None:
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise TypeError(
-            f"pgdfast.LM.step: batches is a {type(batches).__name__}; it must be a list, a DataLoader or another iterable of "
+            f"pgdfast: batches is a {type(batches).__name__}; it must be a list, a DataLoader or another iterable of "
             "batches that closure(batch) takes."
         )
     if hasattr(batches, "__next__"):
         raise ValueError(
-            f"pgdfast.LM.step: batches is an iterator ({type(batches).__name__}), which can be gone through only once, and a "
+            f"pgdfast: batches is an iterator ({type(batches).__name__}), which can be gone through only once, and a "
             "step goes through its batches several times; pass a list or the DataLoader itself."
         )
 
 
 def _changed(how: str) -> str:
     return (
-        f"pgdfast.LM.step: the batches have changed within a step ({how}); a step goes through its batches several times, and "
+        f"pgdfast: the batches have changed within a step ({how}); a step goes through its batches several times, and "
         "they must be the same each time: use a DataLoader without shuffling and without random augmentation, or a list."
     )
 

@@ -340,8 +340,15 @@ class Ranks:
         _compare("shapes and dtypes of parameters", [each for _, each in told], "Build the same model on every rank.")
 
     def agree(self, name: str, value: Any) -> None:
-        """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural."""
-        _compare(name, self.objects(value), "Give every rank the same.")
+        """Raise ValueError on all ranks unless they have the same value (compared with ==); name: what it is, in the plural.
+
+        Of dicts the error has the entries that differ.
+        """
+        values = self.objects(value)
+        if isinstance(value, dict):
+            differing = [key for key in values[0] if any(other.get(key) != values[0][key] for other in values)]
+            values = [{key: other.get(key) for key in differing} for other in values]
+        _compare(name, values, "Give every rank the same.")
 
     # --- below ------------------------------------------------------------------------------------------------------------
 

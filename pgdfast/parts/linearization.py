@@ -84,12 +84,10 @@ class Parts(Products):
         self.num_residuals, self.num_parameters = sum(f.size for f in flat), sum(p.numel() for p in self.params)
         self._first = sum(map(len, known[: self.group.rank]))   # the number of this process's first part among all
         self.sizes = [sum(f.size for f in each) for each in known]   # residuals of each process
-        self.start = sum(self.sizes[: self.group.rank])
-        at = self.start
+        at = sum(self.sizes[: self.group.rank])
         for part in parts:
             part.rows = slice(at, at + part.size)
             at += part.size
-        self.stop = at
         self.scalar = whole[0].scalar
         self.has_squares_only = all(f.has_squares_only for f in whole)
         self.tapeless, self.residuals_need_tape = all(f.tapeless for f in flat), any(f.residuals_need_tape for f in flat)

@@ -114,7 +114,7 @@ class PartsLinearizer:
         known = [each for each, _ in told]
         with alike():
             if not any(known):
-                raise ValueError("pgdfast.LM.step: there are no batches; give it at least one.")
+                raise ValueError("pgdfast: there are no batches; give it at least one.")
             combination, penalties = self._combination(known, next((one for _, one in told if one), ()), batched)
         if combination.uniform is None and not split:   # as it was with the batches of before
             terms = self._terms_again(batched, facts)

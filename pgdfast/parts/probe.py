@@ -166,7 +166,7 @@ def same_loss(before: float | None, now: float, dtype: torch.dtype) -> bool:
 def changed_loss(where: str, before: float, now: float) -> str:
     """What is said where it did not."""
     return (
-        f"pgdfast.LM.step: the closure's loss on {where} was {before} and is {now} when it runs again at the same parameters; "
+        f"pgdfast: the closure's loss on {where} was {before} and is {now} when it runs again at the same parameters; "
         "a step over batches runs it several times, and it must return the same each time: no random numbers of its own "
         "generators, no state that it changes."
     )
@@ -192,7 +192,7 @@ def _read(result, tracer: Tracer, trace=None) -> _Read:
         result = tracer.as_loss(result)
     trace = tracer.trace(result) if trace is None else trace
     if not math.isfinite(trace.value):
-        raise ValueError("pgdfast.LM.step: the loss on a batch is not finite when the closure runs again; nothing was changed.")
+        raise ValueError("pgdfast: the loss on a batch is not finite when the closure runs again; nothing was changed.")
     shares = tracer.shares(result, trace.residual)
     values = tracer.term_values(result)
     return _Read(trace.value, shares, values, tracer.penalty_value(trace.penalties), trace.penalties)
