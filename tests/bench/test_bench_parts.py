@@ -58,7 +58,7 @@ def test_a_slow_or_a_wrong_measurement_is_said(measured):
 def test_an_unknown_problem_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         ranks.main(["Z"])
-    assert stop.value.code == 2 and "modular, pinn, regression" in capsys.readouterr().err
+    assert stop.value.code == 2 and ", ".join(ranks.PROBLEMS) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
