@@ -66,13 +66,21 @@ class Combination:
 
         losses: of the parts, with their quadratic penalties, whose values are `penalties`; penalty: that of all.
         """
-        terms = zip(self.uniform, losses, penalties, strict=True)
-        return penalty + sum(s * (loss - own) for s, loss, own in terms if s)
+        pairs = enumerate(zip(losses, penalties, strict=True))
+        return penalty + sum(self.added(b, loss - own) for b, (loss, own) in pairs)
 
     def total_of_terms(self, values: Sequence[Sequence[float]], penalty: float) -> float:
         """The loss on all rows from the values of every part's terms."""
-        pairs = zip(self.scales, values, strict=True)
-        return penalty + sum(s * v for part, terms in pairs for s, v in zip(part, terms, strict=True) if s)
+        return penalty + sum(self.added_by_terms(b, terms) for b, terms in enumerate(values))
+
+    def added(self, b: int, loss: float) -> float:
+        """What part b, all of whose terms have one scale, adds to the loss on all rows; loss: its own without penalties."""
+        s = self.scales[b][0] if self.scales[b] else 0.0
+        return s * loss if s else 0.0   # the loss of a part without rows may be NaN
+
+    def added_by_terms(self, b: int, values: Sequence[float]) -> float:
+        """The same by the values of its terms."""
+        return sum(s * v for s, v in zip(self.scales[b], values, strict=True) if s)
 
     def _term(self, k: int, there: list[int], shares: list, settled: str | None) -> tuple[str, list[float]]:
         """The kind of a term, and its scales in the parts that have rows of it."""

@@ -95,7 +95,7 @@ class Parts(Products):
         self.nodes = max(f.nodes for f in flat)
         self.coupling = next((f.coupling for f in flat if f.coupling), "")
         self.count, self.reruns = len(flat), 0
-        self.kept = sum(self.group.objects(sum(part.lin is not None for part in parts)))
+        self.kept = sum(f.kept for f in flat)
         self._layout = None
         if all(f.rows is not None for f in whole):
             self._layout = Rows.together([Rows(*f.rows) for f in whole], [f.size for f in whole])
@@ -166,7 +166,7 @@ class Parts(Products):
 
     def loss_of(self, found: list[tuple[float, tuple | None]]) -> float:
         """The loss of all rows at the parameters' present values, of what a run of the batches has gathered."""
-        penalty = self._penalty_value()
+        penalty = self._linearizer.one.tracer.penalty_value(self.penalties)
         own = sum(
             self._added(k, loss, terms, penalty) for k, (loss, terms) in enumerate(found, self._first)
         )
@@ -174,23 +174,16 @@ class Parts(Products):
 
     def _added(self, k: int, loss: float, terms: tuple | None, penalty: float) -> float:
         """What part k adds to the loss beside penalties."""
-        scales = self._combination.scales[k]
         if not self.facts[k].size:
             return 0.0
         if self._uniform is not None:
-            return self._uniform[k] * (loss - penalty)
+            return self._combination.added(k, loss - penalty)
         if not terms:
             raise ValueError(
                 "pgdfast.LM: the terms of the loss count differently in its parts (their means are over different numbers), "
                 "and the value of one cannot be told; return the residuals of each term, or give all batches equally many rows."
             )
-        return sum(s * term for s, term in zip(scales, terms, strict=True))
-
-    def _penalty_value(self) -> float:
-        if not self.penalties:
-            return 0.0
-        reals = self._linearizer.one.reals
-        return sum(0.5 * c * float(reals[k].detach().double().square().sum()) for k, c in self.penalties.items())
+        return self._combination.added_by_terms(k, terms)
 
     def residual_at(self, run) -> tuple[float, torch.Tensor]:
         """(loss, residual (M,)) at the parameters' present values; see linear.Linearization."""

@@ -35,7 +35,8 @@ class Facts(NamedTuple):
     shares: how its terms combine. size: its residuals. loss: as its closure returned it; terms: the loss term by term, None
     where nobody asked. penalties: (parameter number, coefficient). flops, arena, nodes, constants: of its
     program, the last in bytes. rows: num_rows, max_outputs, operations of its Gram matrix, packed elements, explicit columns;
-    None where rows do not separate. adds_normal, packs: what its kernels have; the rest: of its linearization.
+    None where rows do not separate. adds_normal, packs: what its kernels have; kept: is its program
+    held? The rest: of its linearization.
     """
 
     shares: tuple
@@ -56,6 +57,7 @@ class Facts(NamedTuple):
     tapeless: bool
     residuals_need_tape: bool
     loss_dtype: torch.dtype
+    kept: bool = True
 
 
 class PartsLinearizer:
@@ -101,12 +103,12 @@ class PartsLinearizer:
                 budget = held + _available(self.params[0].device)
             part = Part(number, fact.size, lin)
             parts.append(part)
-            facts.append(fact)
             if held + fact.constants > budget:
-                part.lin = None
+                fact, part.lin = fact._replace(kept=False), None
                 lin.release()
             else:
                 held += fact.constants
+            facts.append(fact)
 
         with self.group.section(), torch.enable_grad():
             batched.run(visit, "linearization")
